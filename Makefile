@@ -1,0 +1,49 @@
+# Everything has its raw command in README.md, for machines without make.
+PYTHON ?= python3
+VENV ?= .venv
+TOOLS ?= .tools
+
+SERVICE := {{cookiecutter.project_slug}}
+BIN := $(VENV)/bin
+UV := $(or $(shell command -v uv 2>/dev/null),$(TOOLS)/bin/uv)
+# The template's folder runs as it stands; its environment and caches stay outside of it.
+IN_SERVICE = $(MAKE) --no-print-directory -C '$(SERVICE)' VENV='$(abspath $(VENV))-service' TOOLS='$(abspath $(TOOLS))'
+export PYTHONDONTWRITEBYTECODE := 1
+export RUFF_CACHE_DIR := $(abspath $(VENV))/cache/ruff
+export MYPY_CACHE_DIR := $(abspath $(VENV))/cache/mypy
+PYTEST = $(BIN)/python -m pytest -o cache_dir=$(abspath $(VENV))/cache/pytest
+
+.PHONY: help setup demo lint fast test test-all lock
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
+
+setup: $(VENV)/ready ## create the environment of the template's own tools
+
+$(TOOLS)/bin/uv:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target $(TOOLS) uv
+
+$(VENV)/ready: requirements-dev.txt | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+	$(UV) pip sync --quiet --require-hashes --python $(BIN)/python requirements-dev.txt
+	@touch $@
+
+demo: setup ## bake the default service and run it under its production server
+	@$(BIN)/python scripts/demo.py
+
+lint: setup ## check style and types here, and in the template as it stands
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(IN_SERVICE) lint types
+
+fast: lint ## the tests that run nothing: bakes, hooks, updates
+	@$(PYTEST) -m 'not slow'
+
+test: lint ## all tests that need no Docker, nginx or haproxy
+	@$(IN_SERVICE) test
+	@$(PYTEST)
+
+test-all: test ## all tests
+
+lock: | $(UV) ## write all requirements anew, with the newest versions that fit
+	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade pyproject.toml --group dev --output-file requirements-dev.txt
+	@$(IN_SERVICE) lock

@@ -1,0 +1,1 @@
+"""The service. Start reading at main.py, then lifespan.py, observe.py, health.py and server.py."""

@@ -1,0 +1,102 @@
+"""Postgres: a pool that fails fast, sheds load instead of queueing for ever, and survives restarts of the server."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Annotated, Self
+
+import asyncpg
+from fastapi import Depends, Request
+
+from app.errors import UnavailableError
+from app.settings import Settings
+
+#: Seconds that connecting may take, and closing.
+CONNECT_TIMEOUT_SECONDS = 3.0
+#: What a connection in use raises when the server goes away, restarts or freezes. InternalClientError is what asyncpg
+#: 0.32 raises when the server closed an idle connection just before it was used.
+OUTAGE = (
+    ConnectionError,
+    TimeoutError,
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+)
+Connection = asyncpg.pool.PoolConnectionProxy
+
+
+class Database:
+    """The connections of one worker: a pool to serve requests, and one connection of readiness' own.
+
+    Nothing connects before first use, so a process starts while the server is away.
+    """
+
+    def __init__(self, settings: Settings, connections: int) -> None:
+        """Take `connections`, this worker's share of the pod's budget; one of them is readiness'."""
+        self.settings = settings
+        self.url = settings.database_url.get_secret_value()
+        self.pool = asyncpg.create_pool(
+            self.url,
+            min_size=0,
+            max_size=connections - 1,
+            timeout=CONNECT_TIMEOUT_SECONDS,
+            command_timeout=settings.database_command_timeout_seconds,
+            statement_cache_size=settings.database_statement_cache_size,
+            server_settings={"application_name": settings.service_name},
+        )
+        self.probe: asyncpg.Connection | None = None
+
+    async def __aenter__(self) -> Self:
+        await self.pool
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Wait for connections in use, but not for a server that does not answer."""
+        if self.probe is not None:
+            self.probe.terminate()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+                await self.pool.close()
+        except TimeoutError:
+            self.pool.terminate()
+
+    @contextlib.asynccontextmanager
+    async def acquire(self) -> AsyncIterator[Connection]:
+        """Lend a connection. Raises `UnavailableError` if none is free in time, or when the server is away."""
+        try:
+            connection = await self.pool.acquire(timeout=self.settings.database_acquire_timeout_seconds)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+            msg = "The database is not available."
+            raise UnavailableError(msg) from error
+        try:
+            yield connection
+        except (asyncpg.InterfaceError, *OUTAGE) as error:
+            if isinstance(error, asyncpg.InterfaceError) and not connection.is_closed():
+                raise  # a bug, such as a wrong number of arguments
+            msg = "The database did not answer."
+            raise UnavailableError(msg) from error
+        finally:
+            await self.pool.release(connection)
+
+    async def check(self) -> None:
+        """Ask the server for nothing over readiness' own connection; raises whatever is wrong."""
+        probe, self.probe = self.probe, None
+        if probe is None or probe.is_closed():
+            probe = await asyncpg.connect(self.url, statement_cache_size=0)
+        try:
+            await probe.execute("select")
+        except BaseException:  # a timeout of the caller too: what is in flight on this connection is unknown
+            probe.terminate()
+            raise
+        self.probe = probe
+
+
+def _database(request: Request) -> Database:
+    database: Database = request.state.database
+    return database
+
+
+#: The type of a route's parameter: `async def route(database: DatabaseDependency)`.
+DatabaseDependency = Annotated[Database, Depends(_database)]

@@ -1,0 +1,49 @@
+"""The application: its middleware, its error handlers, its routes. `app.main:app` is what the server runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from app import errors, health
+from app.lifespan import WarmUp, open_state
+from app.observe import Observe
+from app.payments.router import router as payments_router  # example
+from app.settings import Settings, load_settings
+
+root = APIRouter(tags=["service"])
+
+
+@root.get("/")
+async def describe(request: Request) -> dict[str, str]:
+    """Say which service and which version answers."""
+    settings: Settings = request.state.settings
+    return {"service": settings.service_name, "version": settings.service_version}
+
+
+def create_app(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> FastAPI:
+    """Return the application; it opens nothing before its lifespan starts."""
+    middleware = [  # outermost first
+        Middleware(Observe, settings=settings)  # request ID, access line, metrics, the answer to a bug
+    ]
+    if origins := settings.cors_allow_origins:
+        anything: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["X-Request-ID"]}
+        middleware.append(Middleware(CORSMiddleware, allow_origins=origins, **anything))
+    app = FastAPI(
+        title=settings.service_name,
+        version=settings.service_version,
+        lifespan=lambda _: open_state(settings, warm_ups),
+        middleware=middleware,
+        openapi_url="/openapi.json" if settings.docs_enabled else None,  # /docs and /redoc go with it
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # else looked for on every request
+    )
+    errors.install(app)
+    app.include_router(root)
+    app.include_router(health.router)
+    app.include_router(payments_router)  # example
+    return app
+
+
+app = create_app(load_settings())

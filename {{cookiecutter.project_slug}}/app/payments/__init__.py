@@ -1,0 +1,1 @@
+"""The example: a payment is taken, stored and looked up."""

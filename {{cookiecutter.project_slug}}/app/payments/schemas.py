@@ -1,0 +1,54 @@
+"""What goes in and out of the payments routes."""
+
+from datetime import datetime
+from typing import Annotated, Literal
+from uuid import UUID
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+#: ISO 4217, list one: active currencies, funds and precious metals, with the codes reserved for tests.
+_ISO_4217 = """
+AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BHD BIF BMD BND BOB BOV BRL BSD BTN BWP BYN BZD CAD CDF CHE
+CHF CHW CLF CLP CNY COP COU CRC CUP CVE CZK DJF DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GNF
+GTQ GYD HKD HNL HTG HUF IDR ILS INR IQD IRR ISK JMD JOD JPY KES KGS KHR KMF KPW KRW KWD KYD KZT LAK LBP LKR
+LRD LSL LYD MAD MDL MGA MKD MMK MNT MOP MRU MUR MVR MWK MXN MXV MYR MZN NAD NGN NIO NOK NPR NZD OMR PAB PEN
+PGK PHP PKR PLN PYG QAR RON RSD RUB RWF SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP SZL THB TJS
+TMT TND TOP TRY TTD TWD TZS UAH UGX USD USN UYI UYU UYW UZS VED VES VND VUV WST XAD XAF XAG XAU XBA XBB XBC
+XBD XCD XCG XDR XOF XPD XPF XPT XSU XTS XUA XXX YER ZAR ZMW ZWG
+"""
+CURRENCIES = frozenset(_ISO_4217.split())
+
+
+def _currency(value: str) -> str:
+    if value not in CURRENCIES:
+        msg = "takes an ISO 4217 code, such as EUR"
+        raise ValueError(msg)
+    return value
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        msg = "takes printable characters"
+        raise ValueError(msg)
+    return value
+
+
+class NewPayment(BaseModel):
+    """A payment as the client asks for it; `amount` is in the currency's minor unit and fits a bigint."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    amount: Annotated[int, Field(strict=True, gt=0, lt=2**63, examples=[1250])]
+    currency: Annotated[str, Field(examples=["EUR"]), AfterValidator(_currency)]
+    reference: Annotated[str, Field(min_length=1, max_length=64, examples=["order-1"]), AfterValidator(_printable)]
+
+
+class Payment(BaseModel):
+    """A payment as it is stored."""
+
+    payment_id: UUID
+    amount: int
+    currency: str
+    reference: str
+    status: Literal["pending"]
+    created_at: datetime

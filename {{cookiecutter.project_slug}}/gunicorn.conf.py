@@ -1,0 +1,87 @@
+"""What `gunicorn` reads when it is started in this folder. Everything comes from the environment: app/settings.py."""
+
+import contextlib
+import gc
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from app import log, machine, sizing
+from app.settings import load_settings
+
+settings = load_settings()
+log.configure(settings)
+plan = sizing.plan(settings, machine.detect())
+
+# prometheus_client chooses between files and memory when it is imported, so the folder must be known before that.
+# A reload reads this file again and finds in the environment what the start has put there.
+shared_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - files that never touch a disk
+own_folder = Path(shared_memory or tempfile.gettempdir(), f"metrics-{secrets.token_hex(8)}")
+metrics_folder = settings.prometheus_multiproc_dir or own_folder
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder)
+
+from app import metrics, server  # noqa: E402
+
+wsgi_app = "app.main:app"
+worker_class = "app.server.ServiceWorker"
+workers = plan.workers
+bind = settings.bind
+preload_app = True  # shares 15-18 MB per worker; HUP does not load new code
+worker_tmp_dir = shared_memory  # the heartbeat must not wait for a disk
+timeout = settings.worker_timeout_seconds
+graceful_timeout = settings.graceful_timeout_seconds
+keepalive = settings.keepalive_seconds  # longer than a proxy's idle time, or it reuses what we are closing
+max_requests = settings.max_requests
+max_requests_jitter = settings.max_requests_jitter
+forwarded_allow_ips = settings.forwarded_allow_ips
+control_socket_disable = True  # a thread in a master that forks, and it needs a home that can be written to
+logconfig_dict = log.config(settings)
+errorlog = None
+proc_name = settings.service_name
+
+
+def on_starting(arbiter: Any) -> None:
+    """Start the metrics process, before there are sockets that it would inherit, and say how the pod is sized."""
+    try:
+        arbiter.metrics_pid = metrics.start(settings.metrics_bind, metrics_folder)
+    except OSError as error:
+        sys.exit(f"configuration error: METRICS_BIND={settings.metrics_bind}: cannot listen there: {error.strerror}")
+    try:
+        arbiter.metrics_owner = metrics.prepare(metrics_folder)
+    except OSError as error:
+        why = "another instance uses it" if isinstance(error, BlockingIOError) else error.strerror
+        sys.exit(f"configuration error: PROMETHEUS_MULTIPROC_DIR={metrics_folder}: {why}; name another folder")
+    arbiter.owns_metrics_folder = settings.prometheus_multiproc_dir is None
+    text = "%d workers, %d database connections for each: %s; metrics on %s"
+    getLogger("app.sizing").info(text, plan.workers, plan.connections_per_worker, plan.reasons, settings.metrics_bind)
+
+
+def when_ready(arbiter: Any) -> None:
+    """Hook into the master once it listens."""
+    server.announce_end(arbiter)
+
+
+def pre_fork(arbiter: Any, worker: Any) -> None:
+    """Take what is loaded out of the collector's sight, so that workers go on sharing it."""
+    gc.freeze()
+
+
+def child_exit(arbiter: Any, worker: Any) -> None:
+    """Keep the counts of a worker that ended."""
+    metrics.fold(metrics_folder, worker.pid)
+
+
+def on_exit(arbiter: Any) -> None:
+    """End what was started here."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(arbiter.metrics_pid, signal.SIGTERM)
+    if arbiter.owns_metrics_folder:
+        shutil.rmtree(metrics_folder, ignore_errors=True)

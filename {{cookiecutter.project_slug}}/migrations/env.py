@@ -1,0 +1,51 @@
+"""Runs the migrations through asyncpg, so that one `DATABASE_URL` with its TLS parameters serves app and migrations."""
+
+import asyncio
+import logging
+import sys
+
+import asyncpg
+from alembic import context
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from app import log
+from app.settings import load_settings
+
+#: Any number, the same for every run: whoever holds this lock migrates, another run waits for it.
+ADVISORY_LOCK = 7_236_514_099
+CONNECT_TIMEOUT_SECONDS = 10
+
+
+def run(connection: Connection) -> None:
+    """Run what is missing, in one transaction; PgBouncer in transaction mode carries its lock too."""
+    context.configure(connection=connection)
+    with context.begin_transaction():
+        connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
+        connection.execute(text("set local lock_timeout = '10s'"))  # rather fail than queue the service behind us
+        context.run_migrations()
+
+
+async def migrate() -> None:
+    """Connect and run. If the database cannot be reached, one line says so and the exit code is 1."""
+    settings = load_settings()
+    log.configure(settings)
+    url = settings.database_url.get_secret_value()
+
+    async def connect() -> asyncpg.Connection:
+        return await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0)
+
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+    try:
+        async with engine.connect() as connection:
+            await connection.run_sync(run)
+            await connection.commit()
+    except (OSError, asyncpg.PostgresConnectionError, asyncpg.InvalidAuthorizationSpecificationError) as error:
+        logging.getLogger("app.migrations").error(
+            "the database of DATABASE_URL cannot be reached: %s", error or type(error)
+        )
+        sys.exit(1)
+
+
+asyncio.run(migrate())

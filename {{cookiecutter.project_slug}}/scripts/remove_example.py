@@ -1,0 +1,52 @@
+"""Remove the example for good: its folders and files, the lines and blocks that are marked, and this script."""
+
+import re
+import sys
+from pathlib import Path
+
+PATHS = ["app/payments", "tests/payments", "migrations/versions/0001_payments.py", "scripts/remove_example.py"]
+TEXTS = {".py", ".toml", ".md", ".yaml", ".yml", ".example", ""}
+LINE = re.compile(r"^.*(# example|<!-- example --> \|)\n", re.MULTILINE)
+BLOCK = re.compile(r"^[^\n]*example: begin.*?example: end[^\n]*\n", re.MULTILINE | re.DOTALL)
+#: Folders that are not the project's own text.
+SKIPPED = {".git", ".venv", ".tools", "__pycache__", "node_modules"}
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        for child in path.iterdir():
+            _delete(child)
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _texts(folder: Path) -> list[Path]:
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or path.name in SKIPPED:
+            continue
+        if path.is_dir():
+            found += _texts(path)
+        elif path.suffix in TEXTS:
+            found.append(path)
+    return found
+
+
+def remove(project: Path) -> None:
+    """Remove the example from the project in this folder. A second run changes nothing."""
+    for name in PATHS:
+        _delete(project / name)
+    for path in _texts(project):
+        before = path.read_bytes().decode(errors="surrogateescape")
+        after = LINE.sub("", BLOCK.sub("", before))
+        if after != before:
+            path.write_bytes(after.encode(errors="surrogateescape"))
+    answers = project / ".cruft.json"  # so that an update of the template leaves the example out as well
+    if answers.exists():
+        answers.write_text(answers.read_text().replace('"include_example": true', '"include_example": false'))
+
+
+if __name__ == "__main__":
+    remove(Path(__file__).resolve().parent.parent)
+    sys.stdout.write("The example is gone. `make test` and look at `git status`.\n")

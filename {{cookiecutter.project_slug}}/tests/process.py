@@ -1,0 +1,111 @@
+"""The service as a real process: started, asked over sockets, stopped, and its output read."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from scripts.services import free_port
+
+PROJECT = Path(__file__).parent.parent
+DEADLINE_SECONDS = 20.0
+
+
+def eventually(look: Callable[[], object], seconds: float = DEADLINE_SECONDS) -> None:
+    """Wait until `look` returns something true; a connection error counts as not yet."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(httpx.TransportError):
+            if look():
+                return
+        time.sleep(0.05)
+    msg = f"not within {seconds} s"
+    raise AssertionError(msg)
+
+
+@contextlib.contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """Stop a process and its children, as a machine does that swaps or a network that drops everything."""
+    parent = psutil.Process(pid)
+    family = [parent, *parent.children(recursive=True)]
+    for process in family:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in family:
+            process.resume()
+
+
+class Service:
+    """A running gunicorn with the service; `lines` are what it printed."""
+
+    def __init__(self, app: str | None, **settings: str) -> None:
+        self.port, self.metrics_port = free_port(), free_port()
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by serving()
+        addresses = {"BIND": f"127.0.0.1:{self.port}", "METRICS_BIND": f"127.0.0.1:{self.metrics_port}"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", *([app] if app else [])],
+            cwd=PROJECT,
+            env=os.environ | {"WEB_CONCURRENCY": "2"} | addresses | settings,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+        )
+        every_one_new = httpx.Limits(max_keepalive_connections=0)  # so that any worker may answer
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=10, limits=every_one_new)
+
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        """Ask over a connection of its own."""
+        return self.http.get(path, headers=headers)
+
+    def metrics(self) -> str:
+        """Scrape the metrics."""
+        return self.http.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
+
+    def wait(self, path: str = "/health/ready", status: int = 200, seconds: float = DEADLINE_SECONDS) -> None:
+        """Wait until a path answers with a status, or fail."""
+
+        def answers() -> bool:
+            assert self.process.poll() is None, self.text
+            return self.get(path).status_code == status
+
+        eventually(answers, seconds)
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = DEADLINE_SECONDS) -> int:
+        """Signal the master and return its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+    @property
+    def text(self) -> str:
+        """Everything printed so far."""
+        self.output.seek(0)
+        return self.output.read().decode()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Everything printed so far; fails on a line that is not JSON."""
+        return [json.loads(line) for line in self.text.splitlines()]
+
+
+@contextlib.contextmanager
+def serving(app: str | None = None, **settings: str) -> Iterator[Service]:
+    """Run the service, or another app in its place, and end it, whatever happens."""
+    service = Service(app, **settings)
+    try:
+        yield service
+    finally:
+        if service.process.poll() is None:
+            service.stop()
+        service.http.close()
+        service.output.close()

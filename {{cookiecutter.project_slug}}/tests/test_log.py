@@ -1,0 +1,117 @@
+"""Every line is one JSON object, whatever is logged; on a terminal lines are for people."""
+
+import json
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from app import log
+from app.settings import Settings
+
+Read = Callable[[], list[dict[str, object]]]
+
+
+@pytest.fixture
+def lines(capfd: pytest.CaptureFixture[str]) -> Iterator[Read]:
+    """Configure logging as the service does, put everything back, and return a reader of the lines."""
+    root, hooks = logging.getLogger(), (sys.excepthook, threading.excepthook, sys.unraisablehook)
+    handlers, level = root.handlers[:], root.level
+    log.configure(Settings(log_format="json", service_name="orders"))
+    yield lambda: [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    logging.captureWarnings(capture=False)
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+    root.handlers, root.level = handlers, level
+
+
+def test_a_line_has_the_agreed_keys(lines: Read) -> None:
+    logging.getLogger("some.library").warning("disk %s", "full", extra={"free_bytes": 0})
+    (line,) = lines()
+    assert str(line.pop("timestamp")).endswith("Z")
+    assert isinstance(line.pop("pid"), int)
+    expected = {
+        "level": "warning",
+        "logger": "some.library",
+        "message": "disk full",
+        "service": "orders",
+        "free_bytes": 0,
+    }
+    assert line == expected
+
+
+def test_an_exception_is_an_object(lines: Read) -> None:
+    try:
+        raise ValueError("a\nb")
+    except ValueError:
+        logging.getLogger("app").exception("failed")
+    exception = lines()[0]["exception"]
+    assert isinstance(exception, dict)
+    assert (exception["type"], exception["message"]) == ("ValueError", "a\nb")
+    assert exception["traceback"].startswith("Traceback")
+
+
+@pytest.mark.parametrize("value", ["\udcff", 2**70, object(), {1: b"x"}, float("nan"), "\x00\r\n"])
+def test_whatever_is_logged_is_one_line_of_json(lines: Read, value: object) -> None:
+    logging.getLogger("app").info("odd", extra={"value": value})
+    assert len(lines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cannot reach postgresql://app:hunter2@db:5432/app?sslmode=verify-full",
+        "redis://:hunter2@cache",
+        "two: a://b:hunter2@c and d://e:hunter2@f",
+    ],
+)
+def test_the_password_of_a_url_is_hidden(lines: Read, text: str) -> None:
+    try:
+        raise OSError(text)
+    except OSError:
+        logging.getLogger("app").exception("failed: %s", text)
+    line = json.dumps(lines())
+    assert "hunter2" not in line
+    assert ":***@" in line
+
+
+def test_a_line_of_a_request_carries_its_id(lines: Read) -> None:
+    token = log.request_context.set({"request_id": "abc"})
+    logging.getLogger("app").info("inside")
+    log.request_context.reset(token)
+    logging.getLogger("app").info("outside")
+    assert [line.get("request_id") for line in lines()] == ["abc", None]
+
+
+def test_uncaught_exceptions_and_warnings_are_lines_too(lines: Read) -> None:
+    error = RuntimeError("boom")
+    sys.excepthook(RuntimeError, error, None)
+    threading.excepthook(threading.ExceptHookArgs((RuntimeError, error, None, None)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("old", stacklevel=1)
+    levels = [line["level"] for line in lines()]
+    assert levels == ["critical", "critical", "warning"]
+
+
+def test_a_handler_that_cannot_write_does_not_stop_the_service(
+    lines: Read, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: int, __: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.write", full)
+    logging.getLogger("app").info("lost")
+    assert "No space left" in capfd.readouterr().err
+
+
+def test_on_a_terminal_lines_are_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.isatty", lambda _: True)
+    settings = Settings()
+    assert not log.wants_json(settings)
+    assert log.wants_json(Settings(log_format="json"))
+    formatter = log.ConsoleFormatter("%(levelname)s %(name)s: %(message)s")
+    record = logging.makeLogRecord({"name": "app", "levelname": "INFO", "msg": "redis://a:pw@b", "reason": "x"})
+    assert formatter.format(record) == "INFO app: redis://a:***@b reason=x\n"

@@ -1,0 +1,59 @@
+"""The counts of dead workers are kept, folded into one file; folders are not shared."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app import metrics
+from tests.process import PROJECT
+
+COUNT = """
+from app.metrics import HttpMetrics
+metrics = HttpMetrics()
+metrics.active.inc()
+metrics.duration.labels("GET", "/", "200").observe(1)
+"""
+
+
+def worker(folder: Path) -> int:
+    """Run a process that counts one request; return its pid."""
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    process = subprocess.Popen([sys.executable, "-c", COUNT], cwd=PROJECT, env=environment)
+    assert process.wait() == 0
+    return process.pid
+
+
+def counted(folder: Path) -> dict[str, float]:
+    samples = [sample for metric in metrics.AllWorkers(folder).collect() for sample in metric.samples]
+    return {sample.name: sample.value for sample in samples if not sample.name.endswith("_bucket")}
+
+
+def test_the_dead_keep_their_counts_in_one_file(tmp_path: Path) -> None:
+    metrics.prepare(tmp_path).close()
+    for _ in range(3):
+        metrics.fold(tmp_path, worker(tmp_path))
+    living = worker(tmp_path)
+    assert counted(tmp_path) == {
+        "http_server_request_duration_seconds_count": 4,
+        "http_server_request_duration_seconds_sum": 4,
+        "http_server_active_requests": 1,
+    }
+    left = {path.name for path in tmp_path.glob("*.db")}
+    assert left == {"histogram_archive.db", f"histogram_{living}.db", f"gauge_livesum_{living}.db"}
+
+
+def test_an_earlier_run_is_forgotten(tmp_path: Path) -> None:
+    worker(tmp_path)
+    metrics.prepare(tmp_path).close()
+    assert counted(tmp_path) == {}
+
+
+def test_two_instances_cannot_share_a_folder(tmp_path: Path) -> None:
+    owner = metrics.prepare(tmp_path)
+    with pytest.raises(BlockingIOError):
+        metrics.prepare(tmp_path)
+    owner.close()
+    metrics.prepare(tmp_path).close()

@@ -1,0 +1,253 @@
+"""The real gunicorn over real sockets, with a real Postgres and Redis."""
+
+import concurrent.futures
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from app.settings import Settings
+from scripts.services import Redis, free_port, postgres
+from tests.process import PROJECT, Service, eventually, frozen, serving
+
+SHARED_MEMORY = Path("/dev/shm")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gunicorn does not run on Windows")
+
+
+@pytest.fixture(scope="module")
+def urls(database_url: str, redis: Redis) -> dict[str, str]:
+    return {"DATABASE_URL": database_url, "REDIS_URL": redis.url}
+
+
+@pytest.fixture(scope="module")
+def service(urls: dict[str, str]) -> Iterator[Service]:
+    """One service for tests that only ask."""
+    with serving("tests.faulty:app", **urls) as service:
+        service.wait()
+        yield service
+
+
+def count(service: Service, route: str) -> float:
+    """Return how many requests a route has answered, as the metrics say."""
+    pattern = rf'^http_server_request_duration_seconds_count{{.*http_route="{re.escape(route)}".*}} (.+)$'
+    return sum(map(float, re.findall(pattern, service.metrics(), re.MULTILINE)))
+
+
+def test_answers_carry_an_id_and_no_server_header(service: Service) -> None:
+    answer = service.get("/", **{"X-Request-ID": "from-outside"})
+    assert answer.json() == {"service": Settings().service_name, "version": "0.0.0"}
+    assert answer.headers["x-request-id"] == "from-outside"
+    assert "server" not in answer.headers
+
+
+def test_requests_over_all_workers_are_all_counted(service: Service) -> None:
+    before = count(service, "/")
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda _: service.get("/"), range(300)))
+    assert {answer.status_code for answer in answers} == {200}
+    eventually(lambda: count(service, "/") - before == 300, 2)
+    pids = {line["pid"] for line in service.lines if line["logger"] == "access" and line["route"] == "/"}
+    assert len(pids) == 2
+    assert "http_server_active_requests 0.0" in service.metrics()
+
+
+def test_a_bug_is_a_problem_outside_and_one_line_with_traceback_inside(service: Service) -> None:
+    answer = service.get("/bug", **{"X-Request-ID": "bug-1"})
+    assert answer.status_code == 500
+    assert answer.json()["request_id"] == "bug-1"
+    assert "4111" not in answer.text
+    lines = [line for line in service.lines if line.get("request_id") == "bug-1"]
+    assert [(line["logger"], line["level"]) for line in lines] == [("app.observe", "error"), ("access", "info")]
+    assert lines[0]["exception"]["type"] == "RuntimeError"
+    assert "in bug" in lines[0]["exception"]["traceback"]
+
+
+def test_an_answer_that_breaks_off_is_seen_as_broken_off(service: Service) -> None:
+    with pytest.raises(httpx.RemoteProtocolError):
+        service.get("/broken-stream")
+
+
+@pytest.mark.parametrize("forged", ['a"b', "x" * 8000, "a b"])
+def test_a_forged_request_id_appears_nowhere(service: Service, forged: str) -> None:
+    answer = service.get("/nowhere", **{"X-Request-ID": forged})
+    assert forged not in answer.text + answer.headers["x-request-id"]
+    assert forged not in service.text
+
+
+def test_a_killed_worker_is_replaced_and_stays_counted(service: Service) -> None:
+    before = count(service, "/")
+    for _ in range(20):
+        service.get("/")
+    eventually(lambda: count(service, "/") - before == 20, 2)
+    victims = [line["pid"] for line in service.lines if line["logger"] == "access"]
+    os.kill(victims[-1], signal.SIGKILL)
+    eventually(lambda: f"Worker (pid:{victims[-1]}) was sent SIGKILL" in service.text)
+    service.wait()
+    assert count(service, "/") - before == 20
+
+
+def test_no_password_is_in_the_output(service: Service, urls: dict[str, str]) -> None:
+    password = urls["DATABASE_URL"].split(":")[2].split("@")[0]
+    assert password not in service.text
+
+
+def test_the_start_says_how_it_is_sized(service: Service) -> None:
+    (line,) = [line for line in service.lines if line["logger"] == "app.sizing"]
+    assert line["message"].startswith("2 workers, 4 database connections for each: WEB_CONCURRENCY=2")
+
+
+def test_a_term_lets_requests_finish_and_ends_cleanly(urls: dict[str, str]) -> None:
+    with serving("tests.faulty:app", **urls) as service:
+        service.wait()
+        eventually(lambda: service.text.count("Application startup complete.") == 2)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            slow = pool.submit(service.get, "/slow?seconds=1")
+            eventually(lambda: "http_server_active_requests 1.0" in service.metrics())
+            assert service.stop(signal.SIGTERM) == 0
+            assert slow.result().json() == "done"
+        messages = [line["message"] for line in service.lines]
+        assert messages.count("Application shutdown complete.") == 2
+        assert messages.count("atexit ran") >= 2
+        assert messages[-1] == "Shutting down: Master" or messages[-1] == "atexit ran"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_an_interrupt_ends_within_two_seconds(urls: dict[str, str], number: int) -> None:
+    with serving("tests.faulty:app", **urls) as service:
+        service.wait()
+        eventually(lambda: service.text.count("Application startup complete.") == 2)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            pool.submit(service.get, "/slow?seconds=30")
+            eventually(lambda: "http_server_active_requests 1.0" in service.metrics())
+            start = time.monotonic()
+            assert service.stop(number) == 0
+            assert time.monotonic() - start < 2.5  # and the 0.1 s steps of the master
+        assert [line["message"] for line in service.lines].count("Application shutdown complete.") == 2
+
+
+def test_nothing_is_left_behind(urls: dict[str, str]) -> None:
+    before = set(SHARED_MEMORY.glob("metrics-*"))
+    with serving(**urls) as service:
+        service.wait()
+        master = psutil.Process(service.process.pid)
+        eventually(lambda: len(master.children()) == 3)  # two workers and the metrics process
+        children = master.children()
+        assert service.stop() == 0
+        _, alive = psutil.wait_procs(children, 3)
+        assert alive == []
+        assert set(SHARED_MEMORY.glob("metrics-*")) <= before
+
+
+def test_the_metrics_process_ends_with_a_killed_master(urls: dict[str, str]) -> None:
+    before = set(SHARED_MEMORY.glob("metrics-*"))
+    with serving(**urls) as service:
+        service.wait()
+        children = psutil.Process(service.process.pid).children(recursive=True)
+        service.process.kill()
+        service.process.wait()
+        metrics = [process for process in children if service.metrics_port in ports(process)]
+        _, alive = psutil.wait_procs(metrics, 5)
+        assert alive == []
+        for process in children:
+            if process.is_running():
+                process.kill()
+    for folder in set(SHARED_MEMORY.glob("metrics-*")) - before:
+        shutil.rmtree(folder)
+
+
+def ports(process: psutil.Process) -> set[int]:
+    """Return the ports that a process listens on."""
+    return {connection.laddr.port for connection in process.net_connections("tcp") if connection.status == "LISTEN"}
+
+
+def test_with_nothing_there_it_starts_is_live_and_recovers(redis: Redis) -> None:
+    with postgres() as server:
+        server.stop()
+        with serving(DATABASE_URL=server.url, REDIS_URL=f"redis://127.0.0.1:{free_port()}") as service:
+            service.wait("/health/startup")
+            assert service.get("/health/live").status_code == 200
+            ready = service.get("/health/ready")
+            assert (ready.status_code, ready.json()["status"]) == (503, "not_ready")
+            assert {check["status"] for check in ready.json()["checks"].values()} == {"unhealthy"}
+            server.start()
+            service.wait("/health/ready", 200, seconds=3)
+            answer = service.get("/health/ready").json()
+            assert (answer["checks"]["postgres"]["status"], answer["checks"]["redis"]["status"]) == (
+                "healthy",
+                "unhealthy",
+            )
+            lines = [line["message"] for line in service.lines if line["logger"] == "app.health"]
+            for text in ("postgres is unhealthy", "redis is unhealthy"):
+                assert lines.count(text) == 2  # one for each worker, not one for each try
+
+
+def test_a_postgres_that_stops_or_freezes_makes_it_unready_and_nothing_else(redis: Redis) -> None:
+    with postgres() as server, serving(DATABASE_URL=server.url, REDIS_URL=redis.url) as service:
+        service.wait()
+
+        def others_are_well() -> None:
+            assert service.get("/health/live").status_code == 200
+            assert service.get("/health/startup").status_code == 200
+
+        with frozen(server.pid):
+            service.wait("/health/ready", 503, seconds=3)
+            others_are_well()
+        service.wait("/health/ready", 200, seconds=3)
+        server.stop()
+        service.wait("/health/ready", 503, seconds=3)
+        others_are_well()
+        server.start()
+        service.wait("/health/ready", 200, seconds=3)
+        assert "Traceback" not in service.text
+
+
+def test_a_redis_that_freezes_is_reported_only(urls: dict[str, str], redis: Redis) -> None:
+    with serving(**urls) as service:
+        service.wait()
+        with frozen(redis.pid):
+            eventually(lambda: service.get("/health/ready").json()["checks"]["redis"]["status"] == "unhealthy", 3)
+            assert service.get("/health/ready").status_code == 200
+        eventually(lambda: service.get("/health/ready").json()["checks"]["redis"]["status"] == "healthy", 3)
+
+
+def test_an_address_that_is_taken_is_one_clear_line(service: Service, urls: dict[str, str]) -> None:
+    taken = f"127.0.0.1:{service.metrics_port}"
+    assert refusal(METRICS_BIND=taken, **urls) == f"configuration error: METRICS_BIND={taken}: cannot listen there: "
+
+
+def test_a_metrics_folder_that_another_instance_uses_is_one_clear_line(
+    urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = str(tmp_path_factory.mktemp("metrics"))
+    with serving(PROMETHEUS_MULTIPROC_DIR=folder, **urls) as service:
+        service.wait()
+        expected = f"configuration error: PROMETHEUS_MULTIPROC_DIR={folder}: another instance uses it; name another"
+        assert refusal(PROMETHEUS_MULTIPROC_DIR=folder, **urls).startswith(expected)
+
+
+def refusal(**settings: str) -> str:
+    """Return what a start that fails prints on stderr, up to the system's own words."""
+    addresses = {"BIND": f"127.0.0.1:{free_port()}", "METRICS_BIND": f"127.0.0.1:{free_port()}"}
+    environment = os.environ | addresses | settings
+    done = subprocess.run(
+        [sys.executable, "-m", "gunicorn"], cwd=PROJECT, env=environment, capture_output=True, check=False, timeout=30
+    )
+    assert done.returncode == 1
+    line = done.stderr.decode()
+    assert line.count("\n") == 1
+    return re.sub(r"Address.*\n", "", line)
+
+
+def test_a_root_path_is_that_of_the_proxy(urls: dict[str, str]) -> None:
+    with serving(ROOT_PATH="/api", DOCS_ENABLED="true", **urls) as service:
+        service.wait()
+        assert service.get("/openapi.json").json()["servers"] == [{"url": "/api"}]
