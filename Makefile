@@ -29,7 +29,7 @@ $(VENV)/ready: requirements-dev.txt | $(UV)
 	@touch $@
 
 demo: setup ## bake the default service and run it under its production server
-	@$(BIN)/python scripts/demo.py
+	@TOOLS='$(abspath $(TOOLS))' $(BIN)/python -m scripts.demo
 
 lint: setup ## check style and types here, and in the template as it stands
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,6 +1,6 @@
 """Bake the default service and run it under its production server, on a throw-away Postgres and Redis.
 
-It ends with Ctrl-C. `PYTHON` names the interpreter of the service, `UV` the uv that sets it up.
+It ends with Ctrl-C. `TOOLS` in the environment names the folder of the uv that sets the service up.
 """
 
 import os
@@ -64,10 +64,12 @@ def main() -> int:
     project = Path(cookiecutter(str(ROOT), no_input=True, default_config=True, output_dir=str(FOLDER)))
     sys.stdout.write(f"baked in {time.monotonic() - start:.1f} s; setting up its environment ...\n")
     sys.stdout.flush()
-    subprocess.run(["make", "--silent", "setup"], cwd=project, check=True)
     pid = FOLDER / "gunicorn.pid"
-    variables = {"GUNICORN_CMD_ARGS": f"--pid {pid}", "BIND": BIND, "METRICS_BIND": METRICS}
-    process = subprocess.Popen(["make", "--silent", "run"], cwd=project, env=os.environ | variables)
+    # The project's make must not take over what this one was told.
+    environment = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "VENV"}}
+    environment |= {"GUNICORN_CMD_ARGS": f"--pid {pid}", "BIND": BIND, "METRICS_BIND": METRICS}
+    subprocess.run(["make", "--silent", "setup"], cwd=project, check=True, env=environment)
+    process = subprocess.Popen(["make", "--silent", "run"], cwd=project, env=environment)
     for number in (signal.SIGINT, signal.SIGTERM):  # the service gets Ctrl-C too, and ends by itself
         signal.signal(number, lambda *_: None)
     if wait_until_ready(process):

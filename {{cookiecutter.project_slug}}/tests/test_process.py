@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -42,6 +43,11 @@ def count(service: Service, route: str) -> float:
     return sum(map(float, re.findall(pattern, service.metrics(), re.MULTILINE)))
 
 
+def of_request(service: Service, request_id: str) -> list[dict[str, Any]]:
+    """Return the lines that a request has left."""
+    return [line for line in service.lines if line.get("request_id") == request_id]
+
+
 def test_answers_carry_an_id_and_no_server_header(service: Service) -> None:
     answer = service.get("/", **{"X-Request-ID": "from-outside"})
     assert answer.json() == {"service": Settings().service_name, "version": "0.0.0"}
@@ -65,7 +71,8 @@ def test_a_bug_is_a_problem_outside_and_one_line_with_traceback_inside(service: 
     assert answer.status_code == 500
     assert answer.json()["request_id"] == "bug-1"
     assert "4111" not in answer.text
-    lines = [line for line in service.lines if line.get("request_id") == "bug-1"]
+    eventually(lambda: len(of_request(service, "bug-1")) == 2)  # the access line follows the answer
+    lines = of_request(service, "bug-1")
     assert [(line["logger"], line["level"]) for line in lines] == [("app.observe", "error"), ("access", "info")]
     assert lines[0]["exception"]["type"] == "RuntimeError"
     assert "in bug" in lines[0]["exception"]["traceback"]

@@ -1,0 +1,85 @@
+"""Fixtures: a clean copy of the template, and bakes of it."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cookiecutter.main import cookiecutter
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = "{{cookiecutter.project_slug}}"
+PYTHONS = ("3.11", "3.12", "3.13")
+CI = os.environ.get("CI") == "true"
+
+Bake = Callable[..., Path]
+
+
+def tracked() -> list[str]:
+    """Return the files of the template as git would commit them now; caches and environments are not among them."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout.decode().split("\0")
+    return sorted(name for name in names if name and (ROOT / name).is_file())
+
+
+def missing(what: str) -> None:
+    """Skip a test for want of a tool; where everything is to run, fail."""
+    if CI:
+        pytest.fail(f"{what} is missing, and CI=true makes that a failure")
+    pytest.skip(f"{what} is missing")
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git would commit: nothing else may get into a bake."""
+    copy = tmp_path_factory.mktemp("template")
+    for name in tracked():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture
+def bake(template: Path, tmp_path: Path) -> Bake:
+    """Return a function that bakes the template with answers and returns the project's folder."""
+
+    def bake(folder: str = "out", accept_hooks: bool = True, **answers: object) -> Path:
+        output = tmp_path / folder
+        project = cookiecutter(
+            str(template),
+            no_input=True,
+            default_config=True,
+            output_dir=str(output),
+            extra_context=answers,
+            accept_hooks=accept_hooks,
+        )
+        return Path(project)
+
+    return bake
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return each file below a folder with its content; empty folders appear with a slash."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file():
+            found[name] = path.read_bytes()
+        elif not any(path.iterdir()):
+            found[name + "/"] = b""
+    return found
+
+
+def interpreter(version: str) -> str:
+    """Return an interpreter of this minor version that runs, from PATH or from pyenv, or skip."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser().glob(f"versions/{version}.*/bin/python")
+    for candidate in (shutil.which(f"python{version}"), *map(str, sorted(pyenv))):
+        if candidate:
+            ask = [candidate, "-c", "import sys; print(sys.executable)"]  # a pyenv shim names itself otherwise
+            answer = subprocess.run(ask, capture_output=True, text=True, check=False)
+            if answer.returncode == 0:
+                return answer.stdout.strip()
+    missing(f"Python {version}")
+    raise AssertionError

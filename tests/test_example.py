@@ -1,0 +1,42 @@
+"""The example goes as one: by the hook, or later by the team, with the same result."""
+
+import json
+import subprocess
+from pathlib import Path
+
+from tests.conftest import Bake, tree
+
+
+def remove(project: Path) -> None:
+    subprocess.run(["make", "--silent", "remove-example"], cwd=project, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_hook_and_make_target_give_identical_projects(bake: Bake) -> None:
+    never, later = bake("never", include_example=False), bake("later")
+    remove(later)
+    assert tree(later) == tree(never)
+
+
+def test_only_the_teams_own_project_is_touched(bake: Bake) -> None:
+    project = bake()
+    kept = {
+        ".git/HEAD.txt": "x # example\n",
+        ".venv/lib/a.py": "x = 1  # example\n",
+        "notes.dat": "x # example\n",
+        "docs/mine.md": "Mine.\n<!-- example: begin -->\nTheirs.\n<!-- example: end -->\nMine.\n",
+    }
+    for name, text in kept.items():
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(text)
+    remove(project)
+    kept["docs/mine.md"] = "Mine.\nMine.\n"
+    assert {name: (project / name).read_text() for name in kept} == kept
+
+
+def test_updates_of_the_template_leave_the_example_out_from_then_on(bake: Bake) -> None:
+    project = bake()
+    answers = {"context": {"cookiecutter": {"include_example": True, "project_slug": "my-service"}}}
+    (project / ".cruft.json").write_text(json.dumps(answers, indent=2))
+    remove(project)
+    stored = json.loads((project / ".cruft.json").read_text())
+    assert stored["context"]["cookiecutter"] == {"include_example": False, "project_slug": "my-service"}

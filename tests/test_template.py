@@ -1,0 +1,181 @@
+"""What the template is made of: readable as it stands, and complete when baked."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import time
+import tokenize
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, SOURCE, Bake, tracked, tree
+
+#: The only files that may hold Jinja; hooks are rendered too, and have just the answers in them.
+JINJA_ALLOWED = re.compile(rf"{re.escape(SOURCE)}/(README\.md|deploy/.*)|hooks/.*\.py|cookiecutter\.json")
+JINJA = re.compile(r"{{|{%|{#")
+ANSWERS = "{{ cookiecutter | tojson }}"
+EXAMPLE_ONLY = {
+    "app/payments/__init__.py",
+    "app/payments/repository.py",
+    "app/payments/router.py",
+    "app/payments/schemas.py",
+    "migrations/versions/0001_payments.py",
+    "scripts/remove_example.py",
+    "tests/payments/__init__.py",
+    "tests/payments/test_payments.py",
+}
+ALWAYS = {
+    *(".env.example", ".gitattributes", ".gitignore", "Makefile", "README.md", "alembic.ini", "gunicorn.conf.py"),
+    *("pyproject.toml", "requirements.txt", "requirements-dev.txt"),
+    *("migrations/env.py", "migrations/script.py.mako", "migrations/versions/.gitkeep"),
+    *("scripts/__init__.py", "scripts/dev.py", "scripts/services.py"),
+    *(f"app/{name}.py" for name in ("__init__", "cache", "database", "errors", "health", "lifespan", "log")),
+    *(f"app/{name}.py" for name in ("machine", "main", "metrics", "observe", "server", "settings", "sizing")),
+    *(f"tests/{name}.py" for name in ("__init__", "conftest", "faulty", "process", "test_health", "test_http")),
+    *(f"tests/test_{name}.py" for name in ("lifespan", "log", "metrics", "migrations", "process", "settings")),
+    "tests/test_sizing.py",
+}
+
+
+def sources() -> list[str]:
+    return [name for name in tracked() if name.startswith((SOURCE, "hooks/", "cookiecutter.json"))]
+
+
+@pytest.mark.parametrize("name", tracked())
+def test_raw_files_parse(name: str) -> None:
+    path = ROOT / name
+    if path.suffix == ".py":
+        ast.parse(path.read_text())
+    elif path.suffix == ".toml":
+        tomllib.loads(path.read_text())
+    elif path.suffix == ".json":
+        json.loads(path.read_text())
+    elif path.suffix in {".yaml", ".yml"}:
+        list(yaml.safe_load_all(path.read_text()))
+
+
+def test_jinja_stands_only_where_it_is_allowed() -> None:
+    strangers = [
+        name
+        for name in sources()
+        if not JINJA_ALLOWED.fullmatch(name)
+        and name.endswith((".toml", ".txt", "Makefile", ".example", ".ini", ".yaml"))
+        if JINJA.search((ROOT / name).read_text())
+    ]
+    assert strangers == []
+
+
+def test_no_python_of_the_service_is_rendered() -> None:
+    """Braces are Python's there; cookiecutter copies the files as they are."""
+    patterns = json.loads((ROOT / "cookiecutter.json").read_text())["_copy_without_render"]
+    rendered = [name for name in sources() if name.startswith(SOURCE) and JINJA_ALLOWED.fullmatch(name)]
+    copied = [name for name in sources() if name.startswith(SOURCE) and not JINJA_ALLOWED.fullmatch(name)]
+    matches = [name for name in copied if any(Path(name).match(pattern) for pattern in patterns)]
+    assert matches == copied
+    assert not any(Path(name).match(pattern) for name in rendered for pattern in patterns)
+
+
+def test_hooks_read_answers_as_data_in_one_place() -> None:
+    for name in ("hooks/pre_gen_project.py", "hooks/post_gen_project.py"):
+        text = (ROOT / name).read_text()
+        assert text.count(ANSWERS) == 1
+        assert not JINJA.search(text.replace(ANSWERS, ""))
+
+
+def test_hooks_need_the_standard_library_alone() -> None:
+    for name in ("hooks/pre_gen_project.py", "hooks/post_gen_project.py"):
+        imports = re.findall(r"^(?:import|from) (\w+)", (ROOT / name).read_text(), re.MULTILINE)
+        assert set(imports) <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize(("include_example", "expected"), [(True, ALWAYS | EXAMPLE_ONLY), (False, ALWAYS)])
+def test_each_option_has_exactly_these_files(bake: Bake, include_example: bool, expected: set[str]) -> None:
+    project = bake(include_example=include_example)
+    assert set(tree(project)) == expected
+
+
+@pytest.mark.parametrize("include_example", [True, False])
+def test_nothing_is_left_to_render_or_to_remove(bake: Bake, include_example: bool) -> None:
+    project = bake(include_example=include_example)
+    for name, content in tree(project).items():
+        text = content.decode()
+        assert "cookiecutter" not in text.replace("cookiecutter.project_slug", ""), name
+        if name.endswith(".md"):
+            assert not JINJA.search(text), name
+        if not include_example:
+            assert not re.search(r"# example$|<!-- example|example: (begin|end)", text, re.MULTILINE), name
+            assert "payment" not in text.lower(), name
+
+
+def test_two_bakes_are_identical(bake: Bake) -> None:
+    assert tree(bake("first")) == tree(bake("second"))
+
+
+def test_a_bake_takes_less_than_two_seconds_of_its_own(bake: Bake) -> None:
+    start = time.process_time()
+    bake()
+    assert time.process_time() - start < 2
+
+
+def test_the_names_stand_where_they_are_needed(bake: Bake) -> None:
+    project = bake(project_name="Order Desk", description='Says "no" \\ yes é', owner="Team <A & B>")
+    assert project.name == "order-desk"
+    metadata = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    assert (metadata["name"], metadata["description"]) == ("order-desk", 'Says "no" \\ yes é')
+    readme = (project / "README.md").read_text()
+    assert readme.startswith('# Order Desk\n\nSays "no" \\ yes é\n\nOwner: Team <A & B>\n')
+    assert 'service_name: str = "order-desk"' in (project / "app/settings.py").read_text()
+    assert "\nSERVICE_NAME=order-desk\n" in (project / ".env.example").read_text()
+
+
+@pytest.mark.parametrize("include_example", [True, False])
+def test_what_is_baked_is_formatted_and_lint_clean(bake: Bake, include_example: bool) -> None:
+    project = bake(include_example=include_example)
+    for command in (["check", "--no-cache", "."], ["format", "--no-cache", "--check", "."]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command], cwd=project, stdout=subprocess.PIPE, check=False
+        )
+        assert done.returncode == 0, done.stdout.decode()
+
+
+def test_paths_are_legal_on_windows_and_short() -> None:
+    for name in tracked():
+        assert not re.search(r'[<>:"|?*\\]', name), name
+        assert len(name) < 120, name
+
+
+def test_lock_files_hold_hashes_and_no_addresses() -> None:
+    for name in tracked():
+        if Path(name).match("requirements*.txt"):
+            text = (ROOT / name).read_text()
+            assert "--hash=sha256:" in text
+            assert not re.search(r"://|--(extra-)?index-url|--find-links", text), name
+
+
+def code_lines(path: Path) -> int:
+    """Count the lines that hold code: not blank, no comment, no docstring."""
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            docstrings.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    with path.open("rb") as file:
+        tokens = [
+            token for token in tokenize.tokenize(file.readline) if token.type not in {*skipped, tokenize.ENCODING}
+        ]
+    lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    return len(lines - docstrings)
+
+
+def test_the_app_without_the_example_can_be_read_in_twenty_minutes(bake: Bake) -> None:
+    files = list((bake(include_example=False) / "app").rglob("*.py"))
+    assert sum(map(code_lines, files)) < 900
+    long = {path.name: len(path.read_text().splitlines()) for path in files}
+    assert {name: lines for name, lines in long.items() if lines > 140} == {}
