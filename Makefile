@@ -1,4 +1,4 @@
-# Everything has its raw command in README.md, for machines without make.
+# README.md has the raw commands of set-up and tests, for machines without make.
 PYTHON ?= python3
 VENV ?= .venv
 TOOLS ?= .tools
@@ -42,7 +42,7 @@ test: lint ## all tests that need no Docker, nginx or haproxy
 	@$(IN_SERVICE) test
 	@$(PYTEST)
 
-test-all: test ## all tests
+test-all: test ## all tests, with Docker, nginx and haproxy where one needs them
 
 lock: | $(UV) ## write all requirements anew, with the newest versions that fit
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade pyproject.toml --group dev --output-file requirements-dev.txt

@@ -18,7 +18,7 @@ def replace(file, before, after):
 slug, description = ANSWERS["project_slug"], json.dumps(ANSWERS["description"], ensure_ascii=False)
 replace("pyproject.toml", 'name = "service"', 'name = "%s"' % slug)
 replace("pyproject.toml", 'description = "A production FastAPI service."', "description = %s" % description)
-replace("app/settings.py", '    service_name: str = "service"', '    service_name: str = "%s"' % slug)
+replace("app/settings.py", '    service_name: Name = "service"', '    service_name: Name = "%s"' % slug)
 replace(".env.example", "SERVICE_NAME=service", "SERVICE_NAME=%s" % slug)
 if not ANSWERS["include_example"]:
     runpy.run_path("scripts/remove_example.py")["remove"](Path.cwd())

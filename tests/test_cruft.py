@@ -91,7 +91,7 @@ def test_an_update_brings_changes_in_and_keeps_edits(repository: Path, project: 
     assert (project / "app/added.py").exists()
     assert (project / "app/mine.py").exists()
     assert "Find a payment." in (project / "app/payments/router.py").read_text()
-    assert 'service_name: str = "my-service"' in (project / "app/settings.py").read_text()
+    assert 'service_name: Name = "my-service"' in (project / "app/settings.py").read_text()
     assert not list(project.rglob("*.rej"))
     assert check(project, tmp_path)
 

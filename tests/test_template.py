@@ -38,7 +38,7 @@ ALWAYS = {
     *(f"app/{name}.py" for name in ("machine", "main", "metrics", "observe", "server", "settings", "sizing")),
     *(f"tests/{name}.py" for name in ("__init__", "conftest", "faulty", "process", "test_health", "test_http")),
     *(f"tests/test_{name}.py" for name in ("lifespan", "log", "metrics", "migrations", "process", "settings")),
-    "tests/test_sizing.py",
+    *("tests/test_services.py", "tests/test_sizing.py"),
 }
 
 
@@ -107,6 +107,7 @@ def test_nothing_is_left_to_render_or_to_remove(bake: Bake, include_example: boo
         assert "cookiecutter" not in text.replace("cookiecutter.project_slug", ""), name
         if name.endswith(".md"):
             assert not JINJA.search(text), name
+            assert "\n\n\n" not in text, name
         if not include_example:
             assert not re.search(r"# example$|<!-- example|example: (begin|end)", text, re.MULTILINE), name
             assert "payment" not in text.lower(), name
@@ -129,7 +130,7 @@ def test_the_names_stand_where_they_are_needed(bake: Bake) -> None:
     assert (metadata["name"], metadata["description"]) == ("order-desk", 'Says "no" \\ yes é')
     readme = (project / "README.md").read_text()
     assert readme.startswith('# Order Desk\n\nSays "no" \\ yes é\n\nOwner: Team <A & B>\n')
-    assert 'service_name: str = "order-desk"' in (project / "app/settings.py").read_text()
+    assert 'service_name: Name = "order-desk"' in (project / "app/settings.py").read_text()
     assert "\nSERVICE_NAME=order-desk\n" in (project / ".env.example").read_text()
 
 

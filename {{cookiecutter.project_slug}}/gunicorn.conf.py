@@ -1,5 +1,6 @@
 """What `gunicorn` reads when it is started in this folder. Everything comes from the environment: app/settings.py."""
 
+import atexit
 import contextlib
 import gc
 import os
@@ -22,7 +23,6 @@ log.configure(settings)
 plan = sizing.plan(settings, machine.detect())
 
 # prometheus_client chooses between files and memory when it is imported, so the folder must be known before that.
-# A reload reads this file again and finds in the environment what the start has put there.
 shared_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - files that never touch a disk
 own_folder = Path(shared_memory or tempfile.gettempdir(), f"metrics-{secrets.token_hex(8)}")
 metrics_folder = settings.prometheus_multiproc_dir or own_folder
@@ -50,23 +50,15 @@ proc_name = settings.service_name
 
 def on_starting(arbiter: Any) -> None:
     """Start the metrics process, before there are sockets that it would inherit, and say how the pod is sized."""
-    try:
-        arbiter.metrics_pid = metrics.start(settings.metrics_bind, metrics_folder)
-    except OSError as error:
-        sys.exit(f"configuration error: METRICS_BIND={settings.metrics_bind}: cannot listen there: {error.strerror}")
-    try:
-        arbiter.metrics_owner = metrics.prepare(metrics_folder)
-    except OSError as error:
-        why = "another instance uses it" if isinstance(error, BlockingIOError) else error.strerror
-        sys.exit(f"configuration error: PROMETHEUS_MULTIPROC_DIR={metrics_folder}: {why}; name another folder")
-    arbiter.owns_metrics_folder = settings.prometheus_multiproc_dir is None
+    pid, arbiter.metrics_owner = metrics.start(settings.metrics_bind, metrics_folder)
+    atexit.register(clean_up, os.getpid(), pid)
     text = "%d workers, %d database connections for each: %s; metrics on %s"
     getLogger("app.sizing").info(text, plan.workers, plan.connections_per_worker, plan.reasons, settings.metrics_bind)
 
 
 def when_ready(arbiter: Any) -> None:
     """Hook into the master once it listens."""
-    server.announce_end(arbiter)
+    server.hook(arbiter)
 
 
 def pre_fork(arbiter: Any, worker: Any) -> None:
@@ -79,9 +71,10 @@ def child_exit(arbiter: Any, worker: Any) -> None:
     metrics.fold(metrics_folder, worker.pid)
 
 
-def on_exit(arbiter: Any) -> None:
-    """End what was started here."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(arbiter.metrics_pid, signal.SIGTERM)
-    if arbiter.owns_metrics_folder:
-        shutil.rmtree(metrics_folder, ignore_errors=True)
+def clean_up(master: int, metrics_process: int) -> None:
+    """End what was started here, however the master ends; workers inherit this and leave it alone."""
+    if os.getpid() == master:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(metrics_process, signal.SIGTERM)
+        if metrics_folder == own_folder:
+            shutil.rmtree(metrics_folder, ignore_errors=True)

@@ -73,8 +73,10 @@ class Database:
         try:
             yield connection
         except (asyncpg.InterfaceError, *OUTAGE) as error:
-            if isinstance(error, asyncpg.InterfaceError) and not connection.is_closed():
+            if isinstance(error, asyncpg.InterfaceError) and not _is_lost(connection):
                 raise  # a bug, such as a wrong number of arguments
+            if isinstance(error, TimeoutError):
+                connection.terminate()  # or the pool would wait once more for a server that does not answer
             msg = "The database did not answer."
             raise UnavailableError(msg) from error
         finally:
@@ -91,6 +93,13 @@ class Database:
             probe.terminate()
             raise
         self.probe = probe
+
+
+def _is_lost(connection: Connection) -> bool:
+    try:
+        return connection.is_closed()
+    except asyncpg.InterfaceError:  # the pool has already taken it back
+        return True
 
 
 def _database(request: Request) -> Database:

@@ -1,5 +1,6 @@
 """Errors as problem details (RFC 9457): every error answer has this one shape and carries the request ID."""
 
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -12,6 +13,7 @@ from starlette.exceptions import HTTPException
 from app.log import request_context
 
 MEDIA_TYPE = "application/problem+json"
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 _TITLES = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -72,7 +74,10 @@ async def _invalid_request(_: Request, error: RequestValidationError) -> Respons
 
 
 def _reason(fault: Mapping[str, Any]) -> str:
-    """Return pydantic's message without the parts that quote the input: a card number must not come back."""
+    """Return pydantic's message without the parts that quote the input: a card number must not come back.
+
+    What a validator of ours raises is passed on, so it must not hold the value either.
+    """
     context, message = fault.get("ctx", {}), str(fault["msg"])
     if "tag" in context:
         return "Input does not match any of the expected kinds"
@@ -82,11 +87,14 @@ def _reason(fault: Mapping[str, Any]) -> str:
 
 
 def _pointer(fault: Mapping[str, Any]) -> str:
-    """Return a JSON Pointer into the body (RFC 6901, section 6: `#/amount`), or `query/limit` for a parameter."""
+    """Return a JSON Pointer into the body (RFC 6901, section 6: `#/amount`), or `query/limit` for a parameter.
+
+    A key that is no name is shown as `*`: it is the client's own.
+    """
     place, *path = fault["loc"]
     if fault["type"] in {"extra_forbidden", "json_invalid"}:  # the last part is the client's own text, or an offset
         path = path[:-1]
-    steps = [str(step).replace("~", "~0").replace("/", "~1") for step in path]
+    steps = [str(step) if isinstance(step, int) or _NAME.fullmatch(step) else "*" for step in path]
     return "/".join(["#" if place == "body" else place, *steps])
 
 

@@ -19,24 +19,33 @@ from app.settings import Settings
 #: What every line written during a request carries: `request_id`, and the ids of the trace if there is one.
 request_context: ContextVar[dict[str, str] | None] = ContextVar("request_context", default=None)
 
-_PASSWORD_IN_URL = re.compile(r"(://[^/\s:@\"']*):[^@\s\"']+@")
+_PASSWORD = re.compile(r"(://[^/\s:\"]*:)[^/\s\"]*(?=@)|(?<=[?&])(password=)[^&\s\"]+")
+_OWN = frozenset({"timestamp", "level", "logger", "service", "pid", "request_id", "exception", "stack"})
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
 def redact(text: str) -> str:
     """Hide the password of every URL in a text: `redis://user:***@host`."""
-    return _PASSWORD_IN_URL.sub(r"\1:***@", text) if "@" in text else text
+    return _PASSWORD.sub(r"\1\2***", text) if "@" in text or "password=" in text else text
 
 
-def line(seconds: float, level: str, logger: str, message: str, **fields: Any) -> bytes:
+def text(value: object) -> str:
+    """Return `str(value)`, whatever that raises."""
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001 - it is somebody's __str__
+        return f"<{type(value).__name__} that cannot be printed>"
+
+
+def line(seconds: float, level: str, logger: str, message: str, fields: dict[str, Any]) -> bytes:
     """Return one line of JSON. `seconds` is a Unix time; the fields of the request are added."""
     time = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     head = {"timestamp": time, "level": level, "logger": logger, "message": message}
     entry = head | fields | (request_context.get() or {})
     try:
-        return orjson.dumps(entry, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
-    except TypeError:  # a lone surrogate or an integer over 64 bits, which orjson refuses
-        return json.dumps(entry, default=str, skipkeys=True).encode() + b"\n"
+        return orjson.dumps(entry, default=text, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+    except TypeError:  # what orjson refuses: a lone surrogate, an integer over 64 bits, a circle, a deep nest
+        return json.dumps({name: text(value) for name, value in entry.items()}).encode() + b"\n"
 
 
 def write(data: bytes) -> None:
@@ -66,10 +75,11 @@ class JsonFormatter(logging.Formatter):
         fields: dict[str, Any] = {"service": self.service, "pid": record.process, **_extras(record)}
         if record.exc_info and (error := record.exc_info[1]):
             trace = "".join(traceback.format_exception(error))
-            kind = type(error).__qualname__
-            fields["exception"] = {"type": kind, "message": redact(str(error)), "traceback": redact(trace)}
-        message = redact(record.getMessage())
-        return line(record.created, record.levelname.lower(), record.name, message, **fields).decode()
+            fields["exception"] = {"type": type(error).__qualname__, "message": text(error), "traceback": trace}
+        if record.stack_info:
+            fields["stack"] = record.stack_info
+        message = record.getMessage()
+        return redact(line(record.created, record.levelname.lower(), record.name, message, fields).decode())
 
 
 class ConsoleFormatter(logging.Formatter):
@@ -83,7 +93,8 @@ class ConsoleFormatter(logging.Formatter):
 
 
 def _extras(record: logging.LogRecord) -> dict[str, Any]:
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    found = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    return {f"extra_{key}" if key in _OWN else key: value for key, value in found.items()}
 
 
 def wants_json(settings: Settings) -> bool:

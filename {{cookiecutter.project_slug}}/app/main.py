@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from redis.exceptions import RedisError
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from app import errors, health
+from app import cache, errors, health
 from app.lifespan import WarmUp, open_state
 from app.observe import Observe
 from app.payments.router import router as payments_router  # example
@@ -39,7 +40,9 @@ def create_app(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> FastAPI:
         openapi_url="/openapi.json" if settings.docs_enabled else None,  # /docs and /redoc go with it
         telemetry={"tracing": False, "metrics": False, "logs": False},  # else looked for on every request
     )
+    app.state.settings = settings  # for the server
     errors.install(app)
+    app.add_exception_handler(RedisError, cache.unavailable)
     app.include_router(root)
     app.include_router(health.router)
     app.include_router(payments_router)  # example

@@ -8,12 +8,13 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from socket import AF_INET, AF_INET6
-from typing import IO
+from typing import IO, Any
 from wsgiref.simple_server import WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, Metric, make_wsgi_app
@@ -89,21 +90,43 @@ class AllWorkers(Collector):
             return list(MultiProcessCollector(None, str(self.folder)).collect())
 
 
-def start(address: str, folder: Path) -> int:
-    """Serve `GET /metrics` on `host:port` from a forked process; return its pid. Raises `OSError` if it cannot bind.
-
-    The process ends with SIGTERM, or when its parent is gone.
-    """
+def _listen(address: str, folder: Path) -> WSGIServer:
+    """Return a server of `GET /metrics` on `host:port`. Raises `OSError` if it cannot listen there."""
     registry = CollectorRegistry()
     registry.register(AllWorkers(folder))
+    metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/metrics":
+            return metrics(environ, start_response)
+        start_response("404 Not Found", [("Content-Type", "text/plain")])
+        return [b"metrics are at /metrics\n"]
+
     host, _, port = address.rpartition(":")
     family = {"address_family": AF_INET6 if "[" in host else AF_INET}
     kind: type[WSGIServer] = type("Server", (ThreadingWSGIServer,), family)
-    server = make_server(host.strip("[]"), int(port), make_wsgi_app(registry), kind, _SilentHandler)
+    return make_server(host.strip("[]"), int(port), app, kind, _SilentHandler)
+
+
+def start(address: str, folder: Path) -> tuple[int, IO[str]]:
+    """Serve `GET /metrics` on `host:port` from a forked process; return its pid and the owner of the folder.
+
+    The process ends with SIGTERM, or when its parent is gone. Raises `SystemExit` with one line that names the setting
+    that is in the way.
+    """
+    try:
+        server = _listen(address, folder)
+    except OSError as error:
+        sys.exit(f"configuration error: METRICS_BIND={address}: cannot listen there: {error.strerror}")
+    try:
+        owner = prepare(folder)
+    except OSError as error:
+        why = "another instance uses it" if isinstance(error, BlockingIOError) else error.strerror
+        sys.exit(f"configuration error: PROMETHEUS_MULTIPROC_DIR={folder}: {why}; name another folder")
     parent = os.getpid()
     if pid := os.fork():
         server.socket.close()
-        return pid
+        return pid, owner
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are the master's, and a terminal sends them to all
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -20,7 +20,9 @@ from app.settings import Settings
 #: What is taken over from a client; anything longer or stranger could forge log lines.
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 #: W3C Trace Context, section 3.2.2: version, trace-id, parent-id, flags; all-zero ids are invalid.
-_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
+_TRACEPARENT = re.compile(
+    rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}((?<!^00.{53})-.*)?"
+)
 #: RFC 9110 and RFC 5789; any other is counted as `_OTHER`, or clients could make up time series.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that left before the answer
@@ -91,7 +93,7 @@ class Observe:
             "client": scope["client"][0] if scope["client"] else None,
         }
         if self.writes_json:
-            log.write(log.line(time.time(), "info", "access", "request", **self.fields, **fields))
+            log.write(log.line(time.time(), "info", "access", "request", self.fields | fields))
         else:
             self.access.info("%(method)s %(path)r %(status)d %(duration_ms).1f ms", fields)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import mmap
+import os
 import signal
 import socket
 import sys
@@ -10,10 +11,9 @@ from types import FrameType
 from typing import Any, ClassVar
 
 from gunicorn.arbiter import Arbiter
+from uvicorn.config import Config
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
-
-from app.settings import load_settings
 
 #: One byte that the master sets for all workers, mapped before they are forked. A signal alone could be lost: in a
 #: worker that was forked just now, gunicorn's own handlers still swallow it.
@@ -28,8 +28,12 @@ def is_draining() -> bool:
     return _ENDING[0] != 0
 
 
-def announce_end(arbiter: Any) -> None:
-    """Make gunicorn's master say that it ends before it signals its workers (`when_ready` of gunicorn.conf.py)."""
+def hook(arbiter: Any) -> None:
+    """Change what gunicorn's master does with signals (`when_ready` of gunicorn.conf.py).
+
+    It says that it ends before it signals its workers. SIGHUP replaces the workers and reads nothing anew: the app is
+    preloaded with its settings, and a wrong one must not end a master that serves.
+    """
     stop: Callable[[bool], None] = arbiter.stop
 
     def announced(graceful: bool = True) -> None:
@@ -37,10 +41,15 @@ def announce_end(arbiter: Any) -> None:
         stop(graceful)
 
     arbiter.stop = announced
+    arbiter.app.reload = lambda: None
 
 
 class ServiceServer(Server):
     """Uvicorn's server, which keeps SIGTERM to itself."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.master = os.getppid()
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop. Uvicorn would raise the signal again, and `atexit` would never run."""
@@ -53,14 +62,10 @@ class ServiceServer(Server):
             self.config.timeout_graceful_shutdown = 1
         self.should_exit = True
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close as uvicorn does, but leave gunicorn's sockets alone: uvloop has closed them by then."""
-        await super().shutdown(sockets=[])
-
     async def on_tick(self, counter: int) -> bool:
-        """Look ten times a second whether the pod is ending."""
-        if is_draining():
-            self.handle_exit(signal.SIGTERM if _ENDING[0] == _GRACEFULLY else signal.SIGQUIT, None)
+        """Look ten times a second whether the pod is ending; without its master a worker would block the next start."""
+        if is_draining() or os.getppid() != self.master:
+            self.handle_exit(signal.SIGQUIT if _ENDING[0] == _QUICKLY else signal.SIGTERM, None)
         return await super().on_tick(counter)
 
 
@@ -77,15 +82,19 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.config.root_path = load_settings().root_path
         self.config.timeout_notify = 1  # by default timeout/2, which kills loops that are blocked for only that long
         self.config.timeout_graceful_shutdown = max(1, self.cfg.graceful_timeout - CLOSING_SECONDS)
 
     async def _serve(self) -> None:
         self.config.app = self.wsgi
+        self.config.root_path = self.wsgi.state.settings.root_path
         server = ServiceServer(self.config)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT, None)
-        await server.serve(sockets=self.sockets)
+        # Copies: uvloop closes the file of what it serves, and gunicorn's objects would log an error for it.
+        sockets = [socket.socket(fileno=socket.dup(own.fileno())) for own in self.sockets]
+        for own in self.sockets:
+            own.close()
+        await server.serve(sockets)
         if not server.started:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)

@@ -3,10 +3,13 @@
 import argparse
 import math
 import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
 
 from app.machine import Machine, detect
-from app.settings import Settings, load_settings
+from app.settings import Positive, Settings, load_settings
 
 MEGABYTE = 1 << 20
 USABLE_MEMORY = 0.8  # of the limit; the rest is for peaks
@@ -61,7 +64,7 @@ def _carried(settings: Settings, machine: Machine) -> int:
 def findings(s: Settings, machine: Machine, workers: int, replicas: int) -> list[str]:
     """Return one sentence for each incoherence of these settings, with its remedy; none for the defaults."""
     by_cpu = max(1, math.ceil(machine.cpus * s.workers_per_core))
-    memory = workers * s.worker_memory_mb + BASE_MEMORY_MB
+    memory, carried = workers * s.worker_memory_mb + BASE_MEMORY_MB, _carried(s, machine)
     grace = s.graceful_timeout_seconds + GRACE_MARGIN_SECONDS
     budget = s.database_max_connections
     connections = (2 * replicas + SURGE) * budget + OTHER_CONNECTIONS
@@ -69,8 +72,8 @@ def findings(s: Settings, machine: Machine, workers: int, replicas: int) -> list
         (workers > by_cpu, f"{workers} workers on {machine.cpus:g} CPUs only take turns: set WEB_CONCURRENCY={by_cpu}"),
         (
             memory > _megabytes(machine) * USABLE_MEMORY,
-            f"{workers} workers need {memory} MB, more than {USABLE_MEMORY:.0%} of {_megabytes(machine)} MB: "
-            f"set WEB_CONCURRENCY={_carried(s, machine)}, or raise the memory limit",
+            f"{workers} workers need {memory} MB, more than {USABLE_MEMORY:.0%} of {_megabytes(machine)} MB: raise the "
+            f"memory limit{f', or set WEB_CONCURRENCY={carried}' if carried < workers else ''}",
         ),
         (
             s.worker_timeout_seconds < BLOCKING_STEP_SECONDS,
@@ -101,19 +104,30 @@ def findings(s: Settings, machine: Machine, workers: int, replicas: int) -> list
     return [text for broken, text in rules if broken]
 
 
+def _number(kind: Any) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value: float = TypeAdapter(kind).validate_strings(text)
+        return value
+
+    return number
+
+
 def main() -> int:
     """Explain the plan on stdout; return 1 if something is incoherent."""
     settings, machine = load_settings(), detect()
     about = "Explain how many workers and connections this service runs here, and what is incoherent (exit 1)."
     parser = argparse.ArgumentParser(prog="python -m app.sizing", description=about)
-    parser.add_argument("--cpus", type=float, help=f"CPUs (found: {machine.cpus:g})")
-    parser.add_argument("--memory-mb", type=int, help=f"memory in MB (found: {_megabytes(machine)})")
-    parser.add_argument("--replicas", type=int, default=REPLICAS, help="most pods of a release (now: %(default)s)")
+    parser.add_argument("--cpus", type=_number(Positive), help=f"CPUs (found: {machine.cpus:g})")
+    parser.add_argument("--memory-mb", type=_number(PositiveInt), help=f"memory in MB (found: {_megabytes(machine)})")
+    parser.add_argument(
+        "--replicas", type=_number(PositiveInt), default=REPLICAS, help="most pods of a release (now: %(default)s)"
+    )
     for option, name in OVERRIDES.items():
-        parser.add_argument(option, dest=name, type=int, default=getattr(settings, name), help="now: %(default)s")
+        kind = NonNegativeInt if option in {"--timeout", "--max-requests"} else PositiveInt
+        parser.add_argument(
+            option, dest=name, type=_number(kind), default=getattr(settings, name), help="now: %(default)s"
+        )
     options = vars(parser.parse_args())
-    if wrong := [f"{name}={value}" for name, value in options.items() if value is not None and value < 0]:
-        parser.error(f"{wrong[0]}: takes a number of at least 0")
     settings = settings.model_copy(update={name: options[name] for name in OVERRIDES.values()})
     if options["cpus"]:
         machine = machine._replace(cpus=options["cpus"], cpus_from="--cpus")

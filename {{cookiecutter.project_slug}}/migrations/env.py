@@ -32,20 +32,21 @@ async def migrate() -> None:
     settings = load_settings()
     log.configure(settings)
     url = settings.database_url.get_secret_value()
-
-    async def connect() -> asyncpg.Connection:
-        return await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0)
-
-    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
     try:
-        async with engine.connect() as connection:
-            await connection.run_sync(run)
-            await connection.commit()
-    except (OSError, asyncpg.PostgresConnectionError, asyncpg.InvalidAuthorizationSpecificationError) as error:
+        driver = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         logging.getLogger("app.migrations").error(
             "the database of DATABASE_URL cannot be reached: %s", error or type(error)
         )
         sys.exit(1)
+
+    async def connected() -> asyncpg.Connection:
+        return driver
+
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=connected, poolclass=NullPool)
+    async with engine.connect() as connection:
+        await connection.run_sync(run)
+        await connection.commit()
 
 
 asyncio.run(migrate())

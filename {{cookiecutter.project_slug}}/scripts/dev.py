@@ -5,22 +5,25 @@ import signal
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("ENVIRONMENT", "development")
-os.environ["WEB_CONCURRENCY"] = "1"
-os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="metrics-"))
-
 import uvicorn
 
-from app import log, metrics
+from app import log
 from app.settings import load_settings
 
 
 def main() -> None:
     """Serve until Ctrl-C; a change below `app/` restarts the server."""
+    with tempfile.TemporaryDirectory(prefix="metrics-") as folder:
+        os.environ.update({"ENVIRONMENT": "development", "WEB_CONCURRENCY": "1", "PROMETHEUS_MULTIPROC_DIR": folder})
+        serve(Path(folder))
+
+
+def serve(folder: Path) -> None:
+    """Run uvicorn with reload, and the metrics process on this folder."""
+    from app import metrics  # prometheus_client looks for the folder when it is imported
+
     settings = load_settings()
-    folder = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
-    owner = metrics.prepare(folder)
-    pid = metrics.start(settings.metrics_bind, folder)
+    pid, owner = metrics.start(settings.metrics_bind, folder)
     host, _, port = settings.bind.rpartition(":")
     try:
         uvicorn.run(

@@ -6,8 +6,11 @@ from pathlib import Path
 
 PATHS = ["app/payments", "tests/payments", "migrations/versions/0001_payments.py", "scripts/remove_example.py"]
 TEXTS = {".py", ".toml", ".md", ".yaml", ".yml", ".example", ""}
-LINE = re.compile(r"^.*(# example|<!-- example --> \|)\n", re.MULTILINE)
-BLOCK = re.compile(r"^[^\n]*example: begin.*?example: end[^\n]*\n", re.MULTILINE | re.DOTALL)
+LINE = re.compile(r"^.*# example\n", re.MULTILINE)
+ROW = re.compile(r"^.*<!-- example --> \|\n", re.MULTILINE)  # of a table in Markdown
+#: A block, with one of the two blank lines that it would leave behind.
+BLOCK = re.compile(r"^[^\n]*example: begin(?:(?!example: end).)*example: end[^\n]*\n", re.MULTILINE | re.DOTALL)
+BETWEEN_BLANKS = re.compile(r"(?<=\n\n)" + BLOCK.pattern + r"\n", re.MULTILINE | re.DOTALL)
 #: Folders that are not the project's own text.
 SKIPPED = {".git", ".venv", ".tools", "__pycache__", "node_modules"}
 
@@ -39,7 +42,7 @@ def remove(project: Path) -> None:
         _delete(project / name)
     for path in _texts(project):
         before = path.read_bytes().decode(errors="surrogateescape")
-        after = LINE.sub("", BLOCK.sub("", before))
+        after = (ROW if path.suffix == ".md" else LINE).sub("", BLOCK.sub("", BETWEEN_BLANKS.sub("", before)))
         if after != before:
             path.write_bytes(after.encode(errors="surrogateescape"))
     answers = project / ".cruft.json"  # so that an update of the template leaves the example out as well
@@ -49,4 +52,4 @@ def remove(project: Path) -> None:
 
 if __name__ == "__main__":
     remove(Path(__file__).resolve().parent.parent)
-    sys.stdout.write("The example is gone. `make test` and look at `git status`.\n")
+    sys.stdout.write("The example is gone: look at `git status`. A database that was migrated with it still has it.\n")

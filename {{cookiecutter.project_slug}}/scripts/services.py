@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 START_SECONDS = 30
 POSTGRES_SETTINGS = {
@@ -67,10 +68,10 @@ def _programs(target: Path) -> Path:
 
 
 class Postgres:
-    """A Postgres server on the loopback interface, with its data in a folder that goes with it."""
+    """A Postgres server on the loopback interface, with its data in a folder."""
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.folder.chmod(0o755)
         self.user = "nobody" if os.geteuid() == 0 else None  # Postgres refuses to run as root
         self.programs, self.data = _programs(self.folder), self.folder / "data"
@@ -86,7 +87,11 @@ class Postgres:
     def _call(self, program: str, *arguments: str) -> None:
         command = [str(self.programs / program), "-D", str(self.data), *arguments]
         pipe = subprocess.PIPE
-        done = subprocess.run(command, user=self.user, cwd="/", check=False, stdout=pipe, stderr=subprocess.STDOUT)
+        own: dict[str, Any] = {"user": self.user, "cwd": "/", "start_new_session": True}  # Ctrl-C is not theirs
+        try:
+            done = subprocess.run(command, check=False, stdout=pipe, stderr=subprocess.STDOUT, **own)
+        except PermissionError:
+            sys.exit(f"{self.folder}: {self.user} may not enter it; set TMPDIR to a folder that everybody may enter")
         if done.returncode:
             sys.exit(f"{program} of the throw-away Postgres failed:\n{done.stdout.decode()}")
 
@@ -140,13 +145,14 @@ class Redis:
 @contextlib.contextmanager
 def postgres() -> Iterator[Postgres]:
     """Run a Postgres server; remove it with its data at the end."""
-    server = Postgres()
-    try:
-        server.start()
-        yield server
-        server.stop()
-    finally:
-        shutil.rmtree(server.folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as folder:
+        server = Postgres(Path(folder))
+        try:
+            server.start()
+            yield server
+        finally:
+            if (server.data / "postmaster.pid").exists():
+                server.stop()
 
 
 @contextlib.contextmanager
@@ -173,27 +179,37 @@ def redis() -> Iterator[Redis]:
 
 @contextlib.contextmanager
 def environment() -> Iterator[dict[str, str]]:
-    """Yield `DATABASE_URL` and `REDIS_URL`: as the environment has them, else of servers started for it."""
+    """Yield the environment, with `DATABASE_URL` and `REDIS_URL` of servers started for it where it names none.
+
+    Empty variables count as unset, for gunicorn too, which takes an empty `WEB_CONCURRENCY` for a number.
+    """
+    variables = {name: value for name, value in os.environ.items() if value}
+    secret_files = {path.name for path in Path(variables.get("SECRETS_DIR", os.devnull)).glob("*")}
     with contextlib.ExitStack() as stack:
-        yield {
-            "DATABASE_URL": os.environ.get("DATABASE_URL") or stack.enter_context(postgres()).url,
-            "REDIS_URL": os.environ.get("REDIS_URL") or stack.enter_context(redis()).url,
-        }
+        for name, start in {"DATABASE_URL": postgres, "REDIS_URL": redis}.items():
+            if name not in variables and not {name, name.lower()} & secret_files:
+                variables[name] = stack.enter_context(start()).url  # type: ignore[attr-defined]
+        yield variables
 
 
 def main(command: list[str]) -> int:
     """Run the command between start and stop of the services; return its exit code."""
     if not command or command[0] in {"-h", "--help"}:
         sys.exit(f"{__doc__}\nusage: python -m scripts.services COMMAND [ARGUMENT ...]")
-    with environment() as urls:
-        child = subprocess.Popen(command, env=os.environ | urls)
+    signals: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
 
-        def forward(number: int, _: FrameType | None) -> None:
-            if number == signal.SIGTERM:  # a terminal sends Ctrl-C to the command too, which decides what it means
-                child.send_signal(number)
+    def forward(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+        if child and number == signal.SIGTERM:  # a terminal sends Ctrl-C to the command too, which decides
+            child.send_signal(number)
 
-        signal.signal(signal.SIGINT, forward)
-        signal.signal(signal.SIGTERM, forward)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    with environment() as variables:
+        if signals:  # while the servers started, which takes a second and is not to be cut short
+            return 128 + signals[0]
+        child = subprocess.Popen(command, env=variables)
         code = child.wait()
     return code if code >= 0 else 128 - code
 

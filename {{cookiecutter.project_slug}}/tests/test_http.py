@@ -10,14 +10,16 @@ import pytest
 from fastapi import APIRouter, Body, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from prometheus_client import REGISTRY
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from app.cache import CacheDependency
 from app.errors import ServiceError
 from app.main import create_app
 from app.observe import Observe
 from app.settings import Settings
+from scripts.services import free_port
 from tests.conftest import InProcess
 
 CARD = "4111111111111111"
@@ -75,6 +77,14 @@ def with_routes(settings: Settings) -> FastAPI:
     @app.post("/settle")
     async def settle(body: Settled, limit: int) -> None: ...
 
+    @app.post("/prices")
+    async def prices(body: dict[str, int]) -> None: ...
+
+    @app.get("/cached")
+    async def cached(redis: CacheDependency) -> bool:
+        await redis.ping()
+        return True
+
     @app.get("/state")
     async def state(request: Request) -> list[str]:
         return sorted(request.state._state)
@@ -120,11 +130,17 @@ async def test_the_trace_of_the_caller_is_in_the_line(
     client: httpx.AsyncClient, capfd: pytest.CaptureFixture[str]
 ) -> None:
     trace, span = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-    for header in (f"00-{trace}-{span}-01", f"00-{'0' * 32}-{span}-01", f"ff-{trace}-{span}-01", "junk"):
+    for header in (
+        f"00-{trace}-{span}-01",
+        f"00-{trace}-{span}-01-x",
+        f"00-{'0' * 32}-{span}-01",
+        f"ff-{trace}-{span}-01",
+        "junk",
+    ):
         await client.get("/", headers={"traceparent": header})
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     traces = [(line.get("trace_id"), line.get("parent_span_id")) for line in lines]
-    assert traces == [(trace, span), (None, None), (None, None), (None, None)]
+    assert traces == [(trace, span)] + [(None, None)] * 4
 
 
 async def test_an_access_line_says_what_happened(client: httpx.AsyncClient, capfd: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +266,19 @@ async def test_a_422_says_what_is_wrong_and_never_what_was_sent(
     found = [(fault["detail"], fault["pointer"].replace("/card", "")) for fault in answer.json()["errors"]]
     assert found == faults
     assert CARD not in answer.text + capfd.readouterr().out
+
+
+async def test_a_key_of_the_client_does_not_come_back(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/prices", json={CARD: "x", "apples": "y"})
+    assert [fault["pointer"] for fault in answer.json()["errors"]] == ["#/*", "#/apples"]
+    assert CARD not in answer.text
+
+
+async def test_a_request_that_needs_a_redis_that_is_away_is_503(settings: Settings) -> None:
+    nowhere = settings.model_copy(update={"redis_url": SecretStr(f"redis://127.0.0.1:{free_port()}")})
+    async with InProcess(with_routes(nowhere)) as client:
+        answer = await client.get("/cached")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
 async def test_a_422_names_a_wrong_parameter_and_broken_json(http: httpx.AsyncClient) -> None:

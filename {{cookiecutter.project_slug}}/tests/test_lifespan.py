@@ -12,11 +12,12 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from app import cache
-from app.database import Database
+from app.database import Connection, Database
 from app.errors import UnavailableError
 from app.lifespan import open_state
 from app.settings import Settings
 from scripts.services import Postgres, free_port
+from tests.process import frozen
 
 
 async def test_nothing_connects_before_first_use(settings: Settings) -> None:
@@ -88,6 +89,23 @@ async def test_a_slow_query_is_cut_off(settings: Settings) -> None:
         with pytest.raises(UnavailableError):
             async with state["database"].acquire() as connection:
                 await connection.execute("select pg_sleep(5)")
+
+
+async def frozen_query(connection: Connection, postgres: Postgres) -> None:
+    with frozen(postgres.pid):
+        await connection.execute("select")
+
+
+async def test_a_query_on_a_server_that_freezes_ends_in_time(settings: Settings, postgres: Postgres) -> None:
+    loop = asyncio.get_running_loop()
+    async with open_state(settings.model_copy(update={"database_command_timeout_seconds": 0.5})) as state:
+        async with state["database"].acquire() as connection:
+            await connection.execute("select")
+        start = loop.time()
+        with pytest.raises(UnavailableError):
+            async with state["database"].acquire() as connection:
+                await frozen_query(connection, postgres)
+        assert loop.time() - start < 1.5
 
 
 async def test_a_bug_in_a_query_is_no_outage(settings: Settings) -> None:

@@ -53,7 +53,41 @@ def test_an_exception_is_an_object(lines: Read) -> None:
     assert exception["traceback"].startswith("Traceback")
 
 
-@pytest.mark.parametrize("value", ["\udcff", 2**70, object(), {1: b"x"}, float("nan"), "\x00\r\n"])
+class Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+CIRCLE: list[object] = []
+CIRCLE.append(CIRCLE)
+
+
+def test_fields_of_a_caller_do_not_pass_for_our_own(lines: Read) -> None:
+    names = ("level", "logger", "service", "pid", "timestamp", "seconds", "request_id")
+    logging.getLogger("app").info("odd", extra=dict.fromkeys(names, "forged"))
+    (line,) = lines()
+    assert (line["level"], line["logger"], line["service"]) == ("info", "app", "orders")
+    assert line["extra_level"] == line["seconds"] == "forged"
+    assert "request_id" not in line
+
+
+def test_an_exception_that_cannot_be_printed_is_a_line_all_the_same(lines: Read) -> None:
+    class EvilError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    try:
+        raise EvilError
+    except EvilError:
+        logging.getLogger("app").exception("failed", stack_info=True)
+    (line,) = lines()
+    assert "EvilError that cannot be printed" in str(line["exception"])
+    assert "Stack" in str(line["stack"])
+
+
+@pytest.mark.parametrize(
+    "value", [Unprintable(), CIRCLE, "\udcff", 2**70, object(), {1: b"x"}, float("nan"), "\x00\r\n"]
+)
 def test_whatever_is_logged_is_one_line_of_json(lines: Read, value: object) -> None:
     logging.getLogger("app").info("odd", extra={"value": value})
     assert len(lines()) == 1
@@ -65,13 +99,15 @@ def test_whatever_is_logged_is_one_line_of_json(lines: Read, value: object) -> N
         "cannot reach postgresql://app:hunter2@db:5432/app?sslmode=verify-full",
         "redis://:hunter2@cache",
         "two: a://b:hunter2@c and d://e:hunter2@f",
+        "at: a://b:x@hunter2@c",
+        "quote: a://b:x'hunter2@c",
     ],
 )
 def test_the_password_of_a_url_is_hidden(lines: Read, text: str) -> None:
     try:
         raise OSError(text)
     except OSError:
-        logging.getLogger("app").exception("failed: %s", text)
+        logging.getLogger("app").exception("failed: %s", text, extra={"url": text})
     line = json.dumps(lines())
     assert "hunter2" not in line
     assert ":***@" in line

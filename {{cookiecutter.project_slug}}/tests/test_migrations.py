@@ -42,8 +42,14 @@ def test_every_migration_can_be_taken_back(fresh: Postgres) -> None:
         assert run.returncode == 0
 
 
-def test_a_database_that_is_away_is_one_clear_line() -> None:
-    run = alembic(f"postgresql://app:hunter2@127.0.0.1:{free_port()}/app")
+@pytest.mark.parametrize("wrong", ["away", "password", "database"])
+def test_a_database_that_cannot_be_reached_is_one_clear_line(fresh: Postgres, wrong: str) -> None:
+    urls = {
+        "away": f"postgresql://app:hunter2@127.0.0.1:{free_port()}/app",
+        "password": f"postgresql://app:hunter2@127.0.0.1:{fresh.port}/postgres",
+        "database": fresh.url.replace("/postgres", "/hunter2")[: fresh.url.rindex("/")] + "/nothere",
+    }
+    run = alembic(urls[wrong])
     output, errors = run.communicate(timeout=60)
     assert run.returncode != 0
     assert json.loads(output)["message"].startswith("the database of DATABASE_URL cannot be reached")

@@ -154,26 +154,19 @@ def test_nothing_is_left_behind(urls: dict[str, str]) -> None:
         assert set(SHARED_MEMORY.glob("metrics-*")) <= before
 
 
-def test_the_metrics_process_ends_with_a_killed_master(urls: dict[str, str]) -> None:
+def test_all_processes_end_with_a_killed_master(urls: dict[str, str]) -> None:
     before = set(SHARED_MEMORY.glob("metrics-*"))
     with serving(**urls) as service:
         service.wait()
         children = psutil.Process(service.process.pid).children(recursive=True)
         service.process.kill()
         service.process.wait()
-        metrics = [process for process in children if service.metrics_port in ports(process)]
-        _, alive = psutil.wait_procs(metrics, 5)
+        _, alive = psutil.wait_procs(children, 5)
+        for process in alive:
+            process.kill()
         assert alive == []
-        for process in children:
-            if process.is_running():
-                process.kill()
     for folder in set(SHARED_MEMORY.glob("metrics-*")) - before:
         shutil.rmtree(folder)
-
-
-def ports(process: psutil.Process) -> set[int]:
-    """Return the ports that a process listens on."""
-    return {connection.laddr.port for connection in process.net_connections("tcp") if connection.status == "LISTEN"}
 
 
 def test_with_nothing_there_it_starts_is_live_and_recovers(redis: Redis) -> None:
@@ -226,6 +219,41 @@ def test_a_redis_that_freezes_is_reported_only(urls: dict[str, str], redis: Redi
         eventually(lambda: service.get("/health/ready").json()["checks"]["redis"]["status"] == "healthy", 3)
 
 
+def test_a_hangup_replaces_the_workers_and_reads_nothing_anew(
+    urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    secrets = tmp_path_factory.mktemp("secrets")
+    with serving(SECRETS_DIR=str(secrets), **urls) as service:
+        service.wait()
+        eventually(lambda: service.text.count("Application startup complete.") == 2)
+        for _ in range(10):
+            service.get("/")
+        eventually(lambda: count(service, "/") == 10)
+        before = {child.pid for child in psutil.Process(service.process.pid).children()}
+        (secrets / "LOG_LEVEL").write_text("nonsense")
+        service.process.send_signal(signal.SIGHUP)
+        eventually(lambda: service.text.count("Worker exiting") == 2)
+        eventually(lambda: len(psutil.Process(service.process.pid).children()) == 3)
+        after = {child.pid for child in psutil.Process(service.process.pid).children()}
+        assert len(after & before) == 1  # the metrics process
+        assert count(service, "/") == 10
+        assert {line["level"] for line in service.lines} == {"info"}
+
+
+def test_only_metrics_are_at_the_metrics_address(service: Service) -> None:
+    address = f"http://127.0.0.1:{service.metrics_port}"
+    assert [service.http.get(address + path).status_code for path in ("/metrics", "/", "/docs")] == [200, 404, 404]
+
+
+def test_a_start_that_fails_leaves_nothing_behind(service: Service, urls: dict[str, str]) -> None:
+    before = set(SHARED_MEMORY.glob("metrics-*"))
+    environment = os.environ | urls | {"BIND": "192.0.2.1:80", "METRICS_BIND": f"127.0.0.1:{free_port()}"}
+    run = [sys.executable, "-m", "gunicorn"]
+    done = subprocess.run(run, cwd=PROJECT, env=environment, capture_output=True, check=False, timeout=30)
+    assert done.returncode == 1
+    assert set(SHARED_MEMORY.glob("metrics-*")) <= before
+
+
 def test_an_address_that_is_taken_is_one_clear_line(service: Service, urls: dict[str, str]) -> None:
     taken = f"127.0.0.1:{service.metrics_port}"
     assert refusal(METRICS_BIND=taken, **urls) == f"configuration error: METRICS_BIND={taken}: cannot listen there: "
@@ -258,3 +286,6 @@ def test_a_root_path_is_that_of_the_proxy(urls: dict[str, str]) -> None:
     with serving(ROOT_PATH="/api", DOCS_ENABLED="true", **urls) as service:
         service.wait()
         assert service.get("/openapi.json").json()["servers"] == [{"url": "/api"}]
+        body = {"amount": 1, "currency": "EUR", "reference": "a"}  # example
+        created = service.http.post("/payments", json=body)  # example
+        assert created.headers["location"].startswith("/api/payments/")  # example

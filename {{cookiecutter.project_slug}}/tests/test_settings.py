@@ -58,6 +58,12 @@ def test_an_empty_value_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None
     assert Settings() == Settings(log_level="info", web_concurrency=None)
 
 
+def test_words_may_be_in_upper_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ENVIRONMENT": "Staging", "LOG_FORMAT": "JSON", "LOG_LEVEL": "DEBUG"}.items():
+        monkeypatch.setenv(name, value)
+    assert (Settings().environment, Settings().log_format, Settings().log_level) == ("staging", "json", "debug")
+
+
 @pytest.mark.parametrize(("port", "bind"), [("", "127.0.0.1:8000"), ("8080", "0.0.0.0:8080")])
 def test_bind_follows_port(monkeypatch: pytest.MonkeyPatch, port: str, bind: str) -> None:
     monkeypatch.setenv("PORT", port)
@@ -81,6 +87,11 @@ def test_docs_are_on_in_development_only(monkeypatch: pytest.MonkeyPatch, enviro
         ("BIND", "8000", "host:port"),
         ("BIND", "http://x:1", "host:port"),
         ("METRICS_BIND", "localhost", "host:port"),
+        ("BIND", "127.0.0.1:99999", "host:port"),
+        ("BIND", "127.0.0.1:0", "host:port"),
+        ("SERVICE_NAME", "My Service", "a name without spaces"),
+        ("WORKERS_PER_CORE", "inf", "finite"),
+        ("FORWARDED_ALLOW_IPS", "10.0.0.0/8,nonsense", "addresses or networks"),
         ("READINESS_REQUIRED", "mysql", "'postgres' or 'redis'"),
         ("ROOT_PATH", "api/", "a path such as /api"),
         ("DATABASE_COMMAND_TIMEOUT_SECONDS", "-1", "greater than 0"),
@@ -102,9 +113,19 @@ def test_several_faults_stand_in_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     assert "BIND" not in line
 
 
-@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL"])
-def test_a_wrong_secret_is_named_and_not_shown(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    line = refusal(monkeypatch, **{name: "mysql://app:hunter2@db/x"})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "mysql://app:hunter2@db/x"),
+        ("DATABASE_URL", "postgresql://app:hunter2/x@db/x"),
+        ("DATABASE_URL", "postgresql://app:hunter2@db:abc/x"),
+        ("REDIS_URL", "http://app:hunter2@cache"),
+        ("REDIS_URL", "redis://:hunter2/x@cache:6379/0"),
+        ("REDIS_URL", "redis://:hunter2@cache:99999/0"),
+    ],
+)
+def test_a_wrong_secret_is_named_and_not_shown(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    line = refusal(monkeypatch, **{name: value})
     assert line.startswith(f"{name}: takes ")
     assert "hunter2" not in line
 
@@ -118,6 +139,18 @@ def test_a_secret_file_sets_its_setting(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("SECRETS_DIR", str(tmp_path))
     assert load_settings().database_url.get_secret_value() == "postgresql://app:pw@db/app"
     assert "pw" not in repr(load_settings())
+
+
+def test_an_empty_secret_file_counts_as_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "REDIS_URL").write_text("\n")
+    monkeypatch.setenv("SECRETS_DIR", str(tmp_path))
+    monkeypatch.setenv("REDIS_URL", "redis://b")
+    assert load_settings().redis_url.get_secret_value() == "redis://b"
+
+
+def test_a_secret_that_is_a_folder_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "REDIS_URL").mkdir()
+    assert "redis_url" in refusal(monkeypatch, SECRETS_DIR=str(tmp_path)).lower()
 
 
 def test_the_same_setting_as_file_and_in_the_environment_is_refused(

@@ -119,6 +119,7 @@ def test_the_defaults_are_coherent(cpus: float) -> None:
     [
         ({"web_concurrency": 3}, "3 workers on 2 CPUs"),
         ({"worker_memory_mb": 900}, "2 workers need 1880 MB"),
+        ({"worker_memory_mb": 2000, "web_concurrency": 1}, "raise the memory limit"),
         ({"worker_timeout_seconds": 0}, "WORKER_TIMEOUT_SECONDS=0"),
         ({"termination_grace_seconds": 59}, "SIGKILL comes first"),
         ({"max_requests": 0}, "MAX_REQUESTS=0"),
@@ -154,7 +155,7 @@ def test_the_doctor_names_all_faults_of_a_plan() -> None:
         assert words in text
 
 
-@pytest.mark.parametrize("options", [("--cpus", "many"), ("--workers", "-1")])
+@pytest.mark.parametrize("options", [("--cpus", "many"), ("--cpus", "nan"), ("--workers", "0"), ("--memory-mb", "0")])
 def test_the_doctor_refuses_nonsense_in_one_line(options: tuple[str, str]) -> None:
     code, text = doctor(*options)
     assert code == 2

@@ -2,7 +2,7 @@
 
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from app.database import DatabaseDependency
 from app.errors import NotFoundError, responses
@@ -18,11 +18,11 @@ router = APIRouter(prefix="/payments", tags=["payments"], dependencies=[Depends(
 
 
 @router.post("", status_code=201, responses=responses(422, 503))
-async def create(new: NewPayment, database: DatabaseDependency, response: Response) -> Payment:
+async def create(new: NewPayment, database: DatabaseDependency, request: Request, response: Response) -> Payment:
     """Take a payment; `Location` says where it is from now on."""
     async with database.acquire() as connection:
         payment = await repository.insert(connection, new)
-    response.headers["Location"] = f"/payments/{payment.payment_id}"
+    response.headers["Location"] = f"{request.scope['root_path']}/payments/{payment.payment_id}"
     return payment
 
 
