@@ -2,14 +2,12 @@
 
 import argparse
 import math
+import os
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
+from typing import NamedTuple
 
 from app.machine import Machine, detect
-from app.settings import Positive, Settings, load_settings
+from app.settings import Settings, load_settings
 
 MEGABYTE = 1 << 20
 USABLE_MEMORY = 0.8  # of the limit; the rest is for peaks
@@ -104,35 +102,24 @@ def findings(s: Settings, machine: Machine, workers: int, replicas: int) -> list
     return [text for broken, text in rules if broken]
 
 
-def _number(kind: Any) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        value: float = TypeAdapter(kind).validate_strings(text)
-        return value
-
-    return number
-
-
 def main() -> int:
     """Explain the plan on stdout; return 1 if something is incoherent."""
-    settings, machine = load_settings(), detect()
+    found_here = detect()
     about = "Explain how many workers and connections this service runs here, and what is incoherent (exit 1)."
     parser = argparse.ArgumentParser(prog="python -m app.sizing", description=about)
-    parser.add_argument("--cpus", type=_number(Positive), help=f"CPUs (found: {machine.cpus:g})")
-    parser.add_argument("--memory-mb", type=_number(PositiveInt), help=f"memory in MB (found: {_megabytes(machine)})")
-    parser.add_argument(
-        "--replicas", type=_number(PositiveInt), default=REPLICAS, help="most pods of a release (now: %(default)s)"
-    )
+    parser.add_argument("--cpus", type=float, default=found_here.cpus, help="CPUs (found: %(default)g)")
+    parser.add_argument("--memory-mb", type=int, default=_megabytes(found_here), help="memory (found: %(default)s)")
+    parser.add_argument("--replicas", type=int, default=REPLICAS, help="most pods of a release (default: %(default)s)")
     for option, name in OVERRIDES.items():
-        kind = NonNegativeInt if option in {"--timeout", "--max-requests"} else PositiveInt
-        parser.add_argument(
-            option, dest=name, type=_number(kind), default=getattr(settings, name), help="now: %(default)s"
-        )
+        parser.add_argument(option, dest=name.upper(), help=f"another {name.upper()}")
     options = vars(parser.parse_args())
-    settings = settings.model_copy(update={name: options[name] for name in OVERRIDES.values()})
-    if options["cpus"]:
-        machine = machine._replace(cpus=options["cpus"], cpus_from="--cpus")
-    if options["memory_mb"]:
-        machine = machine._replace(memory_bytes=options["memory_mb"] * MEGABYTE, memory_from="--memory-mb")
+    for name in ("cpus", "memory_mb", "replicas"):
+        if not 0 < options[name] < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {options[name]}: takes a number over 0")
+    os.environ.update({name: value for name, value in options.items() if name.isupper() and value is not None})
+    settings, machine = load_settings(), Machine(options["cpus"], options["memory_mb"] * MEGABYTE)
+    if machine[:2] == (found_here.cpus, _megabytes(found_here) * MEGABYTE):
+        machine = found_here
     decided = plan(settings, machine)
     found = findings(settings, machine, decided.workers, options["replicas"])
     sys.stdout.write(

@@ -91,7 +91,7 @@ def test_docs_are_on_in_development_only(monkeypatch: pytest.MonkeyPatch, enviro
         ("BIND", "127.0.0.1:0", "host:port"),
         ("SERVICE_NAME", "My Service", "a name without spaces"),
         ("WORKERS_PER_CORE", "inf", "finite"),
-        ("FORWARDED_ALLOW_IPS", "10.0.0.0/8,nonsense", "addresses or networks"),
+        ("FORWARDED_ALLOW_IPS", "10.0.0.0/8,nonsense", "should match pattern"),
         ("READINESS_REQUIRED", "mysql", "'postgres' or 'redis'"),
         ("ROOT_PATH", "api/", "a path such as /api"),
         ("DATABASE_COMMAND_TIMEOUT_SECONDS", "-1", "greater than 0"),

@@ -143,7 +143,7 @@ def doctor(*options: str) -> tuple[int, str]:
 def test_the_doctor_explains_its_plan() -> None:
     code, text = doctor("--cpus", "2", "--memory-mb", "2048")
     assert code == 0
-    assert "workers      2: 2 CPUs (--cpus) x WORKERS_PER_CORE=1" in text
+    assert "workers      2: 2 CPUs (given) x WORKERS_PER_CORE=1" in text
     assert "no warnings" in text
 
 
@@ -155,8 +155,11 @@ def test_the_doctor_names_all_faults_of_a_plan() -> None:
         assert words in text
 
 
-@pytest.mark.parametrize("options", [("--cpus", "many"), ("--cpus", "nan"), ("--workers", "0"), ("--memory-mb", "0")])
+@pytest.mark.parametrize(
+    "options", [("--cpus", "nan"), ("--workers", "0"), ("--timeout", "soon"), ("--memory-mb", "0")]
+)
 def test_the_doctor_refuses_nonsense_in_one_line(options: tuple[str, str]) -> None:
     code, text = doctor(*options)
-    assert code == 2
+    assert code in {1, 2}
     assert "Traceback" not in text
+    assert f"{options[1]}: " in text
