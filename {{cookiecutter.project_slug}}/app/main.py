@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI
 from redis.exceptions import RedisError
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -13,15 +13,6 @@ from app.lifespan import WarmUp, open_state
 from app.observe import Observe
 from app.payments.router import router as payments_router  # example
 from app.settings import Settings, load_settings
-
-root = APIRouter(tags=["service"])
-
-
-@root.get("/")
-async def describe(request: Request) -> dict[str, str]:
-    """Say which service and which version answers."""
-    settings: Settings = request.state.settings
-    return {"service": settings.service_name, "version": settings.service_version}
 
 
 def create_app(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> FastAPI:
@@ -43,7 +34,12 @@ def create_app(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> FastAPI:
     app.state.settings = settings  # for the server
     errors.install(app)
     app.add_exception_handler(RedisError, cache.unavailable)
-    app.include_router(root)
+
+    @app.get("/", tags=["service"])
+    async def describe() -> dict[str, str]:
+        """Say which service and which version answers."""
+        return {"service": settings.service_name, "version": settings.service_version}
+
     app.include_router(health.router)
     app.include_router(payments_router)  # example
     return app

@@ -47,9 +47,10 @@ def hook(arbiter: Any) -> None:
 class ServiceServer(Server):
     """Uvicorn's server, which keeps SIGTERM to itself."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, master: int) -> None:
+        """Take the pid of gunicorn's master."""
         super().__init__(config)
-        self.master = os.getppid()
+        self.master = master
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop. Uvicorn would raise the signal again, and `atexit` would never run."""
@@ -88,7 +89,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     async def _serve(self) -> None:
         self.config.app = self.wsgi
         self.config.root_path = self.wsgi.state.settings.root_path
-        server = ServiceServer(self.config)
+        server = ServiceServer(self.config, self.ppid)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT, None)
         # Copies: uvloop closes the file of what it serves, and gunicorn's objects would log an error for it.

@@ -102,8 +102,8 @@ class Settings(BaseSettings):
         try:
             with warnings.catch_warnings(action="error"):
                 found = SecretsSettingsSource(settings_cls, secrets_dir=folder)()
-            # gunicorn.conf.py itself puts the metrics folder into the environment, for prometheus_client
             files = {name: value for name, value in found.items() if value}
+            # gunicorn.conf.py itself puts the metrics folder into the environment, for prometheus_client
             twice = sorted(files.keys() & env_settings().keys() - {"prometheus_multiproc_dir"})
         except (SettingsError, Warning) as error:
             _refuse(f"SECRETS_DIR={folder}: {error}: {type(error.__cause__).__name__}")

@@ -102,6 +102,24 @@ def test_a_killed_worker_is_replaced_and_stays_counted(service: Service) -> None
     assert count(service, "/") - before == 20
 
 
+def test_a_broken_file_of_a_killed_worker_does_not_end_the_master(
+    urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("metrics")
+    with serving(PROMETHEUS_MULTIPROC_DIR=str(folder), **urls) as service:
+        service.wait()
+        service.get("/")
+        eventually(lambda: list(folder.glob("histogram_*.db")))
+        (broken,) = folder.glob("histogram_*.db")
+        with broken.open("r+b") as file:
+            file.write(b"\xff\xff\xff\x7f")  # the number of bytes in use
+        pid = int(broken.stem.split("_")[1])
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: f"the counts in {broken.name} are lost" in service.text)
+        service.wait()
+        assert service.http.get(f"http://127.0.0.1:{service.metrics_port}/metrics").status_code == 200
+
+
 def test_no_password_is_in_the_output(service: Service, urls: dict[str, str]) -> None:
     password = urls["DATABASE_URL"].split(":")[2].split("@")[0]
     assert password not in service.text
