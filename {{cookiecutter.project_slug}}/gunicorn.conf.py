@@ -24,7 +24,7 @@ plan = sizing.plan(settings, machine.detect())
 
 # prometheus_client chooses between files and memory when it is imported, so the folder must be known before that.
 shared_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - files that never touch a disk
-own_folder = Path(shared_memory or tempfile.gettempdir(), f"metrics-{secrets.token_hex(8)}")
+own_folder = Path(shared_memory or tempfile.gettempdir(), f"metrics-{os.getpid()}-{secrets.token_hex(8)}")
 metrics_folder = settings.prometheus_multiproc_dir or own_folder
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder)
 

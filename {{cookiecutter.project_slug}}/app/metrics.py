@@ -71,20 +71,17 @@ def fold(folder: Path, pid: int) -> None:
     """
     with _locked(folder, fcntl.LOCK_EX):
         for file in folder.glob(f"*_{pid}.db"):
-            kind = file.name.split("_")[0]
+            kind, values = file.name.split("_")[0], []
             try:
-                if kind != "gauge":  # a gauge ends with its process
-                    _add(file, folder / f"{kind}_archive.db")
+                values = list(MmapedDict.read_all_values_from_file(str(file)))
             except Exception:
                 logging.getLogger("app.metrics").exception("the counts in %s are lost", file.name)
+            if values and kind != "gauge":  # a gauge ends with its process
+                archive = MmapedDict(str(folder / f"{kind}_archive.db"))
+                for key, value, _, _ in values:
+                    archive.write_value(key, archive.read_value(key)[0] + value, 0.0)
+                archive.close()
             file.unlink()
-
-
-def _add(file: Path, archive: Path) -> None:
-    total = MmapedDict(str(archive))
-    for key, value, _, _ in MmapedDict.read_all_values_from_file(str(file)):
-        total.write_value(key, total.read_value(key)[0] + value, 0.0)
-    total.close()
 
 
 class AllWorkers(Collector):
