@@ -114,10 +114,9 @@ def _listen(address: str, folder: Path) -> WSGIServer:
 
 
 def start(address: str, folder: Path) -> tuple[int, IO[str]]:
-    """Serve `GET /metrics` on `host:port` from a forked process; return its pid and the owner of the folder.
+    """Serve `GET /metrics` on `host:port` from a forked process; return its pid and what `prepare` returns.
 
-    The process ends with SIGTERM, or when its parent is gone. Raises `SystemExit` with one line that names the setting
-    that is in the way.
+    It ends with SIGTERM or with its parent. Raises `SystemExit` with one line that names the setting in the way.
     """
     try:
         server = _listen(address, folder)
