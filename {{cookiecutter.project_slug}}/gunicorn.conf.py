@@ -28,13 +28,13 @@ own_folder = Path(shared_memory or tempfile.gettempdir(), f"metrics-{os.getpid()
 metrics_folder = settings.prometheus_multiproc_dir or own_folder
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder)
 
-from app import metrics, server  # noqa: E402
+from app import master, metrics_server  # noqa: E402
 
 wsgi_app = "app.main:app"
-worker_class = "app.server.ServiceWorker"
+worker_class = "app.worker.ServiceWorker"
 workers = plan.workers
 bind = settings.bind
-preload_app = True  # shares 15-18 MB per worker; HUP does not load new code
+preload_app = True  # shares 15-18 MB per worker
 worker_tmp_dir = shared_memory  # the heartbeat must not wait for a disk
 timeout = settings.worker_timeout_seconds
 graceful_timeout = settings.graceful_timeout_seconds
@@ -50,25 +50,28 @@ proc_name = settings.service_name
 
 def on_starting(arbiter: Any) -> None:
     """Start the metrics process, before there are sockets that it would inherit, and say how the pod is sized."""
-    pid, arbiter.metrics_owner = metrics.start(settings.metrics_bind, metrics_folder)
+    pid, arbiter.metrics_owner = metrics_server.start(settings.metrics_bind, metrics_folder)
     atexit.register(clean_up, os.getpid(), pid)
     text = "%d workers, %d database connections for each: %s; metrics on %s"
     getLogger("app.sizing").info(text, plan.workers, plan.connections_per_worker, plan.reasons, settings.metrics_bind)
 
 
 def when_ready(arbiter: Any) -> None:
-    """Hook into the master once it listens."""
-    server.hook(arbiter)
+    """Make the master ours once it listens."""
+    master.take_over(arbiter)
 
 
 def pre_fork(arbiter: Any, worker: Any) -> None:
     """Take what is loaded out of the collector's sight, so that workers go on sharing it."""
+    gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)  # by default the collector runs for every few requests, and finds nothing
 
 
 def child_exit(arbiter: Any, worker: Any) -> None:
-    """Keep the counts of a worker that ended."""
-    metrics.fold(metrics_folder, worker.pid)
+    """Keep the counts of a worker that ended, and say what it was doing if it was stuck."""
+    worker.report()
+    metrics_server.fold(metrics_folder, worker.pid)
 
 
 def clean_up(master: int, metrics_process: int) -> None:

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Annotated, Self
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated, Self, TypeVar
 
 import asyncpg
 from fastapi import Depends, Request
@@ -11,8 +13,12 @@ from fastapi import Depends, Request
 from app.errors import UnavailableError
 from app.settings import Settings
 
-#: Seconds that connecting may take, and closing.
+#: Seconds that connecting may take.
 CONNECT_TIMEOUT_SECONDS = 3.0
+#: Seconds that closing may take.
+CLOSE_TIMEOUT_SECONDS = 1.0
+#: Seconds between tries, of which the first follows at once; a random part of them is waited.
+PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 0.5
 #: What a connection in use raises when the server goes away, restarts or freezes. InternalClientError is what asyncpg
 #: 0.32 raises when the server closed an idle connection just before it was used.
 OUTAGE = (
@@ -25,6 +31,7 @@ OUTAGE = (
     asyncpg.CrashShutdownError,
 )
 Connection = asyncpg.pool.PoolConnectionProxy
+Result = TypeVar("Result")
 
 
 class Database:
@@ -47,6 +54,7 @@ class Database:
             server_settings={"application_name": settings.service_name},
         )
         self.probe: asyncpg.Connection | None = None
+        self.away_since = self.failed_at = float("-inf")
 
     async def __aenter__(self) -> Self:
         await self.pool
@@ -57,7 +65,7 @@ class Database:
         if self.probe is not None:
             self.probe.terminate()
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_SECONDS):
+            async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
                 await self.pool.close()
         except TimeoutError:
             self.pool.terminate()
@@ -65,13 +73,10 @@ class Database:
     @contextlib.asynccontextmanager
     async def acquire(self) -> AsyncIterator[Connection]:
         """Lend a connection. Raises `UnavailableError` if none is free in time, or when the server is away."""
-        try:
-            connection = await self.pool.acquire(timeout=self.settings.database_acquire_timeout_seconds)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-            msg = "The database is not available."
-            raise UnavailableError(msg) from error
+        connection = await self._connect()
         try:
             yield connection
+            self.failed_at = float("-inf")
         except (asyncpg.InterfaceError, *OUTAGE) as error:
             if isinstance(error, asyncpg.InterfaceError) and not _is_lost(connection):
                 raise  # a bug, such as a wrong number of arguments
@@ -81,6 +86,46 @@ class Database:
             raise UnavailableError(msg) from error
         finally:
             await self.pool.release(connection)
+
+    async def retry(self, work: Callable[[Connection], Awaitable[Result]]) -> Result:
+        """Do work that may be done twice, such as a read, and do it again if the server goes away meanwhile.
+
+        Raises `UnavailableError` when an outage lasts longer than `DATABASE_RETRY_SECONDS`, or at once when a command
+        takes too long: a server that does not answer may still be working on it.
+        """
+        tries = 0
+        while True:
+            try:
+                async with self.acquire() as connection:
+                    return await work(connection)
+            except UnavailableError as error:
+                if not await self._wait_for_retry(error.__cause__, tries):
+                    raise
+            tries += 1
+
+    async def _connect(self) -> Connection:
+        tries = 0
+        while True:
+            try:
+                return await self.pool.acquire(timeout=self.settings.database_acquire_timeout_seconds)
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+                if not await self._wait_for_retry(error, tries):
+                    msg = "The database is not available."
+                    raise UnavailableError(msg) from error
+            tries += 1
+
+    async def _wait_for_retry(self, error: BaseException | None, tries: int) -> bool:
+        """Wait a little and return True in an outage that is young; in a longer one everybody fails at once."""
+        if isinstance(error, TimeoutError) or not isinstance(error, OUTAGE):
+            return False
+        now, budget = time.monotonic(), self.settings.database_retry_seconds
+        if now - self.failed_at > budget:
+            self.away_since = now
+        self.failed_at = now
+        if now - self.away_since > budget:
+            return False
+        await asyncio.sleep(min(tries * PAUSE_SECONDS, MAX_PAUSE_SECONDS) * random.random())  # noqa: S311 - to keep callers apart
+        return True
 
     async def check(self) -> None:
         """Ask the server for nothing over readiness' own connection; raises whatever is wrong."""

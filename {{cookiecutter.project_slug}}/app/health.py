@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from prometheus_client import Gauge
 
 from app.settings import Settings
 
@@ -21,9 +22,11 @@ logger = logging.getLogger("app.health")
 class Health:
     """What this process knows of itself and of its dependencies."""
 
-    def __init__(self, settings: Settings, checks: Mapping[str, Check], draining: Callable[[], bool]) -> None:
-        """Take, for each dependency, a coroutine function that raises when it does not answer."""
-        self.settings, self.checks, self.draining = settings, checks, draining
+    def __init__(
+        self, settings: Settings, checks: Mapping[str, Check], draining: Callable[[], bool], up: Gauge
+    ) -> None:
+        """Take, for each dependency, a coroutine function that raises when it does not answer; `up` shows it."""
+        self.settings, self.checks, self.draining, self.up = settings, checks, draining, up
         self.started = False
         self.report: dict[str, dict[str, Any]] = {}
         self.checked_at = float("-inf")
@@ -62,6 +65,7 @@ class Health:
         if now != was:  # one line per change of state, not per try
             level = logging.WARNING if reason else logging.INFO
             logger.log(level, "%s is %s", name, now, extra={"dependency": name, "reason": reason})
+        self.up.labels(name).set(not reason)
         return {"status": now, "latency_ms": round((time.perf_counter() - start) * 1000, 3)}
 
     async def watch(self) -> None:

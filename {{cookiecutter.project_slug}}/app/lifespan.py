@@ -8,9 +8,11 @@ from typing import Any, TypedDict
 
 from redis.asyncio import Redis
 
-from app import cache, machine, server, sizing
+from app import cache, machine, master, sizing
+from app.background import Background
 from app.database import Database
 from app.health import Check, Health
+from app.metrics import WorkerMetrics
 from app.settings import Settings
 
 
@@ -20,28 +22,51 @@ class State(TypedDict):
     settings: Settings
     database: Database
     cache: Redis
+    background: Background
     health: Health
 
 
 #: Initialisation of the process itself, such as loading a model. Blocking work belongs in `asyncio.to_thread`.
 WarmUp = Callable[[State], Awaitable[None]]
+MEASURE_SECONDS = 1.0
 logger = logging.getLogger("app.lifespan")
 
 
 @contextlib.asynccontextmanager
-async def open_state(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> AsyncIterator[State]:
-    """Yield the state. No connection is made here: a process starts, and is live, while a dependency is away."""
+async def open_state(
+    settings: Settings, warm_ups: Sequence[WarmUp] = (), seconds_left: Callable[[], float] = lambda: 1.0
+) -> AsyncIterator[State]:
+    """Yield the state. No connection is made here: a process starts, and is live, while a dependency is away.
+
+    `seconds_left` says, at the end, how long work in the background may still take.
+    """
     async with contextlib.AsyncExitStack() as stack:
         share = sizing.plan(settings, machine.detect()).connections_per_worker
         database = await stack.enter_async_context(Database(settings, share))
         redis = await stack.enter_async_context(cache.connect(settings))
         probe = await stack.enter_async_context(cache.connect(settings, max_connections=1))  # readiness' own
+        background = await stack.enter_async_context(Background(seconds_left))
         checks: dict[str, Check] = {"postgres": database.check, "redis": probe.ping}
-        health = Health(settings, checks, server.is_draining)
-        state: State = {"settings": settings, "database": database, "cache": redis, "health": health}
-        await stack.enter_async_context(_background(health.watch()))
-        await stack.enter_async_context(_background(_warm_up(state, warm_ups)))
+        metrics = WorkerMetrics()
+        health = Health(settings, checks, master.is_draining, metrics.up)
+        state: State = {
+            "settings": settings,
+            "database": database,
+            "cache": redis,
+            "background": background,
+            "health": health,
+        }
+        await stack.enter_async_context(_beside(health.watch()))
+        await stack.enter_async_context(_beside(_measure(metrics, state)))
+        await stack.enter_async_context(_beside(_warm_up(state, warm_ups)))
         yield state
+
+
+async def _measure(metrics: WorkerMetrics, state: State) -> None:
+    """Keep the metrics of this process up to date."""
+    while True:
+        metrics.update(state["database"].pool, state["cache"].connection_pool)
+        await asyncio.sleep(MEASURE_SECONDS)
 
 
 async def _warm_up(state: State, warm_ups: Sequence[WarmUp]) -> None:
@@ -55,7 +80,7 @@ async def _warm_up(state: State, warm_ups: Sequence[WarmUp]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run something beside the requests; cancel it at the end."""
     task = asyncio.create_task(work)
     try:

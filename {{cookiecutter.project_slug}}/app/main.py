@@ -1,5 +1,6 @@
 """The application: its middleware, its error handlers, its routes. `app.main:app` is what the server runs."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,12 +8,23 @@ from fastapi import FastAPI
 from redis.exceptions import RedisError
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.types import ASGIApp
 
 from app import cache, errors, health
 from app.lifespan import WarmUp, open_state
 from app.observe import Observe
 from app.payments.router import router as payments_router  # example
 from app.settings import Settings, load_settings
+
+
+class Service(FastAPI):
+    """FastAPI without the layer that answers 500 with Starlette's own text: observe.py answers, and logs."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return the layers within `ServerErrorMiddleware`, which costs 3 % of a small request."""
+        stack = super().build_middleware_stack()
+        return stack.app if isinstance(stack, ServerErrorMiddleware) else stack
 
 
 def create_app(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> FastAPI:
@@ -23,15 +35,15 @@ def create_app(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> FastAPI:
     if origins := settings.cors_allow_origins:
         anything: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["X-Request-ID"]}
         middleware.append(Middleware(CORSMiddleware, allow_origins=origins, **anything))
-    app = FastAPI(
+    app = Service(
         title=settings.service_name,
         version=settings.service_version,
-        lifespan=lambda _: open_state(settings, warm_ups),
+        lifespan=lambda app: open_state(settings, warm_ups, lambda: app.state.closing_deadline - time.monotonic()),
         middleware=middleware,
         openapi_url="/openapi.json" if settings.docs_enabled else None,  # /docs and /redoc go with it
         telemetry={"tracing": False, "metrics": False, "logs": False},  # else looked for on every request
     )
-    app.state.settings = settings  # for the server
+    app.state.settings, app.state.closing_deadline = settings, 0.0  # shared with the server
     errors.install(app)
     app.add_exception_handler(RedisError, cache.unavailable)
 

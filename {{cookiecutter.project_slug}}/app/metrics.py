@@ -1,140 +1,108 @@
-"""Prometheus metrics of all workers, served by a process of its own.
+"""What a worker counts, in the Prometheus metrics that metrics_server.py serves."""
 
-Each worker writes its values to files in `PROMETHEUS_MULTIPROC_DIR`; the metrics process, forked from the master, adds
-them up on each scrape. So a scrape costs no worker any time, and no public route shows them.
-"""
-
-import contextlib
-import fcntl
-import logging
-import os
-import signal
+import asyncio
+import resource
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Sized
 from pathlib import Path
-from socket import AF_INET, AF_INET6
-from typing import IO, Any
-from wsgiref.simple_server import WSGIServer, make_server
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram, Metric, make_wsgi_app
-from prometheus_client.exposition import ThreadingWSGIServer, _SilentHandler
-from prometheus_client.mmap_dict import MmapedDict
-from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.registry import Collector
+from asyncpg import Pool
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from redis.asyncio import ConnectionPool
 
 #: Seconds, as OpenTelemetry's conventions advise for `http.server.request.duration`.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+#: After which a worker hands over what it has counted; the metrics process waits for that.
+FOLD_SECONDS = 0.1
 
 
 class HttpMetrics:
-    """The metrics of the HTTP server, named as OpenTelemetry's semantic conventions name them."""
+    """The metrics of the HTTP server, named as OpenTelemetry's semantic conventions name them.
 
-    def __init__(self) -> None:
+    A request adds to plain lists; a timer folds these into prometheus_client's files, which costs more than counting.
+    """
+
+    def __init__(self, in_flight: Sized) -> None:
+        """Take what knows how many requests are being served."""
         registry = CollectorRegistry()
         labels = ["http_request_method", "http_route", "http_response_status_code"]
         name, text = "http_server_request_duration_seconds", "Duration of HTTP server requests."
         self.duration = Histogram(name, text, labels, buckets=BUCKETS, registry=registry)
         name, text = "http_server_active_requests", "Requests being served now."
         self.active = Gauge(name, text, registry=registry, multiprocess_mode="livesum")
+        name, text = "access_log_dropped_lines", "Access lines that were dropped since nobody read stdout."
+        self.dropped_lines = Counter(name, text, registry=registry)
+        self.in_flight = in_flight
+        self.counts: dict[tuple[str, str, int], list[float]] = {}  # for each bucket, then the seconds in all
+        self.is_scheduled = False
+
+    def schedule(self) -> None:
+        """Fold soon."""
+        if not self.is_scheduled:
+            self.is_scheduled = True
+            asyncio.get_running_loop().call_later(FOLD_SECONDS, self.fold)
+
+    def record(self, labels: tuple[str, str, int], seconds: float) -> None:
+        """Count a request by method, route and status."""
+        counts = self.counts.get(labels)
+        if counts is None:
+            counts = self.counts[labels] = [0] * (len(BUCKETS) + 2)
+        counts[bisect_left(BUCKETS, seconds)] += 1
+        counts[-1] += seconds
+        if not self.is_scheduled:
+            self.schedule()
+
+    def fold(self) -> None:
+        """Hand over what was counted since the last time."""
+        self.is_scheduled = False
+        self.active.set(len(self.in_flight))
+        for labels, counts in self.counts.items():
+            if counts[-1]:
+                child = self.duration.labels(*map(str, labels))
+                child._sum.inc(counts[-1])  # it has no public way to observe many at once
+                for bucket, number in zip(child._buckets, counts, strict=False):
+                    if number:
+                        bucket.inc(number)
+                counts[:] = [0] * len(counts)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, operation: int) -> Iterator[None]:
-    with (folder / ".lock").open("a") as file:
-        fcntl.flock(file, operation)
-        yield
+class WorkerMetrics:
+    """What a worker says of itself: that it lives, its memory, its connections, and who answers it."""
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+
+        def gauge(name: str, text: str, labels: tuple[str, ...] = (), mode: Any = "livesum") -> Gauge:
+            return Gauge(name, text, labels, registry=registry, multiprocess_mode=mode)
+
+        pool, state = "db_client_connection_pool_name", "db_client_connection_state"
+        gauge("worker_processes", "Workers that serve.").set(1)
+        self.memory = gauge("worker_resident_memory_bytes", "Resident memory of each worker.", mode="liveall")
+        self.up = gauge("dependency_up", "1 if it answers all workers.", ("dependency",), "livemin")
+        self.connections = gauge("db_client_connection_count", "Connections, idle or used.", (pool, state))
+        self.most_connections = gauge("db_client_connection_max", "Connections that a pool may have.", (pool,))
+
+    def update(self, postgres: Pool, redis: ConnectionPool) -> None:
+        """Look at this process and at its pools."""
+        self.memory.set(_resident_bytes())
+        (redis_idle, _), (redis_used, _) = redis.get_connection_count()
+        idle = postgres.get_idle_size()
+        for name, state, count in (
+            ("postgres", "idle", idle),
+            ("postgres", "used", postgres.get_size() - idle),
+            ("redis", "idle", redis_idle),
+            ("redis", "used", redis_used),
+        ):
+            self.connections.labels(name, state).set(count)
+        self.most_connections.labels("postgres").set(postgres.get_max_size())
+        self.most_connections.labels("redis").set(redis.max_connections)
 
 
-def prepare(folder: Path) -> IO[str]:
-    """Make the folder and empty it of an earlier run's files. Keep what this returns: it keeps other instances out.
-
-    Raises `OSError` if the folder cannot be used, or is another instance's: the two would erase each other's counts.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    owner = (folder / ".owner").open("a")
+def _resident_bytes() -> int:
+    """Return the memory of this process now; where there is no /proc, the most that it ever had."""
     try:
-        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
-        owner.close()
-        raise
-    for file in folder.glob("*.db"):
-        file.unlink()
-    return owner
-
-
-def fold(folder: Path, pid: int) -> None:
-    """Add a dead worker's counts to the archive and delete its files; what a killed one left half-written is lost.
-
-    prometheus_client keeps the files of the dead for ever: after 1,000 recycled workers a scrape takes 1.5 s.
-    """
-    with _locked(folder, fcntl.LOCK_EX):
-        for file in folder.glob(f"*_{pid}.db"):
-            kind, values = file.name.split("_")[0], []
-            try:
-                values = list(MmapedDict.read_all_values_from_file(str(file)))
-            except Exception:
-                logging.getLogger("app.metrics").exception("the counts in %s are lost", file.name)
-            if values and kind != "gauge":  # a gauge ends with its process
-                archive = MmapedDict(str(folder / f"{kind}_archive.db"))
-                for key, value, _, _ in values:
-                    archive.write_value(key, archive.read_value(key)[0] + value, 0.0)
-                archive.close()
-            file.unlink()
-
-
-class AllWorkers(Collector):
-    """Collects the values of all workers, dead and alive."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def collect(self) -> Iterable[Metric]:  # noqa: D102
-        with _locked(self.folder, fcntl.LOCK_SH):
-            return list(MultiProcessCollector(None, str(self.folder)).collect())
-
-
-def _listen(address: str, folder: Path) -> WSGIServer:
-    """Return a server of `GET /metrics` on `host:port`. Raises `OSError` if it cannot listen there."""
-    registry = CollectorRegistry()
-    registry.register(AllWorkers(folder))
-    metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
-
-    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        if environ["PATH_INFO"] == "/metrics":
-            return metrics(environ, start_response)
-        start_response("404 Not Found", [("Content-Type", "text/plain")])
-        return [b"metrics are at /metrics\n"]
-
-    host, _, port = address.rpartition(":")
-    family = {"address_family": AF_INET6 if "[" in host else AF_INET}
-    kind: type[WSGIServer] = type("Server", (ThreadingWSGIServer,), family)
-    return make_server(host.strip("[]"), int(port), app, kind, _SilentHandler)
-
-
-def start(address: str, folder: Path) -> tuple[int, IO[str]]:
-    """Serve `GET /metrics` on `host:port` from a forked process; return its pid and what `prepare` returns.
-
-    It ends with SIGTERM or with its parent. Raises `SystemExit` with one line that names the setting in the way.
-    """
-    try:
-        server = _listen(address, folder)
-    except OSError as error:
-        sys.exit(f"configuration error: METRICS_BIND={address}: cannot listen there: {error.strerror}")
-    try:
-        owner = prepare(folder)
-    except OSError as error:
-        why = "another instance uses it" if isinstance(error, BlockingIOError) else error.strerror
-        sys.exit(f"configuration error: PROMETHEUS_MULTIPROC_DIR={folder}: {why}; name another folder")
-    parent = os.getpid()
-    if pid := os.fork():
-        server.socket.close()
-        return pid, owner
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # they are the master's, and a terminal sends them to all
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(0)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

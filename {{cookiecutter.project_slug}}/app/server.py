@@ -1,101 +1,129 @@
-"""The gunicorn worker: uvicorn's, but it ends by itself when told to, and always runs lifespan shutdown."""
+"""Uvicorn's server, with an end in which no request is lost and lifespan shutdown always runs."""
 
 import asyncio
-import mmap
+import contextlib
+import logging
+import math
 import os
 import signal
 import socket
-import sys
-from collections.abc import Callable
+import time
 from types import FrameType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING
 
-from gunicorn.arbiter import Arbiter
-from uvicorn.config import Config
 from uvicorn.server import Server
-from uvicorn_worker import UvicornWorker
 
-#: One byte that the master sets for all workers, mapped before they are forked. A signal alone could be lost: in a
-#: worker that was forked just now, gunicorn's own handlers still swallow it.
-_ENDING = mmap.mmap(-1, mmap.PAGESIZE)
-_GRACEFULLY, _QUICKLY = 1, 2
-#: Seconds of the graceful timeout that are kept for lifespan shutdown.
-CLOSING_SECONDS = 5
+from app import master
+from app.protocol import ServiceProtocol
 
+if TYPE_CHECKING:
+    from app.worker import ServiceWorker
 
-def is_draining() -> bool:
-    """Tell whether the whole pod is ending, and not just this worker."""
-    return _ENDING[0] != 0
+#: For which a worker that leaves alone goes on: so long does its successor take to start.
+SUCCESSOR_SECONDS = 1.0
+#: What is kept of the graceful timeout for lifespan shutdown.
+CLOSING_SECONDS = 2.0
+#: For requests, where the end is to be quick.
+QUICK_SECONDS = 1.0
 
-
-def hook(arbiter: Any) -> None:
-    """Change what gunicorn's master does with signals (`when_ready` of gunicorn.conf.py).
-
-    It says that it ends before it signals its workers. SIGHUP replaces the workers and reads nothing anew: the app is
-    preloaded with its settings, and a wrong one must not end a master that serves.
-    """
-    stop: Callable[[bool], None] = arbiter.stop
-
-    def announced(graceful: bool = True) -> None:
-        _ENDING[0] = max(_ENDING[0], _GRACEFULLY if graceful else _QUICKLY)
-        stop(graceful)
-
-    arbiter.stop = announced
-    arbiter.app.reload = lambda: None
+logger = logging.getLogger("app.server")
 
 
 class ServiceServer(Server):
-    """Uvicorn's server, which keeps SIGTERM to itself."""
+    """Uvicorn's server, which drains with the pod, and retires alone without resetting anything."""
 
-    def __init__(self, config: Config, master: int) -> None:
-        """Take the pid of gunicorn's master."""
-        super().__init__(config)
-        self.master = master
+    def __init__(self, worker: "ServiceWorker") -> None:
+        super().__init__(worker.config)
+        self.worker, self.settings = worker, worker.wsgi.state.settings
+        self.told_at = self.quick_at = math.inf  # when it learnt of its end
+        self.asked = False
+        self.server_state.is_retiring = False  # type: ignore[attr-defined]
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop. Uvicorn would raise the signal again, and `atexit` would never run."""
         with self.capture_signals():
             await self._serve(sockets)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End: with SIGTERM gracefully, with SIGINT and SIGQUIT after one second for requests, as gunicorn means it."""
+    def handle_exit(self, sig: int, frame: FrameType | None = None) -> None:
+        """Learn of the end; a process group's signal comes twice. SIGINT and SIGQUIT mean a quick one to gunicorn."""
+        now = time.monotonic()
+        self.told_at = min(self.told_at, now)
         if sig != signal.SIGTERM:
-            self.config.timeout_graceful_shutdown = 1
-        self.should_exit = True
+            self.quick_at = min(self.quick_at, now)
 
     async def on_tick(self, counter: int) -> bool:
-        """Look ten times a second whether the pod is ending; without its master a worker would block the next start."""
-        if is_draining() or os.getppid() != self.master:
-            self.handle_exit(signal.SIGQUIT if _ENDING[0] == _QUICKLY else signal.SIGTERM, None)
+        """Decide ten times a second whether to stop. Without its master a worker would block the next start."""
+        if master.is_draining() or os.getppid() != self.worker.ppid:
+            self.handle_exit(signal.SIGQUIT if master.is_quick() else signal.SIGTERM)
+        if self.server_state.total_requests >= self.worker.max_requests and not self.asked:
+            self.asked = True
+            logger.info("%d requests served, asking for a successor", self.server_state.total_requests)
+            master.ask_for_successor(self.worker.age)
+        if counter % 10 == 0:
+            for connection in self._http():
+                connection.check()
+        wait = self.settings.drain_seconds if master.is_draining() else SUCCESSOR_SECONDS
+        self.should_exit = time.monotonic() >= min(self.told_at + wait, self.quick_at)
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Retire, then close as uvicorn does, all of it within the graceful timeout."""
+        deadline = self.told_at + self.settings.graceful_timeout_seconds - CLOSING_SECONDS
+        watch = asyncio.create_task(self._watch())
+        try:
+            await self._retire(sockets or [])
+            left = min(deadline, self.quick_at + QUICK_SECONDS) - time.monotonic()
+            self.worker.wsgi.state.closing_deadline = time.monotonic() + left
+            self.config.timeout_graceful_shutdown = max(left, 0)  # it takes fractions
+            await super().shutdown()
+        finally:
+            watch.cancel()
 
-class ServiceWorker(UvicornWorker):  # type: ignore[misc]
-    """What `worker_class` in gunicorn.conf.py names."""
+    async def _retire(self, sockets: list[socket.socket]) -> None:
+        """Stop listening, then let every connection have its answer with `Connection: close`, if it asks in time."""
+        self.server_state.is_retiring = True  # type: ignore[attr-defined]
+        await self._stop_listening(sockets)
+        http = self._http()
+        for connection in http:
+            connection.leave()
+        for websocket in self.server_state.connections - set(http):
+            websocket.shutdown()  # closes with 1012: service restart
+        end = time.monotonic() + self.settings.retire_seconds
+        while self.server_state.connections and time.monotonic() < end and self.quick_at == math.inf:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        for connection in self._http():
+            connection.end_stream()
 
-    CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
-        "loop": "uvloop",
-        "http": "httptools",
-        "lifespan": "on",  # with "auto", an error while starting would leave a service that answers 500 to everything
-        "server_header": False,
-        "access_log": False,  # observe.py writes it
-    }
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.config.timeout_notify = 1  # by default timeout/2, which kills loops that are blocked for only that long
-        self.config.timeout_graceful_shutdown = max(1, self.cfg.graceful_timeout - CLOSING_SECONDS)
-
-    async def _serve(self) -> None:
-        self.config.app = self.wsgi
-        self.config.root_path = self.wsgi.state.settings.root_path
-        server = ServiceServer(self.config, self.ppid)
+    async def _stop_listening(self, sockets: list[socket.socket]) -> None:
+        """Take what the kernel has already accepted, and serve it: closing would reset it."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT, None)
-        # Copies: uvloop closes the file of what it serves, and gunicorn's objects would log an error for it.
-        sockets = [socket.socket(fileno=socket.dup(own.fileno())) for own in self.sockets]
-        for own in self.sockets:
-            own.close()
-        await server.serve(sockets)
-        if not server.started:
-            sys.exit(Arbiter.WORKER_BOOT_ERROR)
+        copies = [listener.dup() for listener in sockets]
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(0.01)  # uvloop stops listening in its next turn
+        accepted = []
+        for listener in copies:
+            with contextlib.suppress(OSError), listener:
+                while True:
+                    accepted.append(listener.accept()[0])
+        for connection in accepted:
+            connection.setblocking(False)
+            await loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> ServiceProtocol:
+        return ServiceProtocol(self.config, self.server_state, self.lifespan.state)
+
+    def _http(self) -> list[ServiceProtocol]:
+        return [each for each in self.server_state.connections if isinstance(each, ServiceProtocol)]
+
+    async def _watch(self) -> None:
+        """Keep the heartbeat while closing; cut off what is left if the end has to be quick after all."""
+        while True:
+            self.worker.notify()
+            self.quick_at = min(self.quick_at, time.monotonic() if master.is_quick() else math.inf)
+            if time.monotonic() > self.quick_at + QUICK_SECONDS:
+                for task in self.server_state.tasks:
+                    task.cancel()
+                for connection in self.server_state.connections:
+                    connection.transport.close()
+            await asyncio.sleep(0.2)

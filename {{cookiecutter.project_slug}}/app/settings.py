@@ -1,47 +1,17 @@
 """Every setting of the service: read once from the environment and from mounted secret files, then frozen."""
 
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr
+from pydantic import Field, NonNegativeInt, PositiveInt, SecretStr
 from pydantic_core import ValidationError
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 from pydantic_settings.sources import InitSettingsSource, SecretsSettingsSource
 
-
-def _matches(pattern: str, takes: str) -> AfterValidator:
-    """Return a validator for a whole text; where that holds host and port, the port must be one."""
-
-    def check(value: str | SecretStr) -> str | SecretStr:
-        text = value if isinstance(value, str) else value.get_secret_value()
-        try:
-            valid = re.fullmatch(pattern, text) and urlsplit(text if "://" in text else f"//{text}").port != 0
-        except ValueError:  # no port, or a part of a password that holds a slash; its text is not for the log
-            valid = False
-        if not valid:
-            msg = f"takes {takes}"
-            raise ValueError(msg)
-        return value
-
-    return AfterValidator(check)
-
-
-def _split(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
-
-
-CommaSeparated = (NoDecode, BeforeValidator(_split))
-Address = Annotated[str, _matches(r"(\[[\da-fA-F:.]+\]|[^:/\s\[\]]+):\d{1,5}", "host:port, such as 127.0.0.1:8000")]
-PostgresUrl = Annotated[SecretStr, _matches(r"postgres(ql)?://\S+", "postgresql://user:password@host:port/database")]
-RedisUrl = Annotated[SecretStr, _matches(r"rediss?://\S+", "redis://:password@host:port/0")]
-Positive = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-Name = Annotated[str, _matches(r"[A-Za-z0-9][A-Za-z0-9._-]*", "a name without spaces, such as orders-api")]
-Lower = BeforeValidator(str.lower)
+from app.setting_types import Address, CommaSeparated, Lower, Name, NonNegative, Positive, PostgresUrl, Prefix, RedisUrl
 
 
 class Settings(BaseSettings):
@@ -61,7 +31,8 @@ class Settings(BaseSettings):
     database_url: PostgresUrl = SecretStr("postgresql://postgres@127.0.0.1:5432/postgres")
     database_max_connections: PositiveInt = 8
     database_command_timeout_seconds: Positive = 5
-    database_acquire_timeout_seconds: Positive = 2
+    database_acquire_timeout_seconds: Positive = 1
+    database_retry_seconds: NonNegative = 3
     database_statement_cache_size: NonNegativeInt = 100
     postgres_max_connections: PositiveInt = 200
     redis_url: RedisUrl = SecretStr("redis://127.0.0.1:6379/0")
@@ -70,15 +41,24 @@ class Settings(BaseSettings):
 
     log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], Lower] = "info"
     log_format: Annotated[Literal["auto", "json", "console"], Lower] = "auto"
+    access_log_flush_ms: NonNegativeInt = 100
     docs_enabled: bool = Field(default_factory=lambda data: data.get("environment") == "development")
     cors_allow_origins: Annotated[tuple[str, ...], *CommaSeparated] = ()
-    root_path: Annotated[str, _matches(r"(/\S*[^/\s])?", "a path such as /api, with no slash at its end")] = ""
+    root_path: Prefix = ""
     forwarded_allow_ips: Annotated[str, Field(pattern=r"^[0-9a-fA-F.:/*, ]+$")] = "127.0.0.1,::1"
 
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     bind: Address = Field(default_factory=lambda data: f"0.0.0.0:{p}" if (p := data.get("port")) else "127.0.0.1:8000")
     metrics_bind: Address = "127.0.0.1:9464"
     prometheus_multiproc_dir: Path | None = None
+
+    max_header_bytes: PositiveInt = 32_768
+    max_body_bytes: PositiveInt = 1_048_576
+    max_in_flight: PositiveInt = 256
+    header_timeout_seconds: Positive = 10
+    request_body_timeout_seconds: Positive = 15
+    request_timeout_seconds: Positive = 30
+    keepalive_seconds: PositiveInt = 75
 
     web_concurrency: PositiveInt | None = None
     workers_per_core: Positive = 1
@@ -87,7 +67,8 @@ class Settings(BaseSettings):
     worker_timeout_seconds: NonNegativeInt = 30
     graceful_timeout_seconds: PositiveInt = 50
     termination_grace_seconds: PositiveInt = 60
-    keepalive_seconds: PositiveInt = 75
+    drain_seconds: NonNegative = 10
+    retire_seconds: NonNegative = 5
     max_requests: NonNegativeInt = 20_000
     max_requests_jitter: NonNegativeInt = 2_000
 

@@ -14,16 +14,23 @@ from app.settings import load_settings
 def main() -> None:
     """Serve until Ctrl-C; a change below `app/` restarts the server."""
     with tempfile.TemporaryDirectory(prefix="metrics-") as folder:
-        os.environ.update({"ENVIRONMENT": "development", "WEB_CONCURRENCY": "1", "PROMETHEUS_MULTIPROC_DIR": folder})
+        os.environ.update(
+            {
+                "ENVIRONMENT": "development",
+                "WEB_CONCURRENCY": "1",
+                "DRAIN_SECONDS": "0",
+                "PROMETHEUS_MULTIPROC_DIR": folder,
+            }
+        )
         serve(Path(folder))
 
 
 def serve(folder: Path) -> None:
     """Run uvicorn with reload, and the metrics process on this folder."""
-    from app import metrics  # prometheus_client looks for the folder when it is imported
+    from app import metrics_server  # prometheus_client looks for the folder when it is imported
 
     settings = load_settings()
-    pid, owner = metrics.start(settings.metrics_bind, folder)
+    pid, owner = metrics_server.start(settings.metrics_bind, folder)
     host, _, port = settings.bind.rpartition(":")
     try:
         uvicorn.run(
@@ -35,6 +42,7 @@ def serve(folder: Path) -> None:
             log_config=log.config(settings),
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             lifespan="on",
             root_path=settings.root_path,
             timeout_graceful_shutdown=1,

@@ -52,7 +52,9 @@ def database_url(postgres: services.Postgres) -> str:
 
 @pytest.fixture
 def settings(database_url: str, redis: services.Redis) -> Settings:
-    return Settings(database_url=SecretStr(database_url), redis_url=SecretStr(redis.url), log_format="json")
+    return Settings(
+        database_url=SecretStr(database_url), redis_url=SecretStr(redis.url), log_format="json", access_log_flush_ms=0
+    )
 
 
 class InProcess:

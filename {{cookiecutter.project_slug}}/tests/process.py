@@ -57,7 +57,7 @@ class Service:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gunicorn", *([app] if app else [])],
             cwd=PROJECT,
-            env=os.environ | {"WEB_CONCURRENCY": "2"} | addresses | settings,
+            env=os.environ | {"WEB_CONCURRENCY": "2", "DRAIN_SECONDS": "0"} | addresses | settings,
             stdout=self.output,
             stderr=subprocess.STDOUT,
         )

@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 import pytest
+from prometheus_client import Gauge
 
 from app import health
 from app.health import Health
@@ -16,7 +17,12 @@ from tests.conftest import InProcess
 def checker(*checks: health.Check, **settings: object) -> Health:
     """Return a started Health with checks named postgres and redis, in that order."""
     chosen = Settings(**settings)  # type: ignore[arg-type]
-    found = Health(chosen, dict(zip(("postgres", "redis"), checks, strict=False)), draining=lambda: False)
+    found = Health(
+        chosen,
+        dict(zip(("postgres", "redis"), checks, strict=False)),
+        lambda: False,
+        Gauge("up", "", ["dependency"], registry=None),
+    )
     found.started = True
     return found
 

@@ -311,7 +311,7 @@ async def test_routes_are_counted_by_their_template_and_strangers_together(setti
     layer = app.middleware_stack
     while not isinstance(layer, Observe):
         layer = layer.app  # type: ignore[union-attr]
-    assert set(layer.durations) == {
+    assert set(layer.metrics.counts) == {
         ("GET", "/outer/inner/{name}", 200),
         ("GET", "unmatched", 404),
         ("_OTHER", "unmatched", 404),

@@ -29,8 +29,7 @@ async def create(new: NewPayment, database: DatabaseDependency, request: Request
 @router.get("/{payment_id}", responses=responses(404, 422, 503))
 async def read(payment_id: UUID, database: DatabaseDependency) -> Payment:
     """Look a payment up."""
-    async with database.acquire() as connection:
-        payment = await repository.find(connection, payment_id)
+    payment = await database.retry(lambda connection: repository.find(connection, payment_id))
     if payment is None:
         msg = "There is no such payment."
         raise NotFoundError(msg)

@@ -1,0 +1,98 @@
+"""What a worker takes on: how many requests at once, how large, and for how long.
+
+observe.py asks here, so that each refusal carries the request's ID, is logged and counted. Uvicorn itself would read a
+body of 200 MB into memory, and its own limit on concurrency counts idle connections and refuses probes.
+"""
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from starlette.types import Message, Receive, Scope
+
+from app.errors import ServiceError, UnavailableError
+from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.observe import Exchange
+
+_SWEEP_SECONDS = 0.5
+_CLOSE = {"Connection": "close"}
+_REFUSALS = {
+    400: "This is not a valid HTTP request.",
+    408: "The request did not arrive in time.",
+    413: "The body of the request is too large.",
+    431: "The header fields of the request are too large.",
+}
+
+
+class RefusedError(ServiceError):
+    """A request, or its body, that is not read to its end: 400, 408, 413 or 431; the connection is closed."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        super().__init__(_REFUSALS[status], _CLOSE)
+
+
+class Limits:
+    """The requests of one worker that have no whole answer yet, and the bounds that they keep to."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.max_in_flight, self.max_body_bytes = settings.max_in_flight, settings.max_body_bytes
+        self.probes = f"{settings.root_path}/health/"
+        self.in_flight: dict[Exchange, None] = {}  # in the order of their start
+        self.is_sweeping = False
+
+    def admit(self, exchange: "Exchange", body_bytes: int) -> None:
+        """Count a request in, to be ended after `REQUEST_TIMEOUT_SECONDS`; `body_bytes` is 0 where it is not known.
+
+        Raises `ServiceError` for a request that is not to be served.
+        """
+        scope = exchange.scope
+        if "refused" in scope["state"]:
+            raise RefusedError(scope["state"]["refused"])
+        if body_bytes > self.max_body_bytes:
+            raise RefusedError(413)
+        if len(self.in_flight) >= self.max_in_flight and not scope["path"].startswith(self.probes):
+            msg = "The service is busy."
+            raise UnavailableError(msg)
+        self.in_flight[exchange] = None
+        if not self.is_sweeping:
+            self.is_sweeping = True
+            asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
+
+    def _sweep(self) -> None:
+        """Time out what has waited too long: one timer for all, since one for each would cost each of them."""
+        too_old = time.perf_counter() - self.settings.request_timeout_seconds
+        for exchange in list(self.in_flight):
+            if exchange.start > too_old:
+                break
+            if not exchange.status:  # else it is a stream
+                exchange.time_out()
+        self.is_sweeping = bool(self.in_flight)
+        if self.is_sweeping:
+            asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
+
+    def body(self, scope: Scope, receive: Receive) -> Receive:
+        """Return a `receive` that raises `RefusedError` for a body that is too large, too slow, or broken."""
+        size, deadline, is_complete = 0, time.monotonic() + self.settings.request_body_timeout_seconds, False
+
+        async def bounded() -> Message:
+            nonlocal size, is_complete
+            if is_complete:
+                return await receive()
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise RefusedError(408) from None
+            size += len(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
+            if size > self.max_body_bytes:
+                raise RefusedError(413)
+            if "refused" in scope["state"]:  # the protocol could not parse it
+                raise RefusedError(scope["state"]["refused"])
+            return message
+
+        return bounded
