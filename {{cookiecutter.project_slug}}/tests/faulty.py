@@ -3,9 +3,10 @@
 import asyncio
 import atexit
 import logging
+import time
 from collections.abc import AsyncIterator
 
-from fastapi import Response
+from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from app.main import create_app
@@ -37,3 +38,28 @@ async def broken_stream() -> Response:
         raise RuntimeError("4111111111111111")
 
     return StreamingResponse(parts(), headers={"Content-Length": "8"})
+
+
+@app.get("/slow-thread")
+def slow_thread(seconds: float) -> str:
+    """Answer late, from a thread, which nothing can cancel."""
+    time.sleep(seconds)
+    return "done"
+
+
+@app.post("/length")
+async def length(request: Request) -> int:
+    """Say how many bytes came."""
+    return len(await request.body())
+
+
+@app.get("/events")
+async def events(seconds: float) -> Response:
+    """Send an event ten times a second."""
+
+    async def parts() -> AsyncIterator[str]:
+        for number in range(round(seconds * 10)):
+            yield f"data: {number}\n\n"
+            await asyncio.sleep(0.1)
+
+    return StreamingResponse(parts(), media_type="text/event-stream")
