@@ -1,12 +1,10 @@
 """What `gunicorn` reads when it is started in this folder. Everything comes from the environment: app/settings.py."""
 
 import atexit
-import contextlib
 import gc
 import os
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 from logging import getLogger
@@ -49,9 +47,10 @@ proc_name = settings.service_name
 
 
 def on_starting(arbiter: Any) -> None:
-    """Start the metrics process, before there are sockets that it would inherit, and say how the pod is sized."""
-    pid, arbiter.metrics_owner = metrics_server.start(settings.metrics_bind, metrics_folder)
-    atexit.register(clean_up, os.getpid(), pid)
+    """Start the metrics process, and say how the pod is sized."""
+    arbiter.metrics = metrics_server.MetricsProcess(settings.metrics_bind, metrics_folder)
+    arbiter.metrics.ensure()
+    atexit.register(clean_up, os.getpid(), arbiter.metrics)
     text = "%d workers, %d database connections for each: %s; metrics on %s"
     getLogger("app.sizing").info(text, plan.workers, plan.connections_per_worker, plan.reasons, settings.metrics_bind)
 
@@ -74,10 +73,9 @@ def child_exit(arbiter: Any, worker: Any) -> None:
     metrics_server.fold(metrics_folder, worker.pid)
 
 
-def clean_up(master: int, metrics_process: int) -> None:
+def clean_up(master: int, metrics: metrics_server.MetricsProcess) -> None:
     """End what was started here, however the master ends; workers inherit this and leave it alone."""
     if os.getpid() == master:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(metrics_process, signal.SIGTERM)
+        metrics.stop()
         if metrics_folder == own_folder:
             shutil.rmtree(metrics_folder, ignore_errors=True)

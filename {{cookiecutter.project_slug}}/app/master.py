@@ -6,6 +6,8 @@ from typing import Any
 
 from gunicorn.arbiter import Arbiter
 
+from app.metrics_server import MetricsProcess
+
 #: What master and workers share, mapped before they are forked: one byte for the pod, and one for each worker. A signal
 #: alone could be lost: in a worker that was forked just now, gunicorn's own handlers still swallow it.
 _SHARED = mmap.mmap(-1, mmap.PAGESIZE)
@@ -41,6 +43,7 @@ class ServiceArbiter(Arbiter):  # type: ignore[misc]
     """gunicorn's master, with another idea of the signals TERM, HUP and USR2."""
 
     _num_workers: int
+    metrics: MetricsProcess  # gunicorn.conf.py starts it
 
     def stop(self, graceful: bool = True) -> None:
         """End the pod. The workers learn it before any of them is signalled."""
@@ -61,7 +64,11 @@ class ServiceArbiter(Arbiter):  # type: ignore[misc]
         self.log.warning("SIGUSR2 is ignored: start a new instance instead")
 
     def manage_workers(self) -> None:
-        """Replace who asks for it; those who leave do not count among the workers that there shall be."""
+        """Replace who asks for it; those who leave do not count among the workers that there shall be.
+
+        gunicorn calls this once a second, so it is also where a metrics process that was killed is replaced.
+        """
+        self.metrics.ensure(self.LISTENERS)
         for worker in list(self.WORKERS.values()):
             if _SHARED[_slot(worker.age)] == _ASKED:
                 self._replace(worker)

@@ -101,28 +101,53 @@ def _listen(address: str, folder: Path) -> WSGIServer:
     return make_server(host.strip("[]"), int(port), app, kind, _SilentHandler)
 
 
-def start(address: str, folder: Path) -> tuple[int, IO[str]]:
-    """Serve `GET /metrics` on `host:port` from a forked process; return its pid and what `prepare` returns.
+class MetricsProcess:
+    """Serves `GET /metrics` on `host:port` from a process that is forked from this one."""
 
-    It ends with SIGTERM or with its parent. Raises `SystemExit` with one line that names the setting in the way.
-    """
-    try:
-        server = _listen(address, folder)
-    except OSError as error:
-        sys.exit(f"configuration error: METRICS_BIND={address}: cannot listen there: {error.strerror}")
-    try:
-        owner = prepare(folder)
-    except OSError as error:
-        why = "another instance uses it" if isinstance(error, BlockingIOError) else error.strerror
-        sys.exit(f"configuration error: PROMETHEUS_MULTIPROC_DIR={folder}: {why}; name another folder")
-    parent = os.getpid()
-    if pid := os.fork():
-        server.socket.close()
-        return pid, owner
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # they are the master's, and a terminal sends them to all
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(0)
+    def __init__(self, address: str, folder: Path) -> None:
+        """Listen, and take the folder. Raises `SystemExit` with one line that names the setting in the way."""
+        try:
+            self.server = _listen(address, folder)
+        except OSError as error:
+            sys.exit(f"configuration error: METRICS_BIND={address}: cannot listen there: {error.strerror}")
+        try:
+            self.owner = prepare(folder)
+        except OSError as error:
+            why = "another instance uses it" if isinstance(error, BlockingIOError) else error.strerror
+            sys.exit(f"configuration error: PROMETHEUS_MULTIPROC_DIR={folder}: {why}; name another folder")
+        self.pid = 0
+
+    def ensure(self, inherited: Iterable[Any] = ()) -> None:
+        """Start it, unless it runs. It closes the sockets that it has inherited, and ends with its parent."""
+        if self._is_running():
+            return
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        for listener in inherited:
+            listener.close()
+        # Signals are the master's, and a terminal or an init sends them to all: nobody sends this one.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(0)
+
+    def _is_running(self) -> bool:
+        try:
+            if self.pid:
+                os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return self.pid != 0
+
+    def stop(self) -> None:
+        """End it, and free its address."""
+        self.server.socket.close()
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self.pid, signal.SIGALRM)
+            os.waitpid(self.pid, 0)
+        self.owner.close()

@@ -13,6 +13,7 @@ MEGABYTE = 1 << 20
 USABLE_MEMORY = 0.8  # of the limit; the rest is for peaks
 BASE_MEMORY_MB = 80  # the gunicorn master and the metrics process
 BLOCKING_STEP_SECONDS = 30  # how long one may last: a cold import on a throttled CPU, a large document
+CLOSING_MARGIN_SECONDS = 2  # of the graceful timeout, for lifespan shutdown
 GRACE_MARGIN_SECONDS = 10  # between gunicorn's own end and the kubelet's SIGKILL
 REPLICAS, SURGE = 10, 1  # most pods of one release; a rollout runs two sets and the surge
 OTHER_CONNECTIONS = 4  # three that Postgres reserves for its superuser, one for the migration
@@ -20,6 +21,7 @@ OVERRIDES = {
     "--workers": "web_concurrency",
     "--timeout": "worker_timeout_seconds",
     "--graceful-timeout": "graceful_timeout_seconds",
+    "--drain": "drain_seconds",
     "--grace": "termination_grace_seconds",
     "--max-requests": "max_requests",
     "--postgres-max-connections": "postgres_max_connections",
@@ -64,6 +66,8 @@ def findings(s: Settings, machine: Machine, workers: int, replicas: int) -> list
     by_cpu = max(1, math.ceil(machine.cpus * s.workers_per_core))
     memory, carried = workers * s.worker_memory_mb + BASE_MEMORY_MB, _carried(s, machine)
     grace = s.graceful_timeout_seconds + GRACE_MARGIN_SECONDS
+    graceful = math.ceil(s.drain_seconds + s.retire_seconds + s.request_timeout_seconds) + CLOSING_MARGIN_SECONDS
+    answer = s.database_acquire_timeout_seconds + s.database_command_timeout_seconds
     budget = s.database_max_connections
     connections = (2 * replicas + SURGE) * budget + OTHER_CONNECTIONS
     rules = [
@@ -77,6 +81,17 @@ def findings(s: Settings, machine: Machine, workers: int, replicas: int) -> list
             s.worker_timeout_seconds < BLOCKING_STEP_SECONDS,
             f"WORKER_TIMEOUT_SECONDS={s.worker_timeout_seconds} is off, or shorter than one blocking step may last: "
             f"set it to {BLOCKING_STEP_SECONDS}",
+        ),
+        (
+            graceful > s.graceful_timeout_seconds,
+            f"DRAIN_SECONDS={s.drain_seconds:g} + RETIRE_SECONDS={s.retire_seconds:g} + REQUEST_TIMEOUT_SECONDS="
+            f"{s.request_timeout_seconds:g} + {CLOSING_MARGIN_SECONDS} are over GRACEFUL_TIMEOUT_SECONDS="
+            f"{s.graceful_timeout_seconds}, so the last requests are cut off: set it to {graceful}",
+        ),
+        (
+            answer >= s.request_timeout_seconds,
+            f"DATABASE_ACQUIRE_TIMEOUT_SECONDS + DATABASE_COMMAND_TIMEOUT_SECONDS = {answer:g} do not fit into "
+            f"REQUEST_TIMEOUT_SECONDS={s.request_timeout_seconds:g}, so an outage is 504 and not 503: lower them",
         ),
         (
             grace > s.termination_grace_seconds,

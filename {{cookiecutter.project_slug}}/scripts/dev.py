@@ -1,7 +1,6 @@
 """Run the service for development: uvicorn with auto-reload in place of gunicorn, the metrics process beside it."""
 
 import os
-import signal
 import tempfile
 from pathlib import Path
 
@@ -14,14 +13,8 @@ from app.settings import load_settings
 def main() -> None:
     """Serve until Ctrl-C; a change below `app/` restarts the server."""
     with tempfile.TemporaryDirectory(prefix="metrics-") as folder:
-        os.environ.update(
-            {
-                "ENVIRONMENT": "development",
-                "WEB_CONCURRENCY": "1",
-                "DRAIN_SECONDS": "0",
-                "PROMETHEUS_MULTIPROC_DIR": folder,
-            }
-        )
+        settings = {"ENVIRONMENT": "development", "WEB_CONCURRENCY": "1", "DRAIN_SECONDS": "0"}
+        os.environ.update(settings | {"PROMETHEUS_MULTIPROC_DIR": folder})
         serve(Path(folder))
 
 
@@ -30,7 +23,8 @@ def serve(folder: Path) -> None:
     from app import metrics_server  # prometheus_client looks for the folder when it is imported
 
     settings = load_settings()
-    pid, owner = metrics_server.start(settings.metrics_bind, folder)
+    metrics = metrics_server.MetricsProcess(settings.metrics_bind, folder)
+    metrics.ensure()
     host, _, port = settings.bind.rpartition(":")
     try:
         uvicorn.run(
@@ -48,8 +42,7 @@ def serve(folder: Path) -> None:
             timeout_graceful_shutdown=1,
         )
     finally:
-        os.kill(pid, signal.SIGTERM)
-        owner.close()
+        metrics.stop()
 
 
 if __name__ == "__main__":

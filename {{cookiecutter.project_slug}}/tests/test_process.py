@@ -258,6 +258,21 @@ def test_a_hangup_replaces_the_workers_and_reads_nothing_anew(
         assert {line["level"] for line in service.lines} == {"info"}
 
 
+def test_a_killed_metrics_process_is_replaced(service: Service) -> None:
+    before = count(service, "/health/live")
+    workers = {line["pid"] for line in service.lines if line["message"].startswith("Started server process")}
+    (victim,) = (c for c in psutil.Process(service.process.pid).children() if c.pid not in workers)
+    victim.kill()
+    eventually(lambda: not victim.is_running(), 3)
+    eventually(lambda: count(service, "/health/live") == before, 5)
+
+
+def test_usr2_is_one_line(service: Service) -> None:
+    service.process.send_signal(signal.SIGUSR2)
+    eventually(lambda: "SIGUSR2 is ignored" in service.text, 3)
+    assert service.get("/").status_code == 200
+
+
 def test_only_metrics_are_at_the_metrics_address(service: Service) -> None:
     address = f"http://127.0.0.1:{service.metrics_port}"
     assert [service.http.get(address + path).status_code for path in ("/metrics", "/", "/docs")] == [200, 404, 404]

@@ -121,6 +121,8 @@ def test_the_defaults_are_coherent(cpus: float) -> None:
         ({"worker_memory_mb": 900}, "2 workers need 1880 MB"),
         ({"worker_memory_mb": 2000, "web_concurrency": 1}, "raise the memory limit"),
         ({"worker_timeout_seconds": 0}, "WORKER_TIMEOUT_SECONDS=0"),
+        ({"request_timeout_seconds": 34}, "are over GRACEFUL_TIMEOUT_SECONDS=50, so the last requests are cut off"),
+        ({"database_command_timeout_seconds": 29}, "= 30 do not fit into REQUEST_TIMEOUT_SECONDS=30"),
         ({"termination_grace_seconds": 59}, "SIGKILL comes first"),
         ({"max_requests": 0}, "MAX_REQUESTS=0"),
         ({"max_requests_jitter": 0}, "MAX_REQUESTS_JITTER=0"),
