@@ -13,20 +13,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from app import log, machine, sizing
+from app import log, machine
+from app.plan import make_plan
 from app.settings import load_settings
 
 settings = load_settings()
 log.configure(settings)
-plan = sizing.plan(settings, machine.detect())
+plan = make_plan(settings, machine.detect())
 
 # prometheus_client chooses between files and memory when it is imported, so the folder must be known before that.
 shared_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - files that never touch a disk
 own_folder = Path(shared_memory or tempfile.gettempdir(), f"metrics-{os.getpid()}-{secrets.token_hex(8)}")
-metrics_folder = settings.prometheus_multiproc_dir or own_folder
-os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder)
+folder = settings.prometheus_multiproc_dir or own_folder
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
 
-from app import master, metrics_server  # noqa: E402
+from app import master, metrics_folder, metrics_server  # noqa: E402
 
 wsgi_app = "app.main:app"
 worker_class = "app.worker.ServiceWorker"
@@ -48,7 +49,7 @@ proc_name = settings.service_name
 
 def on_starting(arbiter: Any) -> None:
     """Start the metrics process, and say how the pod is sized."""
-    arbiter.metrics = metrics_server.MetricsProcess(settings.metrics_bind, metrics_folder)
+    arbiter.metrics = metrics_server.MetricsProcess(settings.metrics_bind, folder)
     arbiter.metrics.ensure()
     atexit.register(clean_up, os.getpid(), arbiter.metrics)
     text = "%d workers, %d database connections for each: %s; metrics on %s"
@@ -70,12 +71,12 @@ def pre_fork(arbiter: Any, worker: Any) -> None:
 def child_exit(arbiter: Any, worker: Any) -> None:
     """Keep the counts of a worker that ended, and say what it was doing if it was stuck."""
     worker.report()
-    metrics_server.fold(metrics_folder, worker.pid)
+    metrics_folder.fold(folder, worker.pid)
 
 
 def clean_up(master: int, metrics: metrics_server.MetricsProcess) -> None:
     """End what was started here, however the master ends; workers inherit this and leave it alone."""
     if os.getpid() == master:
         metrics.stop()
-        if metrics_folder == own_folder:
-            shutil.rmtree(metrics_folder, ignore_errors=True)
+        if folder == own_folder:
+            shutil.rmtree(folder, ignore_errors=True)

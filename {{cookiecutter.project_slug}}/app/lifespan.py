@@ -8,11 +8,12 @@ from typing import Any, TypedDict
 
 from redis.asyncio import Redis
 
-from app import cache, machine, master, sizing
+from app import cache, machine, master
 from app.background import Background
 from app.database import Database
 from app.health import Check, Health
 from app.metrics import WorkerMetrics
+from app.plan import make_plan
 from app.settings import Settings
 
 
@@ -41,7 +42,7 @@ async def open_state(
     `seconds_left` says, at the end, how long work in the background may still take.
     """
     async with contextlib.AsyncExitStack() as stack:
-        share = sizing.plan(settings, machine.detect()).connections_per_worker
+        share = make_plan(settings, machine.detect()).connections_per_worker
         database = await stack.enter_async_context(Database(settings, share))
         redis = await stack.enter_async_context(cache.connect(settings))
         probe = await stack.enter_async_context(cache.connect(settings, max_connections=1))  # readiness' own

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+MEGABYTE = 1 << 20
+
 
 class Machine(NamedTuple):
     """CPUs, fractions included, and memory in bytes; with where each was read."""
@@ -13,6 +15,11 @@ class Machine(NamedTuple):
     memory_bytes: int
     cpus_from: str = "given"
     memory_from: str = "given"
+
+    @property
+    def megabytes(self) -> int:
+        """The memory in whole megabytes."""
+        return self.memory_bytes // MEGABYTE
 
 
 def detect(root: Path = Path("/")) -> Machine:

@@ -1,17 +1,14 @@
-"""How many workers and connections a pod runs, and why. `python -m app.sizing` explains it for this machine."""
+"""`python -m app.sizing` explains what this machine runs, and names settings that do not agree with each other."""
 
 import argparse
 import math
 import os
 import sys
-from typing import NamedTuple
 
-from app.machine import Machine, detect
+from app.machine import MEGABYTE, Machine, detect
+from app.plan import BASE_MEMORY_MB, USABLE_MEMORY, carried_workers, make_plan
 from app.settings import Settings, load_settings
 
-MEGABYTE = 1 << 20
-USABLE_MEMORY = 0.8  # of the limit; the rest is for peaks
-BASE_MEMORY_MB = 80  # the gunicorn master and the metrics process
 BLOCKING_STEP_SECONDS = 30  # how long one may last: a cold import on a throttled CPU, a large document
 CLOSING_MARGIN_SECONDS = 2  # of the graceful timeout, for lifespan shutdown
 GRACE_MARGIN_SECONDS = 10  # between gunicorn's own end and the kubelet's SIGKILL
@@ -28,43 +25,10 @@ OVERRIDES = {
 }
 
 
-class Plan(NamedTuple):
-    """Workers of this pod, connections to Postgres for each of them, and the reasons."""
-
-    workers: int
-    connections_per_worker: int
-    reasons: str
-
-
-def plan(settings: Settings, machine: Machine) -> Plan:
-    """Decide: `WEB_CONCURRENCY` wins; else one worker per CPU, bounded by memory and `MAX_WORKERS`, at least 1.
-
-    One async worker keeps one CPU busy; the popular 2 x CPU + 1 is for sync workers. Measured on 2 CPUs with Postgres:
-    2 workers serve 1.36 times what one does, 5 workers 1.17 times; under a quota of one CPU p99 grows fourfold.
-    """
-    workers, reasons = settings.web_concurrency or 0, f"WEB_CONCURRENCY={settings.web_concurrency}"
-    if not workers:
-        workers = max(1, math.floor(machine.cpus * settings.workers_per_core + 0.25))
-        reasons = f"{machine.cpus:g} CPUs ({machine.cpus_from}) x WORKERS_PER_CORE={settings.workers_per_core:g}"
-        if (carried := _carried(settings, machine)) < workers:
-            workers, reasons = carried, f"{reasons}; {_megabytes(machine)} MB ({machine.memory_from}) carry {carried}"
-        if settings.max_workers and settings.max_workers < workers:
-            workers, reasons = settings.max_workers, f"{reasons}; MAX_WORKERS={settings.max_workers}"
-    return Plan(workers, max(2, settings.database_max_connections // workers), reasons)
-
-
-def _megabytes(machine: Machine) -> int:
-    return machine.memory_bytes // MEGABYTE
-
-
-def _carried(settings: Settings, machine: Machine) -> int:
-    return max(1, int((_megabytes(machine) * USABLE_MEMORY - BASE_MEMORY_MB) // settings.worker_memory_mb))
-
-
 def findings(s: Settings, machine: Machine, workers: int, replicas: int) -> list[str]:
     """Return one sentence for each incoherence of these settings, with its remedy; none for the defaults."""
     by_cpu = max(1, math.ceil(machine.cpus * s.workers_per_core))
-    memory, carried = workers * s.worker_memory_mb + BASE_MEMORY_MB, _carried(s, machine)
+    memory, carried = workers * s.worker_memory_mb + BASE_MEMORY_MB, carried_workers(s, machine)
     grace = s.graceful_timeout_seconds + GRACE_MARGIN_SECONDS
     graceful = math.ceil(s.drain_seconds + s.retire_seconds + s.request_timeout_seconds) + CLOSING_MARGIN_SECONDS
     answer = s.database_acquire_timeout_seconds + s.database_command_timeout_seconds
@@ -73,8 +37,8 @@ def findings(s: Settings, machine: Machine, workers: int, replicas: int) -> list
     rules = [
         (workers > by_cpu, f"{workers} workers on {machine.cpus:g} CPUs only take turns: set WEB_CONCURRENCY={by_cpu}"),
         (
-            memory > _megabytes(machine) * USABLE_MEMORY,
-            f"{workers} workers need {memory} MB, more than {USABLE_MEMORY:.0%} of {_megabytes(machine)} MB: raise the "
+            memory > machine.megabytes * USABLE_MEMORY,
+            f"{workers} workers need {memory} MB, more than {USABLE_MEMORY:.0%} of {machine.megabytes} MB: raise the "
             f"memory limit{f', or set WEB_CONCURRENCY={carried}' if carried < workers else ''}",
         ),
         (
@@ -123,7 +87,7 @@ def main() -> int:
     about = "Explain how many workers and connections this service runs here, and what is incoherent (exit 1)."
     parser = argparse.ArgumentParser(prog="python -m app.sizing", description=about)
     parser.add_argument("--cpus", type=float, default=found_here.cpus, help="CPUs (found: %(default)g)")
-    parser.add_argument("--memory-mb", type=int, default=_megabytes(found_here), help="memory (found: %(default)s)")
+    parser.add_argument("--memory-mb", type=int, default=found_here.megabytes, help="memory (found: %(default)s)")
     parser.add_argument("--replicas", type=int, default=REPLICAS, help="most pods of a release (default: %(default)s)")
     for option, name in OVERRIDES.items():
         parser.add_argument(option, dest=name.upper(), help=f"another {name.upper()}")
@@ -133,12 +97,12 @@ def main() -> int:
             parser.error(f"--{name.replace('_', '-')} {options[name]}: takes a number over 0")
     os.environ.update({name: value for name, value in options.items() if name.isupper() and value is not None})
     settings, machine = load_settings(), Machine(options["cpus"], options["memory_mb"] * MEGABYTE)
-    if machine[:2] == (found_here.cpus, _megabytes(found_here) * MEGABYTE):
+    if machine[:2] == (found_here.cpus, found_here.megabytes * MEGABYTE):
         machine = found_here
-    decided = plan(settings, machine)
+    decided = make_plan(settings, machine)
     found = findings(settings, machine, decided.workers, options["replicas"])
     sys.stdout.write(
-        f"{machine.cpus:g} CPUs, {_megabytes(machine)} MB, up to {options['replicas']} pods\n"
+        f"{machine.cpus:g} CPUs, {machine.megabytes} MB, up to {options['replicas']} pods\n"
         f"workers      {decided.workers}: {decided.reasons}\n"
         f"connections  {settings.database_max_connections} for the pod, {decided.connections_per_worker} per worker\n"
         + ("".join(f"WARNING      {text}\n" for text in found) or "no warnings: the settings agree with each other\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app import metrics_server as metrics
+from app import metrics_folder
 from tests.process import PROJECT
 
 COUNT = """
@@ -28,14 +28,14 @@ def worker(folder: Path) -> int:
 
 
 def counted(folder: Path) -> dict[str, float]:
-    samples = [sample for metric in metrics.AllWorkers(folder).collect() for sample in metric.samples]
+    samples = [sample for metric in metrics_folder.AllWorkers(folder).collect() for sample in metric.samples]
     return {sample.name: sample.value for sample in samples if not sample.name.endswith("_bucket")}
 
 
 def test_the_dead_keep_their_counts_in_one_file(tmp_path: Path) -> None:
-    metrics.prepare(tmp_path).close()
+    metrics_folder.prepare(tmp_path).close()
     for _ in range(3):
-        metrics.fold(tmp_path, worker(tmp_path))
+        metrics_folder.fold(tmp_path, worker(tmp_path))
     living = worker(tmp_path)
     assert counted(tmp_path) == {
         "http_server_request_duration_seconds_count": 4,
@@ -50,13 +50,13 @@ def test_the_dead_keep_their_counts_in_one_file(tmp_path: Path) -> None:
 
 def test_an_earlier_run_is_forgotten(tmp_path: Path) -> None:
     worker(tmp_path)
-    metrics.prepare(tmp_path).close()
+    metrics_folder.prepare(tmp_path).close()
     assert counted(tmp_path) == {}
 
 
 def test_two_instances_cannot_share_a_folder(tmp_path: Path) -> None:
-    owner = metrics.prepare(tmp_path)
+    owner = metrics_folder.prepare(tmp_path)
     with pytest.raises(BlockingIOError):
-        metrics.prepare(tmp_path)
+        metrics_folder.prepare(tmp_path)
     owner.close()
-    metrics.prepare(tmp_path).close()
+    metrics_folder.prepare(tmp_path).close()

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from app.machine import Machine, detect
+from app.plan import make_plan
 from app.settings import Settings
-from app.sizing import findings, plan
+from app.sizing import findings
 from tests.process import PROJECT
 
 MB = 1 << 20
@@ -98,20 +99,20 @@ def test_no_limit_means_the_host(tmp_path: Path) -> None:
     ],
 )
 def test_workers(cpus: float, megabytes: int, settings: dict[str, Any], workers: int) -> None:
-    assert plan(Settings(**settings), Machine(cpus, megabytes * MB)).workers == workers
+    assert make_plan(Settings(**settings), Machine(cpus, megabytes * MB)).workers == workers
 
 
 def test_the_budget_is_divided_by_the_workers() -> None:
     machine = Machine(4, 8192 * MB)
-    assert plan(Settings(), machine).connections_per_worker == 2
-    assert plan(Settings(database_max_connections=20), machine).connections_per_worker == 5
-    assert plan(Settings(database_max_connections=1), machine).connections_per_worker == 2
+    assert make_plan(Settings(), machine).connections_per_worker == 2
+    assert make_plan(Settings(database_max_connections=20), machine).connections_per_worker == 5
+    assert make_plan(Settings(database_max_connections=1), machine).connections_per_worker == 2
 
 
 @pytest.mark.parametrize("cpus", [0.5, 1, 2, 4])
 def test_the_defaults_are_coherent(cpus: float) -> None:
     machine = Machine(cpus, 2048 * MB)
-    assert findings(Settings(), machine, plan(Settings(), machine).workers, replicas=10) == []
+    assert findings(Settings(), machine, make_plan(Settings(), machine).workers, replicas=10) == []
 
 
 @pytest.mark.parametrize(
