@@ -1,6 +1,8 @@
 """What `gunicorn` reads when it is started in this folder. Everything comes from the environment: app/settings.py."""
 
 import atexit
+import contextlib
+import ctypes
 import gc
 import os
 import secrets
@@ -49,6 +51,7 @@ proc_name = settings.service_name
 
 def on_starting(arbiter: Any) -> None:
     """Start the metrics process, and say how the pod is sized."""
+    settle()
     arbiter.metrics = metrics_server.MetricsProcess(settings.metrics_bind, folder)
     arbiter.metrics.ensure()
     atexit.register(clean_up, os.getpid(), arbiter.metrics)
@@ -62,10 +65,17 @@ def when_ready(arbiter: Any) -> None:
 
 
 def pre_fork(arbiter: Any, worker: Any) -> None:
-    """Take what is loaded out of the collector's sight, so that workers go on sharing it."""
+    """Share with the workers what is loaded."""
+    settle()
+
+
+def settle() -> None:
+    """Take what is loaded out of the collector's sight, so that processes forked from here go on sharing it."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)  # by default the collector runs for every few requests, and finds nothing
+    with contextlib.suppress(AttributeError):  # not in every C library
+        ctypes.CDLL(None).malloc_trim(0)  # gives back 10 MB, where the modules have just been compiled
 
 
 def child_exit(arbiter: Any, worker: Any) -> None:
