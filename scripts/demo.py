@@ -28,9 +28,9 @@ The service of {{project}} runs. In another terminal:
       -d '{{{{"amount": 1250, "currency": "EUR", "reference": "order-1"}}}}'
     curl -s http://{METRICS}/metrics | grep _count
 
-Watch it end: what is in flight is answered, then the pools close.
+Watch it drain: for ten seconds it is not ready, and serves all the same, with `Connection: close`.
 
-    kill -TERM $(cat {{pid}})
+    kill -TERM $(cat {{pid}}); sleep 1; curl -i http://{BIND}/health/ready; curl -i http://{BIND}/
 
 Ctrl-C ends the demo.
 """
