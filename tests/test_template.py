@@ -45,7 +45,7 @@ ALWAYS = {
     *("scripts/__init__.py", "scripts/dev.py", "scripts/services.py"),
     *(f"app/{name}.py" for name in ("__init__", *APPLICATION, *SERVER)),
     *(f"tests/{name}.py" for name in ("__init__", "conftest", "faulty", "process", "test_health", "test_http")),
-    *(f"tests/test_{name}.py" for name in ("contract", "lifespan", "limits", "log", "metrics", "migrations")),
+    *(f"tests/test_{name}.py" for name in ("contract", "end", "lifespan", "limits", "log", "metrics", "migrations")),
     *(f"tests/test_{name}.py" for name in ("process", "settings")),
     *("tests/test_services.py", "tests/test_sizing.py"),
 }

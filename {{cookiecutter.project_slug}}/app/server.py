@@ -83,16 +83,20 @@ class ServiceServer(Server):
         """Stop listening, then let every connection have its answer with `Connection: close`, if it asks in time."""
         self.server_state.is_retiring = True  # type: ignore[attr-defined]
         await self._stop_listening(sockets)
-        http = self._http()
-        for connection in http:
+        for connection in self._http():
             connection.leave()
-        for websocket in self.server_state.connections - set(http):
+        websockets = self.server_state.connections - set(self._http())
+        for websocket in websockets:
             websocket.shutdown()  # closes with 1012: service restart
         end = time.monotonic() + self.settings.retire_seconds
-        while self.server_state.connections and time.monotonic() < end and self.quick_at == math.inf:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+        while self.server_state.connections and time.monotonic() < min(end, self.quick_at):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         for connection in self._http():
             connection.end_stream()
+        for websocket in websockets & self.server_state.connections:  # told, and uvicorn must not tell it again
+            websocket.transport.abort()
+        await asyncio.sleep(0.01)  # they are gone in the next turn of the loop
 
     async def _stop_listening(self, sockets: list[socket.socket]) -> None:
         """Take what the kernel has already accepted, and serve it: closing would reset it."""

@@ -3,17 +3,20 @@
 import asyncio
 import atexit
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
 
-from fastapi import Request, Response
+from fastapi import BackgroundTasks, Request, Response, WebSocket
 from fastapi.responses import StreamingResponse
 
+from app.background import BackgroundDependency
 from app.main import create_app
 from app.settings import load_settings
 
 app = create_app(load_settings())
-atexit.register(lambda: logging.getLogger("tests").info("atexit ran"))
+logger = logging.getLogger("tests")
+atexit.register(lambda: logger.info("atexit ran"))
 
 
 @app.get("/bug")
@@ -63,3 +66,35 @@ async def events(seconds: float) -> Response:
             await asyncio.sleep(0.1)
 
     return StreamingResponse(parts(), media_type="text/event-stream")
+
+
+@app.websocket("/echo")
+async def echo(websocket: WebSocket) -> None:
+    """Send back what comes."""
+    await websocket.accept()
+    async for text in websocket.iter_text():
+        await websocket.send_text(text)
+
+
+@app.get("/background")
+async def start_background(seconds: float, background: BackgroundDependency) -> None:
+    """Start work behind the answer."""
+    background.start(behind("background", seconds))
+
+
+@app.get("/background-task")
+async def add_background_task(seconds: float, tasks: BackgroundTasks) -> None:
+    """Start work behind the answer, as FastAPI does."""
+    tasks.add_task(behind, "task", seconds)
+
+
+async def behind(name: str, seconds: float) -> None:
+    """Work for a while, and say so."""
+    await asyncio.sleep(seconds)
+    logger.info("%s done", name)
+
+
+@app.get("/stuck")
+async def stuck() -> None:
+    """Block the loop for ever, outside of Python."""
+    re.fullmatch(r"(a+)+b", "a" * 60)
