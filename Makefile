@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 UV := $(or $(shell command -v uv 2>/dev/null),$(TOOLS)/bin/uv)
 # The template's folder runs as it stands; its environment and caches stay outside of it.
 IN_SERVICE = $(MAKE) --no-print-directory -C '$(SERVICE)' VENV='$(abspath $(VENV))-service' TOOLS='$(abspath $(TOOLS))'
+SERVICE_BIN := $(abspath $(VENV))-service/bin
 export PYTHONDONTWRITEBYTECODE := 1
 export RUFF_CACHE_DIR := $(abspath $(VENV))/cache/ruff
 export MYPY_CACHE_DIR := $(abspath $(VENV))/cache/mypy
@@ -34,6 +35,7 @@ demo: setup ## bake the default service and run it under its production server
 lint: setup ## check style and types here, and in the template as it stands
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(IN_SERVICE) lint types
+	@cd '$(SERVICE)' && MYPYPATH=../attack $(SERVICE_BIN)/mypy ../attack
 
 fast: lint ## the tests that run nothing: bakes, hooks, updates
 	@$(PYTEST) -m 'not slow'
@@ -43,6 +45,7 @@ test: lint ## all tests that need no Docker, nginx or haproxy
 	@$(PYTEST)
 
 test-all: test ## all tests, with Docker, nginx and haproxy where one needs them
+	@$(SERVICE_BIN)/python -m pytest attack
 
 lock: | $(UV) ## write all requirements anew, with the newest versions that fit
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade pyproject.toml --group dev --output-file requirements-dev.txt
