@@ -50,8 +50,8 @@ def frozen(pid: int) -> Iterator[None]:
 class Service:
     """A running gunicorn with the service; `lines` are what it printed."""
 
-    def __init__(self, app: str | None, **settings: str) -> None:
-        self.port, self.metrics_port = free_port(), free_port()
+    def __init__(self, app: str | None, port: int = 0, **settings: str) -> None:
+        self.port, self.metrics_port = port or free_port(), free_port()
         self.output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by serving()
         addresses = {"BIND": f"127.0.0.1:{self.port}", "METRICS_BIND": f"127.0.0.1:{self.metrics_port}"}
         self.process = subprocess.Popen(
@@ -99,9 +99,9 @@ class Service:
 
 
 @contextlib.contextmanager
-def serving(app: str | None = None, **settings: str) -> Iterator[Service]:
-    """Run the service, or another app in its place, and end it, whatever happens."""
-    service = Service(app, **settings)
+def serving(app: str | None = None, port: int = 0, **settings: str) -> Iterator[Service]:
+    """Run the service, or another app in its place, and end it, whatever happens; port 0 is any that is free."""
+    service = Service(app, port, **settings)
     try:
         yield service
     finally:
