@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.process import serving
+
 from load import MIXED, Result, load
 from proxies import proxy
-from tests.process import serving
 
 RESTARTS = 10
 REQUESTS = 50_000  # at least, behind each proxy
@@ -53,11 +54,11 @@ def roll(
 ) -> Result:
     """Return what became of mixed load behind a proxy while its two instances restarted in turn, until it is enough."""
     port, restarts = lasting_port(), 0
-    with Instance(settings) as one, Instance(settings) as other:
-        with proxy(name, port, (one.port, other.port)), load(port, MIXED) as result:
+    instances = Instance(settings), Instance(settings)
+    with instances[0] as one, instances[1] as other, proxy(name, port, (one.port, other.port)):
+        with load(port, MIXED) as result:
             while not is_enough(restarts, result):
-                one.restart()
-                one, other = other, one
+                instances[restarts % 2].restart()
                 restarts += 1
                 time.sleep(pause_seconds)
     print(f"{restarts} restarts behind {name}: {result}")
