@@ -54,13 +54,12 @@ def roll(
 ) -> Result:
     """Return what became of mixed load behind a proxy while its two instances restarted in turn, until it is enough."""
     port, restarts = lasting_port(), 0
-    instances = Instance(settings), Instance(settings)
-    with instances[0] as one, instances[1] as other, proxy(name, port, (one.port, other.port)):
-        with load(port, MIXED) as result:
-            while not is_enough(restarts, result):
-                instances[restarts % 2].restart()
-                restarts += 1
-                time.sleep(pause_seconds)
+    one, other = Instance(settings), Instance(settings)
+    with one, other, proxy(name, port, (one.port, other.port)), load(port, MIXED) as result:
+        while not is_enough(restarts, result):
+            (one, other)[restarts % 2].restart()
+            restarts += 1
+            time.sleep(pause_seconds)
     print(f"{restarts} restarts behind {name}: {result}")
     return result
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import psutil
@@ -50,9 +50,9 @@ def frozen(pid: int) -> Iterator[None]:
 class Service:
     """A running gunicorn with the service; `lines` are what it printed."""
 
-    def __init__(self, app: str | None, port: int = 0, **settings: str) -> None:
+    def __init__(self, app: str | None, port: int, stdout: IO[bytes] | None, **settings: str) -> None:
         self.port, self.metrics_port = port or free_port(), free_port()
-        self.output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by serving()
+        self.output = stdout or tempfile.TemporaryFile()  # noqa: SIM115 - closed by serving()
         addresses = {"BIND": f"127.0.0.1:{self.port}", "METRICS_BIND": f"127.0.0.1:{self.metrics_port}"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gunicorn", *([app] if app else [])],
@@ -99,9 +99,11 @@ class Service:
 
 
 @contextlib.contextmanager
-def serving(app: str | None = None, port: int = 0, **settings: str) -> Iterator[Service]:
+def serving(
+    app: str | None = None, port: int = 0, stdout: IO[bytes] | None = None, **settings: str
+) -> Iterator[Service]:
     """Run the service, or another app in its place, and end it, whatever happens; port 0 is any that is free."""
-    service = Service(app, port, **settings)
+    service = Service(app, port, stdout, **settings)
     try:
         yield service
     finally:
