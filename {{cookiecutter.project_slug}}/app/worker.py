@@ -12,7 +12,7 @@ from gunicorn.arbiter import Arbiter
 from uvicorn_worker import UvicornWorker
 
 from app import master
-from app.protocol import ServiceProtocol
+from app.protocol import ServiceProtocol, ServiceWebSocket
 from app.server import ServiceServer
 
 
@@ -22,6 +22,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
         "loop": "uvloop",
         "http": ServiceProtocol,
+        "ws": ServiceWebSocket,
         "lifespan": "on",  # with "auto", an error while starting would leave a service that answers 500 to everything
         "server_header": False,
         "access_log": False,  # observe.py writes it
