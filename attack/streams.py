@@ -4,6 +4,7 @@ And with two ways to block the loop of a worker.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -21,11 +22,19 @@ logger = logging.getLogger("streams")
 async def echo(websocket: WebSocket) -> None:
     """Send back what comes."""
     await websocket.accept()
-    try:
+    with contextlib.suppress(WebSocketDisconnect):
         while True:
             await websocket.send_text(await websocket.receive_text())
-    except WebSocketDisconnect:
-        pass
+
+
+@app.websocket("/flood")
+async def flood(websocket: WebSocket) -> None:
+    """Send without end."""
+    await websocket.accept()
+    with contextlib.suppress(WebSocketDisconnect):
+        while True:
+            await websocket.send_bytes(bytes(1 << 16))
+            await asyncio.sleep(0)  # sending alone lets nobody else run while the client takes all
 
 
 @app.get("/download")

@@ -1,4 +1,4 @@
-"""Clients that send too much, too slowly, or too many at once; others are served meanwhile, and memory stays bounded."""
+"""Clients that send too much, too slowly, or too many at once: others are served meanwhile, and memory is bounded."""
 
 import asyncio
 import contextlib
@@ -89,7 +89,7 @@ def test_a_body_of_200_megabytes_is_413_and_closed(service: Service, chunked: bo
 
 
 async def linger(port: int, head: bytes, rest: bytes) -> tuple[bytes, float]:
-    """Send a head, and a byte of the rest each second; return version and status of the answer, and seconds to its end."""
+    """Send a head, then a byte of the rest each second; return version and status of the answer, seconds to its end."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     start = time.monotonic()
 
@@ -172,7 +172,7 @@ def test_a_reader_of_the_log_that_stops_costs_access_lines_and_nothing_else(urls
 
     with tempfile.TemporaryFile() as kept:
         reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=kept)
-        with serving("tests.faulty:app", stdout=reader.stdin, **urls) as service:
+        with serving("tests.faulty:app", 0, reader.stdin, **urls) as service:
             service.wait()
             with load(service.port, MIXED) as result, frozen(reader.pid):
                 eventually(lambda: dropped(service) > 1000, 60)

@@ -1,4 +1,4 @@
-"""What lasts longer than the process that serves it comes to a good end with it: a drain, an interrupt, a stuck loop."""
+"""What lasts longer than the process that serves it: how it ends with a drain, an interrupt, a stuck loop."""
 
 import contextlib
 import signal
@@ -19,6 +19,7 @@ from load import get, load
 from watch import workers
 
 APP = "streams:app"
+CLOSE_FRAME = b"\x88\x82\0\0\0\0\x03\xe8"  # masked, as a client's; code 1000
 DRAIN_SECONDS, RETIRE_SECONDS = 2.0, 1.0
 TIMES = {"DRAIN_SECONDS": str(DRAIN_SECONDS), "RETIRE_SECONDS": str(RETIRE_SECONDS)}
 
@@ -35,6 +36,12 @@ def started(urls: dict[str, str], **settings: str) -> Iterator[Service]:
         service.wait()
         eventually(lambda: len(workers(service)) == 2)
         yield service
+
+
+def assert_clean_end(service: Service) -> None:
+    """Hold that both workers have closed what they held."""
+    assert messages(service, "uvicorn.error").count("Application shutdown complete.") == 2
+    assert "Traceback" not in service.text
 
 
 def echo(port: int) -> ClientConnection:
@@ -80,6 +87,23 @@ def test_a_websocket_lives_through_the_drain_and_closes_with_1012(urls: dict[str
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1012
         assert service.process.wait(20) == 0
+        assert_clean_end(service)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("last_words", [b"", CLOSE_FRAME])
+def test_a_websocket_that_is_not_read_holds_nothing_up(urls: dict[str, str], number: int, last_words: bytes) -> None:
+    with started(urls, **TIMES) as service:
+        with connect(f"ws://127.0.0.1:{service.port}/flood", compression=None, close_timeout=1) as client:
+            time.sleep(0.5)
+            client.socket.sendall(last_words)
+            time.sleep(0.5)
+            start = time.monotonic()
+            assert service.stop(number) == 0
+            seconds = time.monotonic() - start
+        print(f"ended after {seconds:.1f} s")
+        assert seconds < (DRAIN_SECONDS + RETIRE_SECONDS if number == signal.SIGTERM else 0) + 3
+        assert_clean_end(service)
 
 
 def test_streams_end_after_the_time_to_retire(urls: dict[str, str]) -> None:
@@ -96,8 +120,7 @@ def test_streams_end_after_the_time_to_retire(urls: dict[str, str]) -> None:
             print(f"a stream ended {seconds:.1f} s after the signal: {reading.end}, {reading.size} bytes")
             assert seconds > DRAIN_SECONDS + RETIRE_SECONDS - 0.5
             assert seconds < 20
-        messages = [line["message"] for line in service.lines]
-        assert messages.count("Application shutdown complete.") == 2
+        assert_clean_end(service)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +147,7 @@ def test_work_that_lasts_too_long_is_cancelled_with_one_line(urls: dict[str, str
         assert messages(service, "streams") == ["the work was cancelled"]
         (line,) = [line for line in service.lines if line["level"] != "info"]
         print(line)
-        assert messages(service, "uvicorn.error").count("Application shutdown complete.") == 2
+        assert_clean_end(service)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
@@ -145,7 +168,7 @@ def test_an_interrupt_ends_everything_within_two_seconds(urls: dict[str, str], n
             assert reading.end
         with contextlib.suppress(httpx.TransportError):
             assert slow.result().status_code == 503
-        assert messages(service, "uvicorn.error").count("Application shutdown complete.") == 2
+        assert_clean_end(service)
         assert messages(service, "streams") == 2 * ["the work was cancelled"]
 
 
@@ -174,9 +197,8 @@ def test_usr2_is_one_line_and_nothing_else(urls: dict[str, str]) -> None:
         service.process.send_signal(signal.SIGUSR2)
         eventually(lambda: len(service.lines) > lines)
         time.sleep(2)
-        assert [line["message"] for line in service.lines[lines:]] == [
-            "SIGUSR2 is ignored: start a new instance instead"
-        ]
+        said = [line["message"] for line in service.lines[lines:]]
+        assert said == ["Handling signal: usr2", "SIGUSR2 is ignored: start a new instance instead"]
         assert {process.pid for process in psutil.Process(service.process.pid).children(recursive=True)} == family
         assert service.get("/").status_code == 200
 

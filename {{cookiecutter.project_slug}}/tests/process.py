@@ -50,7 +50,7 @@ def frozen(pid: int) -> Iterator[None]:
 class Service:
     """A running gunicorn with the service; `lines` are what it printed."""
 
-    def __init__(self, app: str | None, port: int, stdout: IO[bytes] | None, **settings: str) -> None:
+    def __init__(self, app: str | None, port: int, stdout: IO[bytes] | None, /, **settings: str) -> None:
         self.port, self.metrics_port = port or free_port(), free_port()
         self.output = stdout or tempfile.TemporaryFile()  # noqa: SIM115 - closed by serving()
         addresses = {"BIND": f"127.0.0.1:{self.port}", "METRICS_BIND": f"127.0.0.1:{self.metrics_port}"}
@@ -100,7 +100,7 @@ class Service:
 
 @contextlib.contextmanager
 def serving(
-    app: str | None = None, port: int = 0, stdout: IO[bytes] | None = None, **settings: str
+    app: str | None = None, port: int = 0, stdout: IO[bytes] | None = None, /, **settings: str
 ) -> Iterator[Service]:
     """Run the service, or another app in its place, and end it, whatever happens; port 0 is any that is free."""
     service = Service(app, port, stdout, **settings)
