@@ -14,7 +14,7 @@ export RUFF_CACHE_DIR := $(abspath $(VENV))/cache/ruff
 export MYPY_CACHE_DIR := $(abspath $(VENV))/cache/mypy
 PYTEST = $(BIN)/python -m pytest -o cache_dir=$(abspath $(VENV))/cache/pytest
 
-.PHONY: help setup demo lint fast test test-all lock
+.PHONY: help setup demo lint fast test test-all attack lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
@@ -44,7 +44,10 @@ test: lint ## all tests that need no Docker, nginx or haproxy
 	@$(IN_SERVICE) test
 	@$(PYTEST)
 
-test-all: test ## all tests, with Docker, nginx and haproxy where one needs them
+test-all: test attack ## all tests, with Docker, nginx and haproxy where one needs them
+
+attack: setup ## floods, faults, and restarts behind nginx and haproxy, with every request accounted for; 8 minutes
+	@$(IN_SERVICE) setup
 	@$(SERVICE_BIN)/python -m pytest attack
 
 lock: | $(UV) ## write all requirements anew, with the newest versions that fit
