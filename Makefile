@@ -14,7 +14,7 @@ export RUFF_CACHE_DIR := $(abspath $(VENV))/cache/ruff
 export MYPY_CACHE_DIR := $(abspath $(VENV))/cache/mypy
 PYTEST = $(BIN)/python -m pytest -o cache_dir=$(abspath $(VENV))/cache/pytest
 
-.PHONY: help setup demo lint fast test test-all attack lock
+.PHONY: help setup demo lint fast test test-all attack bench lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
@@ -49,6 +49,9 @@ test-all: test attack ## all tests, with Docker, nginx and haproxy where one nee
 attack: setup ## floods, faults, and restarts behind nginx and haproxy, with every request accounted for; 8 minutes
 	@$(IN_SERVICE) setup
 	@$(SERVICE_BIN)/python -m pytest attack
+
+bench: setup ## measure the service beside bare FastAPI and the most used peer; QUICK=1 for one short round
+	@QUICK='$(QUICK)' TOOLS='$(abspath $(TOOLS))' $(BIN)/python -m benchmarks
 
 lock: | $(UV) ## write all requirements anew, with the newest versions that fit
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade pyproject.toml --group dev --output-file requirements-dev.txt

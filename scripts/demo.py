@@ -55,6 +55,15 @@ def wait_until_ready(process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
+def set_up(project: Path, **variables: str) -> dict[str, str]:
+    """Make the environment of a project; return the variables, these among them, that its make targets take."""
+    # The project's make must not take over what this one was told.
+    environment = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "VENV"}}
+    environment |= variables
+    subprocess.run(["make", "--silent", "setup"], cwd=project, check=True, env=environment)
+    return environment
+
+
 def main() -> int:
     """Bake, set up, run; return the exit code of the service."""
     if taken := [address for address in (BIND, METRICS) if not free(address)]:
@@ -65,10 +74,7 @@ def main() -> int:
     sys.stdout.write(f"baked in {time.monotonic() - start:.1f} s; setting up its environment ...\n")
     sys.stdout.flush()
     pid = FOLDER / "gunicorn.pid"
-    # The project's make must not take over what this one was told.
-    environment = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "VENV"}}
-    environment |= {"GUNICORN_CMD_ARGS": f"--pid {pid}", "BIND": BIND, "METRICS_BIND": METRICS}
-    subprocess.run(["make", "--silent", "setup"], cwd=project, check=True, env=environment)
+    environment = set_up(project, GUNICORN_CMD_ARGS=f"--pid {pid}", BIND=BIND, METRICS_BIND=METRICS)
     process = subprocess.Popen(["make", "--silent", "run"], cwd=project, env=environment)
     for number in (signal.SIGINT, signal.SIGTERM):  # the service gets Ctrl-C too, and ends by itself
         signal.signal(number, lambda *_: None)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from cookiecutter.main import cookiecutter
 
+from scripts.interpreter import find
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "{{cookiecutter.project_slug}}"
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -73,13 +75,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def interpreter(version: str) -> str:
-    """Return an interpreter of this minor version that runs, from PATH or from pyenv, or skip."""
-    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser().glob(f"versions/{version}.*/bin/python")
-    for candidate in (shutil.which(f"python{version}"), *map(str, sorted(pyenv))):
-        if candidate:
-            ask = [candidate, "-c", "import sys; print(sys.executable)"]  # a pyenv shim names itself otherwise
-            answer = subprocess.run(ask, capture_output=True, text=True, check=False)
-            if answer.returncode == 0:
-                return answer.stdout.strip()
+    """Return an interpreter of this minor version that runs, or skip."""
+    if found := find(version):
+        return found
     missing(f"Python {version}")
     raise AssertionError
