@@ -5,7 +5,7 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import asyncpg
 from fastapi import Depends, Request
@@ -17,21 +17,44 @@ from app.settings import Settings
 CONNECT_TIMEOUT_SECONDS = 3.0
 #: Seconds that closing may take.
 CLOSE_TIMEOUT_SECONDS = 1.0
+#: Seconds for a server to acknowledge that a command is to end, or the connection is given up.
+CANCEL_TIMEOUT_SECONDS = 0.5
 #: Seconds between tries, of which the first follows at once; a random part of them is waited.
 PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 0.5
-#: What a connection in use raises when the server goes away, restarts or freezes. InternalClientError is what asyncpg
-#: 0.32 raises when the server closed an idle connection just before it was used.
-OUTAGE = (
-    ConnectionError,
-    TimeoutError,
-    asyncpg.InternalClientError,
+#: What a server says that goes away, restarts, or starts.
+AWAY = (
     asyncpg.PostgresConnectionError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
+    asyncpg.IdleSessionTimeoutError,
 )
+#: What a lost connection raises, and bugs too. InternalClientError is what asyncpg 0.32 raises when the server closed
+#: an idle connection just before it was used.
+LOST = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+#: What a command raises that takes too long: for us, or for the server's own `statement_timeout`.
+SLOW = (TimeoutError, asyncpg.QueryCanceledError)
 Connection = asyncpg.pool.PoolConnectionProxy
 Result = TypeVar("Result")
+
+
+class ServerAwayError(UnavailableError):
+    """The server went away, or cannot be reached; what it was told last may have been done, or not."""
+
+
+class _Connection(asyncpg.Connection):
+    """Tells the server to cancel a command that takes too long, as asyncpg does, but does not wait long for it.
+
+    A rollback would wait for as long as a command may take, and a frozen server would cost a transaction that twice.
+    """
+
+    def _cancel_current_command(self, sent: Any, acknowledged: Any) -> None:
+        super()._cancel_current_command(sent, acknowledged)  # type: ignore[misc]
+        asyncio.get_running_loop().call_later(CANCEL_TIMEOUT_SECONDS, self._give_up, acknowledged)
+
+    def _give_up(self, acknowledged: asyncio.Future[None]) -> None:
+        if not acknowledged.done():
+            self.terminate()
 
 
 class Database:
@@ -51,10 +74,11 @@ class Database:
             timeout=CONNECT_TIMEOUT_SECONDS,
             command_timeout=settings.database_command_timeout_seconds,
             statement_cache_size=settings.database_statement_cache_size,
+            connection_class=_Connection,
             server_settings={"application_name": settings.service_name},
         )
         self.probe: asyncpg.Connection | None = None
-        self.away_since = self.failed_at = float("-inf")
+        self.away_since: float | None = None  # when it was found away first, after it had answered
 
     async def __aenter__(self) -> Self:
         await self.pool
@@ -72,20 +96,28 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def acquire(self) -> AsyncIterator[Connection]:
-        """Lend a connection. Raises `UnavailableError` if none is free in time, or when the server is away."""
+        """Lend a connection. Raises `UnavailableError` if none is free in time, or when the server does not answer.
+
+        A connection that is no good any more is replaced; that is no error of work that is done.
+        """
         connection = await self._connect()
         try:
             yield connection
-            self.failed_at = float("-inf")
-        except (asyncpg.InterfaceError, *OUTAGE) as error:
-            if isinstance(error, asyncpg.InterfaceError) and not _is_lost(connection):
-                raise  # a bug, such as a wrong number of arguments
-            if isinstance(error, TimeoutError):
-                connection.terminate()  # or the pool would wait once more for a server that does not answer
+            self.away_since = None
+        except (*AWAY, *LOST, *SLOW) as raised:
+            error = _origin(raised)
+            if isinstance(error, asyncio.CancelledError):
+                raise error from None
+            if isinstance(error, SLOW):
+                msg = "The database took too long."
+                raise UnavailableError(msg) from error
+            if isinstance(error, LOST) and not _is_lost(connection):
+                raise  # a bug, such as a wrong number of arguments, or another service's failure
             msg = "The database did not answer."
-            raise UnavailableError(msg) from error
+            raise ServerAwayError(msg) from error
         finally:
-            await self.pool.release(connection)
+            with contextlib.suppress(asyncpg.PostgresError, *LOST):
+                await self.pool.release(connection)
 
     async def retry(self, work: Callable[[Connection], Awaitable[Result]]) -> Result:
         """Do work that may be done twice, such as a read, and do it again if the server goes away meanwhile.
@@ -98,8 +130,8 @@ class Database:
             try:
                 async with self.acquire() as connection:
                     return await work(connection)
-            except UnavailableError as error:
-                if not await self._wait_for_retry(error.__cause__, tries):
+            except ServerAwayError:
+                if not await self._pause(tries):
                     raise
             tries += 1
 
@@ -108,21 +140,23 @@ class Database:
         while True:
             try:
                 return await self.pool.acquire(timeout=self.settings.database_acquire_timeout_seconds)
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-                if not await self._wait_for_retry(error, tries):
+            except TimeoutError as error:
+                msg = "No connection to the database was free in time."
+                raise UnavailableError(msg) from error
+            except (*AWAY, OSError, asyncpg.InternalClientError) as error:
+                if not await self._pause(tries):
                     msg = "The database is not available."
-                    raise UnavailableError(msg) from error
+                    raise ServerAwayError(msg) from error
+            except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # it does not want us
+                msg = "The database is not available."
+                raise UnavailableError(msg) from error
             tries += 1
 
-    async def _wait_for_retry(self, error: BaseException | None, tries: int) -> bool:
+    async def _pause(self, tries: int) -> bool:
         """Wait a little and return True in an outage that is young; in a longer one everybody fails at once."""
-        if isinstance(error, TimeoutError) or not isinstance(error, OUTAGE):
-            return False
-        now, budget = time.monotonic(), self.settings.database_retry_seconds
-        if now - self.failed_at > budget:
-            self.away_since = now
-        self.failed_at = now
-        if now - self.away_since > budget:
+        now = time.monotonic()
+        self.away_since = self.away_since or now
+        if now - self.away_since >= self.settings.database_retry_seconds:
             return False
         await asyncio.sleep(min(tries * PAUSE_SECONDS, MAX_PAUSE_SECONDS) * random.random())  # noqa: S311 - to keep callers apart
         return True
@@ -130,14 +164,34 @@ class Database:
     async def check(self) -> None:
         """Ask the server for nothing over readiness' own connection; raises whatever is wrong."""
         probe, self.probe = self.probe, None
-        if probe is None or probe.is_closed():
-            probe = await asyncpg.connect(self.url, statement_cache_size=0)
         try:
-            await probe.execute("select")
-        except BaseException:  # a timeout of the caller too: what is in flight on this connection is unknown
-            probe.terminate()
+            if probe is None or not await _answers(probe):
+                probe = await asyncpg.connect(self.url, statement_cache_size=0)
+                await probe.execute("select")
+        except BaseException as error:  # a timeout of the caller too: what is in flight on this connection is unknown
+            if probe is not None:
+                probe.terminate()
+            if isinstance(error, (*AWAY, OSError)):
+                self.away_since = self.away_since or time.monotonic()
             raise
-        self.probe = probe
+        self.probe, self.away_since = probe, None
+
+
+async def _answers(connection: asyncpg.Connection) -> bool:
+    """Tell whether a connection still works; one that was closed while it was idle says nothing of the server."""
+    try:
+        await connection.execute("select")
+    except (*AWAY, *LOST):
+        connection.terminate()
+        return False
+    return True
+
+
+def _origin(error: BaseException) -> BaseException:
+    """Return what asyncpg hides behind the InterfaceError of a transaction that cannot be left any more."""
+    while isinstance(error, asyncpg.InterfaceError) and error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _is_lost(connection: Connection) -> bool:

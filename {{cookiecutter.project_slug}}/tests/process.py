@@ -39,12 +39,14 @@ def frozen(pid: int) -> Iterator[None]:
     parent = psutil.Process(pid)
     family = [parent, *parent.children(recursive=True)]
     for process in family:
-        process.suspend()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
     try:
         yield
     finally:
         for process in family:
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 class Service:
