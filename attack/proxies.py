@@ -43,7 +43,7 @@ def proxy(name: str, port: int, instances: tuple[int, int]) -> Iterator[None]:
         with output.open("w") as log:
             process = subprocess.Popen([path, *options, file], user=user, cwd=folder, stdout=log, stderr=log)
         try:
-            eventually(lambda: process.poll() is not None or _listens(port))
+            eventually(lambda: process.poll() is not None or listens(port))
             assert process.poll() is None, output.read_text()
             yield
         finally:
@@ -51,7 +51,8 @@ def proxy(name: str, port: int, instances: tuple[int, int]) -> Iterator[None]:
             process.wait()
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Tell whether somebody listens on a loopback port."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
         return True
     return False

@@ -1,0 +1,32 @@
+"""The service with routes that depend on Postgres or Redis for longer than the example does."""
+
+from app.cache import CacheDependency
+from app.database import DatabaseDependency
+from app.main import create_app
+from app.settings import load_settings
+
+app = create_app(load_settings())
+
+
+@app.get("/cached")
+async def cached(cache: CacheDependency) -> int:
+    """Write to Redis and read from it."""
+    await cache.set("number", 1)
+    return int(await cache.get("number") or 0)
+
+
+@app.get("/sleep")
+async def sleep(database: DatabaseDependency, seconds: float) -> str:
+    """Keep a connection to Postgres busy."""
+    async with database.acquire() as connection:
+        await connection.execute("select pg_sleep($1)", seconds)
+    return "done"
+
+
+@app.get("/transaction")
+async def transaction(database: DatabaseDependency) -> int:
+    """Read twice in a transaction."""
+    async with database.acquire() as connection, connection.transaction():
+        await connection.execute("select")
+        value: int = await connection.fetchval("select 1")
+        return value
