@@ -32,7 +32,7 @@ EXAMPLE_ONLY = {
 #: What a feature meets, and what serves it and tells about it.
 APPLICATION = (
     *("background", "cache", "database", "errors", "health", "lifespan", "limits", "main", "observe"),
-    *("request_head", "setting_types", "settings"),
+    *("outage", "request_head", "setting_types", "settings"),
 )
 SERVER = (
     *("access_log", "log", "machine", "master", "metrics", "metrics_folder", "metrics_server", "plan", "protocol"),
@@ -46,7 +46,7 @@ ALWAYS = {
     *(f"app/{name}.py" for name in ("__init__", *APPLICATION, *SERVER)),
     *(f"tests/{name}.py" for name in ("__init__", "conftest", "faulty", "process", "test_health", "test_http")),
     *(f"tests/test_{name}.py" for name in ("contract", "end", "lifespan", "limits", "log", "metrics", "migrations")),
-    *(f"tests/test_{name}.py" for name in ("process", "settings")),
+    *(f"tests/test_{name}.py" for name in ("database", "process", "settings")),
     *("tests/test_services.py", "tests/test_sizing.py"),
 }
 

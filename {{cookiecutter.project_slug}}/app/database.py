@@ -5,56 +5,23 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Self, TypeVar
 
 import asyncpg
 from fastapi import Depends, Request
 
 from app.errors import UnavailableError
+from app.outage import AWAY, LOST, ImpatientConnection, ServerAwayError, told_from_bugs
 from app.settings import Settings
 
 #: Seconds that connecting may take.
 CONNECT_TIMEOUT_SECONDS = 3.0
 #: Seconds that closing may take.
 CLOSE_TIMEOUT_SECONDS = 1.0
-#: Seconds for a server to acknowledge that a command is to end, or the connection is given up.
-CANCEL_TIMEOUT_SECONDS = 0.5
 #: Seconds between tries, of which the first follows at once; a random part of them is waited.
 PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 0.5
-#: What a server says that goes away, restarts, or starts.
-AWAY = (
-    asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.IdleSessionTimeoutError,
-)
-#: What a lost connection raises, and bugs too. InternalClientError is what asyncpg 0.32 raises when the server closed
-#: an idle connection just before it was used.
-LOST = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-#: What a command raises that takes too long: for us, or for the server's own `statement_timeout`.
-SLOW = (TimeoutError, asyncpg.QueryCanceledError)
 Connection = asyncpg.pool.PoolConnectionProxy
 Result = TypeVar("Result")
-
-
-class ServerAwayError(UnavailableError):
-    """The server went away, or cannot be reached; what it was told last may have been done, or not."""
-
-
-class _Connection(asyncpg.Connection):
-    """Tells the server to cancel a command that takes too long, as asyncpg does, but does not wait long for it.
-
-    A rollback would wait for as long as a command may take, and a frozen server would cost a transaction that twice.
-    """
-
-    def _cancel_current_command(self, sent: Any, acknowledged: Any) -> None:
-        super()._cancel_current_command(sent, acknowledged)  # type: ignore[misc]
-        asyncio.get_running_loop().call_later(CANCEL_TIMEOUT_SECONDS, self._give_up, acknowledged)
-
-    def _give_up(self, acknowledged: asyncio.Future[None]) -> None:
-        if not acknowledged.done():
-            self.terminate()
 
 
 class Database:
@@ -74,7 +41,7 @@ class Database:
             timeout=CONNECT_TIMEOUT_SECONDS,
             command_timeout=settings.database_command_timeout_seconds,
             statement_cache_size=settings.database_statement_cache_size,
-            connection_class=_Connection,
+            connection_class=ImpatientConnection,
             server_settings={"application_name": settings.service_name},
         )
         self.probe: asyncpg.Connection | None = None
@@ -102,19 +69,9 @@ class Database:
         """
         connection = await self._connect()
         try:
-            yield connection
+            with told_from_bugs(connection):
+                yield connection
             self.away_since = None
-        except (*AWAY, *LOST, *SLOW) as raised:
-            error = _origin(raised)
-            if isinstance(error, asyncio.CancelledError):
-                raise error from None
-            if isinstance(error, SLOW):
-                msg = "The database took too long."
-                raise UnavailableError(msg) from error
-            if isinstance(error, LOST) and not _is_lost(connection):
-                raise  # a bug, such as a wrong number of arguments, or another service's failure
-            msg = "The database did not answer."
-            raise ServerAwayError(msg) from error
         finally:
             with contextlib.suppress(asyncpg.PostgresError, *LOST):
                 await self.pool.release(connection)
@@ -185,20 +142,6 @@ async def _answers(connection: asyncpg.Connection) -> bool:
         connection.terminate()
         return False
     return True
-
-
-def _origin(error: BaseException) -> BaseException:
-    """Return what asyncpg hides behind the InterfaceError of a transaction that cannot be left any more."""
-    while isinstance(error, asyncpg.InterfaceError) and error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
-def _is_lost(connection: Connection) -> bool:
-    try:
-        return connection.is_closed()
-    except asyncpg.InterfaceError:  # the pool has already taken it back
-        return True
 
 
 def _database(request: Request) -> Database:
