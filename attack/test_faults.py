@@ -145,7 +145,7 @@ def test_no_read_fails_and_no_write_is_lost(
 
 def test_a_frozen_postgres_bounds_every_request(urls: dict[str, str], postgres: Postgres) -> None:
     command_timeout = 2
-    settings = urls | {"DATABASE_COMMAND_TIMEOUT_SECONDS": str(command_timeout)}
+    settings = urls | {"DATABASE_COMMAND_TIMEOUT_SECONDS": str(command_timeout), "DATABASE_MAX_CONNECTIONS": "12"}
     with serving("dependent:app", **settings) as service:
         service.wait()
         either = (200, 503)
