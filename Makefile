@@ -14,7 +14,7 @@ export RUFF_CACHE_DIR := $(abspath $(VENV))/cache/ruff
 export MYPY_CACHE_DIR := $(abspath $(VENV))/cache/mypy
 PYTEST = $(BIN)/python -m pytest -o cache_dir=$(abspath $(VENV))/cache/pytest
 
-.PHONY: help setup demo lint fast test test-all attack bench lock
+.PHONY: help setup demo lint fast test test-all attack bench tuning lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
@@ -52,6 +52,9 @@ attack: setup ## floods, faults, and restarts behind nginx and haproxy, with eve
 
 bench: setup ## measure the service beside bare FastAPI and the most used peer; QUICK=1 for one short round
 	@QUICK='$(QUICK)' TOOLS='$(abspath $(TOOLS))' $(BIN)/python -m benchmarks
+
+tuning: setup ## measure the figures of docs/tuning.md on this machine; two minutes
+	@TOOLS='$(abspath $(TOOLS))' $(BIN)/python -m benchmarks.tuning
 
 lock: | $(UV) ## write all requirements anew, with the newest versions that fit
 	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade pyproject.toml --group dev --output-file requirements-dev.txt

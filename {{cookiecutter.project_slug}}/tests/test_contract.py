@@ -52,7 +52,7 @@ READ_AGAIN = {
     Histogram.observe: ("metrics.py adds to its sum and buckets", "38beca3be1d1"),
     MultiProcessCollector.collect: ("metrics_server.py reads the folder with it", "86fc50ce2593"),
     FastAPI.build_middleware_stack: ("main.py takes its outermost layer off", "11dddac6c1b6"),
-    asyncpg.Connection._cancel_current_command: ("outage.py bounds the wait that it begins", "c96c8240531a"),
+    vars(asyncpg.Connection)["_cancel_current_command"]: ("outage.py bounds the wait that it begins", "c96c8240531a"),
     BlockingConnectionPool.get_connection_count: ("metrics.py takes idle and used, in this order", "fc3e24e630af"),
 }
 
