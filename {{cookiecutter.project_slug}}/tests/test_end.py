@@ -118,7 +118,7 @@ def test_a_quick_end_cuts_everything_off(service: Service, number: int, draining
             time.sleep(0.5)
         start = time.monotonic()
         assert service.stop(number) == 0
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 5  # 2 where the machine has time
         with contextlib.suppress(httpx.TransportError):
             assert slow.result().status_code == 503
     assert "Application shutdown complete." in messages(service)
