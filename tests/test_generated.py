@@ -1,4 +1,7 @@
-"""The generated projects pass their own lint, types and tests: each option, oldest and newest Python, root or not."""
+"""The generated projects pass their own lint, types and tests: each option, root or not.
+
+The template as it stands, with the example, is tested before by `make test`, on the Python of whoever runs it.
+"""
 
 import os
 import pwd
@@ -46,13 +49,13 @@ def make(project: Path, *targets: str, python: str, **other: str | None) -> None
         assert b" failed" not in done.stdout
 
 
-@pytest.mark.parametrize(("version", "include_example"), [("3.11", True), ("3.13", False)])
+@pytest.mark.parametrize(("version", "include_example"), [("3.12", False)])
 def test_a_project_passes_its_own_checks(bake: Bake, version: str, include_example: bool) -> None:
     project = bake(project_slug="orders", include_example=include_example)
     make(project, "lint", "types", "test", python=interpreter(version))
 
 
-@pytest.mark.parametrize(("version", "include_example"), [("3.13", True), ("3.11", False)])
+@pytest.mark.parametrize(("version", "include_example"), [("3.13", True)])
 def test_a_project_passes_its_own_checks_for_an_ordinary_user(
     bake: Bake, tmp_path: Path, version: str, include_example: bool
 ) -> None:
