@@ -70,7 +70,9 @@ def flood(port: int, head: bytes, piece: bytes, megabytes: int) -> bytes:
         return answer
 
 
-@pytest.mark.parametrize("piece", [PIECE, b"\r\n".join(repeat(b"X-Attack: " + b"x" * 100, 500))])
+@pytest.mark.parametrize(
+    "piece", [PIECE, b"\r\n".join(repeat(b"X-Attack: " + b"x" * 100, 500))], ids=["one line", "many lines"]
+)
 def test_a_header_of_100_megabytes_is_431_and_closed(service: Service, piece: bytes) -> None:
     with bearing(service), ThreadPoolExecutor(4) as pool:
         head = b"GET / HTTP/1.1\r\nHost: test\r\nX-Attack: "

@@ -66,7 +66,7 @@ class Reading:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("last_words", [b"", CLOSE_FRAME])
+@pytest.mark.parametrize("last_words", [b"", CLOSE_FRAME], ids=["silent", "closing"])
 def test_a_websocket_that_is_not_read_holds_nothing_up(urls: dict[str, str], number: int, last_words: bytes) -> None:
     with started(urls, **TIMES) as service:
         with connect(f"ws://127.0.0.1:{service.port}/flood", compression=None, close_timeout=1) as client:
