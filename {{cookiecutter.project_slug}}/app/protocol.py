@@ -4,7 +4,6 @@ import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from app import master
 
@@ -156,12 +155,3 @@ class ServiceProtocol(HttpToolsProtocol):
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             close = self.transport.abort if self.transport.get_write_buffer_size() else self.transport.close
             close()
-
-
-class ServiceWebSocket(WebSocketsSansIOProtocol):
-    """A WebSocket; uvicorn's raises, and so ends the worker at once, if its client has closed but does not read on."""
-
-    def shutdown(self) -> None:
-        """Close with 1012, service restart, what is not closing already."""
-        if not self.transport.is_closing():
-            super().shutdown()

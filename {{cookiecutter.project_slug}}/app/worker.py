@@ -12,8 +12,9 @@ from gunicorn.arbiter import Arbiter
 from uvicorn_worker import UvicornWorker
 
 from app import master
-from app.protocol import ServiceProtocol, ServiceWebSocket
+from app.protocol import ServiceProtocol
 from app.server import ServiceServer
+from app.websocket import ServiceWebSocket
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
