@@ -35,8 +35,8 @@ APPLICATION = (
     *("outage", "request_head", "setting_types", "settings"),
 )
 SERVER = (
-    *("access_log", "log", "machine", "master", "metrics", "metrics_folder", "metrics_server", "plan", "protocol"),
-    *("server", "sizing", "worker"),
+    *("access_log", "listener", "log", "machine", "master", "metrics", "metrics_folder", "metrics_server", "plan"),
+    *("protocol", "server", "sizing", "websocket", "worker"),
 )
 ALWAYS = {
     *(".env.example", ".gitattributes", ".gitignore", "Makefile", "README.md", "alembic.ini", "gunicorn.conf.py"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from uvicorn.server import Server
 
 from app import master
+from app.listener import take_no_more
 from app.protocol import ServiceProtocol
 
 if TYPE_CHECKING:
@@ -102,6 +103,9 @@ class ServiceServer(Server):
         """Take what the kernel has already accepted, and serve it: closing would reset it."""
         loop = asyncio.get_running_loop()
         copies = [listener.dup() for listener in sockets]
+        if master.is_draining():  # else the other workers go on with the same sockets
+            for listener in copies:
+                take_no_more(listener)
         for server in self.servers:
             server.close()
         await asyncio.sleep(0.01)  # uvloop stops listening in its next turn
