@@ -45,7 +45,7 @@ class Background:
         logger.log(logging.WARNING if left else logging.INFO, "%d tasks finished, %d cancelled", len(done), len(left))
 
 
-def _background(request: Request) -> Background:
+async def _background(request: Request) -> Background:
     background: Background = request.state.background
     return background
 

@@ -39,7 +39,7 @@ async def unavailable(_: Request, __: Exception) -> Response:
     return problem(503, "The cache is not available.", {"Retry-After": "1"})
 
 
-def _cache(request: Request) -> Redis:
+async def _cache(request: Request) -> Redis:
     cache: Redis = request.state.cache
     return cache
 

@@ -144,7 +144,7 @@ async def _answers(connection: asyncpg.Connection) -> bool:
     return True
 
 
-def _database(request: Request) -> Database:
+async def _database(request: Request) -> Database:
     database: Database = request.state.database
     return database
 

@@ -10,7 +10,7 @@ from app.payments import repository
 from app.payments.schemas import NewPayment, Payment
 
 
-def _never_stored(response: Response) -> None:
+async def _never_stored(response: Response) -> None:
     response.headers["Cache-Control"] = "no-store"
 
 
