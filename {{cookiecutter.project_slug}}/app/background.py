@@ -37,12 +37,16 @@ class Background:
         if not self.tasks:
             return
         logger.info("waiting for %d tasks in the background", len(self.tasks))
-        done, left = await asyncio.wait(self.tasks, timeout=max(0, self.seconds_left()))
+        finished, left = 0, set(self.tasks)
+        while left and self.seconds_left() > 0:  # in steps, since the end may become a quick one meanwhile
+            done, left = await asyncio.wait(left, timeout=0.1)
+            finished += len(done)
         for task in left:
             task.cancel()
         if left:
             await asyncio.wait(left, timeout=1)
-        logger.log(logging.WARNING if left else logging.INFO, "%d tasks finished, %d cancelled", len(done), len(left))
+        level = logging.WARNING if left else logging.INFO
+        logger.log(level, "%d tasks finished, %d cancelled", finished, len(left))
 
 
 async def _background(request: Request) -> Background:

@@ -16,6 +16,7 @@ from uvicorn.server import Server
 from app import master
 from app.listener import take_no_more
 from app.protocol import ServiceProtocol
+from app.settings import Settings
 
 if TYPE_CHECKING:
     from app.worker import ServiceWorker
@@ -35,7 +36,8 @@ class ServiceServer(Server):
 
     def __init__(self, worker: "ServiceWorker") -> None:
         super().__init__(worker.config)
-        self.worker, self.settings = worker, worker.wsgi.state.settings
+        self.worker = worker
+        self.settings: Settings = worker.wsgi.state.settings
         self.told_at = self.quick_at = math.inf  # when it learnt of its end
         self.asked = False
         self.server_state.is_retiring = False  # type: ignore[attr-defined]
@@ -69,13 +71,11 @@ class ServiceServer(Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Retire, then close as uvicorn does, all of it within the graceful timeout."""
-        deadline = self.told_at + self.settings.graceful_timeout_seconds - CLOSING_SECONDS
         watch = asyncio.create_task(self._watch())
         try:
             await self._retire(sockets or [])
-            left = min(deadline, self.quick_at + QUICK_SECONDS) - time.monotonic()
-            self.worker.wsgi.state.closing_deadline = time.monotonic() + left
-            self.config.timeout_graceful_shutdown = max(left, 0)  # it takes fractions
+            left = self._deadline() - time.monotonic()
+            self.config.timeout_graceful_shutdown = max(left, 0)  # type: ignore[assignment]  # it takes fractions
             await super().shutdown()
         finally:
             watch.cancel()
@@ -95,7 +95,7 @@ class ServiceServer(Server):
             await asyncio.sleep(0.05)
         for connection in self._http():
             connection.end_stream()
-        for websocket in websockets & self.server_state.connections:  # told, and uvicorn must not tell it again
+        for websocket in websockets & self.server_state.connections:  # its client does not read
             websocket.transport.abort()
         await asyncio.sleep(0.01)  # they are gone in the next turn of the loop
 
@@ -124,11 +124,18 @@ class ServiceServer(Server):
     def _http(self) -> list[ServiceProtocol]:
         return [each for each in self.server_state.connections if isinstance(each, ServiceProtocol)]
 
+    def _deadline(self) -> float:
+        """Return when requests, and work in the background, have had their time."""
+        graceful = self.told_at + self.settings.graceful_timeout_seconds - CLOSING_SECONDS
+        return min(graceful, self.quick_at + QUICK_SECONDS)
+
     async def _watch(self) -> None:
         """Keep the heartbeat while closing; cut off what is left if the end has to be quick after all."""
         while True:
             self.worker.notify()
-            self.quick_at = min(self.quick_at, time.monotonic() if master.is_quick() else math.inf)
+            if master.is_quick():
+                self.handle_exit(signal.SIGQUIT)
+            self.worker.wsgi.state.closing_deadline = self._deadline()  # lifespan.py reads it
             if time.monotonic() > self.quick_at + QUICK_SECONDS:
                 for task in self.server_state.tasks:
                     task.cancel()

@@ -124,6 +124,14 @@ def test_a_quick_end_cuts_everything_off(service: Service, number: int, draining
     assert "Application shutdown complete." in messages(service)
 
 
+def test_an_end_may_become_a_quick_one_at_any_time(service: Service) -> None:
+    service.get("/background?seconds=60")
+    service.process.send_signal(signal.SIGTERM)
+    eventually(lambda: "waiting for 1 tasks in the background" in service.text)
+    assert service.stop(signal.SIGINT) == 0
+    assert {"0 tasks finished, 1 cancelled", "Application shutdown complete."} <= set(messages(service))
+
+
 def test_a_connection_in_the_kernels_queue_is_served(service: Service) -> None:
     """While the worker is stopped, the kernel accepts for it; the end must not reset what is in its queue."""
     (worker,) = {line["pid"] for line in service.lines if line["message"].startswith("Started server process")}
