@@ -35,7 +35,7 @@ APPLICATION = (
     *("outage", "request_head", "setting_types", "settings"),
 )
 SERVER = (
-    *("access_log", "listener", "log", "machine", "master", "metrics", "metrics_folder", "metrics_server", "plan"),
+    *("access_log", "answering", "listener", "log", "machine", "master", "metrics", "metrics_folder", "metrics_server", "plan"),
     *("protocol", "server", "sizing", "websocket", "worker"),
 )
 ALWAYS = {

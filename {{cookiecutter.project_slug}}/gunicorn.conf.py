@@ -80,8 +80,11 @@ def settle() -> None:
 
 def child_exit(arbiter: Any, worker: Any) -> None:
     """Keep the counts of a worker that ended, and say what it was doing if it was stuck."""
-    worker.report()
-    metrics_folder.fold(folder, worker.pid)
+    try:
+        worker.report()
+        metrics_folder.fold(folder, worker.pid)
+    except Exception:  # it would end the master, and the service with it
+        getLogger("app.metrics").exception("what worker %s has counted is lost", worker.pid)
 
 
 def clean_up(master: int, metrics: metrics_server.MetricsProcess) -> None:

@@ -76,7 +76,10 @@ class AccessLog:
         for part in self.waiting:
             if not self.stdout.poll(0):
                 break
-            log.write(part)
+            try:
+                log.write(part)
+            except OSError:  # nobody will ever read it
+                self.dropped(part.count(b"\n"))
             written += 1
             self.waiting_bytes -= len(part)
         del self.waiting[:written]

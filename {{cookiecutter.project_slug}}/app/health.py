@@ -1,6 +1,7 @@
 """The probes: live (the process answers), startup (its own initialisation is done), ready (send traffic here)."""
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -46,7 +47,8 @@ class Health:
         if time.monotonic() - self.checked_at < CACHE_SECONDS:
             return
         if self.running is None or self.running.done():
-            self.running = asyncio.create_task(self._check_all())
+            # Its lines are not those of the request that happened to come by.
+            self.running = asyncio.create_task(self._check_all(), context=contextvars.Context())
         await asyncio.shield(self.running)  # a caller that leaves does not take the others' check along
 
     async def _check_all(self) -> None:
@@ -69,13 +71,14 @@ class Health:
         return {"status": now, "latency_ms": round((time.perf_counter() - start) * 1000, 3)}
 
     async def watch(self) -> None:
-        """Check until cancelled, so that changes of state are seen without a probe; let the last check finish."""
+        """Check until cancelled, so that changes of state are seen without a probe."""
         try:
             while True:
                 await self.refresh()
                 await asyncio.sleep(WATCH_SECONDS)
         finally:
             if self.running is not None:
+                self.running.cancel()
                 await asyncio.wait([self.running])
 
 

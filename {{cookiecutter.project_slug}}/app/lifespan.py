@@ -84,8 +84,14 @@ async def _warm_up(state: State, warm_ups: Sequence[WarmUp]) -> None:
 async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run something beside the requests; cancel it at the end."""
     task = asyncio.create_task(work)
+    task.add_done_callback(_report)
     try:
         yield
     finally:
         task.cancel()
         await asyncio.wait([task])
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        logger.error("what ran beside the requests has failed", exc_info=error)

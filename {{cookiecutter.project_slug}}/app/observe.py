@@ -24,6 +24,7 @@ from app.settings import Settings
 #: RFC 9110 and RFC 5789; any other is counted as `_OTHER`, or clients could make up time series.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 _behind_proxy: Callable[[ASGIApp, str], ASGIApp] = ProxyHeadersMiddleware  # type: ignore[assignment]
+MAX_PATH = 1024  # characters of it in a line, so that the line fits into one write to a pipe
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that left before the answer
 
 logger = logging.getLogger("app.observe")
@@ -108,7 +109,7 @@ class Exchange:
         return self.sender(message)
 
     def time_out(self) -> None:
-        """Answer 504, and cancel the work; the answer does not wait for a thread, which nothing can cancel."""
+        """Answer 504, and cancel the work; the answer does not wait for work that does not let itself be cancelled."""
         self.timed_out = asyncio.create_task(self._time_out())
         if self.task is not None:
             self.task.cancel()
@@ -133,7 +134,7 @@ class Exchange:
         observe.access_log.write(
             {
                 "method": method,
-                "path": log.redact(scope["path"]),
+                "path": log.redact(scope["path"][:MAX_PATH]),
                 "route": route,
                 "status": status,
                 "duration_ms": round(seconds * 1000, 3),

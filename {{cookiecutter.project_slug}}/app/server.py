@@ -73,7 +73,10 @@ class ServiceServer(Server):
         """Retire, then close as uvicorn does, all of it within the graceful timeout."""
         watch = asyncio.create_task(self._watch())
         try:
-            await self._retire(sockets or [])
+            try:
+                await self._retire(sockets or [])
+            except Exception:  # lifespan shutdown must run all the same
+                logger.exception("retirement failed")
             left = self._deadline() - time.monotonic()
             self.config.timeout_graceful_shutdown = max(left, 0)  # type: ignore[assignment]  # it takes fractions
             await super().shutdown()
@@ -140,5 +143,5 @@ class ServiceServer(Server):
                 for task in self.server_state.tasks:
                     task.cancel()
                 for connection in self.server_state.connections:
-                    connection.transport.close()
+                    connection.transport.abort()
             await asyncio.sleep(0.2)

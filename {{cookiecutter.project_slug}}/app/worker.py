@@ -55,6 +55,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     async def _serve(self) -> None:
         settings = self.wsgi.state.settings
         self.config.app, self.config.root_path = self.wsgi, settings.root_path
+        self.config.ws_max_size = settings.max_body_bytes
         server = ServiceServer(self)
         asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT)
         # Copies: uvloop closes the file of what it serves, and gunicorn's objects would log an error for it.

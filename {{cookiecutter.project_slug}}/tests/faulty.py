@@ -98,3 +98,9 @@ async def behind(name: str, seconds: float) -> None:
 async def stuck() -> None:
     """Block the loop for ever, outside of Python."""
     re.fullmatch(r"(a+)+b", "a" * 60)
+
+
+@app.get("/large")
+async def large(megabytes: int) -> Response:
+    """Send much at once."""
+    return Response(bytes(megabytes << 20))

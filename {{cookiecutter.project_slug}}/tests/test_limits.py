@@ -1,6 +1,7 @@
 """What is refused: each refusal is a problem with an ID, has an access line, and is counted."""
 
 import concurrent.futures
+import contextlib
 import json
 import socket
 import time
@@ -178,3 +179,41 @@ async def test_a_body_within_the_bounds_passes_unchanged() -> None:
     with pytest.raises(RefusedError) as refusal:
         await bounded()
     assert refusal.value.status_code == 413
+
+
+def test_a_body_that_comes_behind_a_slow_answer_is_served(service: Service) -> None:
+    first = b"GET /slow?seconds=0.5 HTTP/1.1\r\nHost: a\r\n\r\n"
+    head = b"POST /length HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 3\r\n\r\n"
+    answer = send(service, first + head, b"abc", pause_seconds=0.8)
+    assert answer.count(b"HTTP/1.1 200") == 2
+    assert answer.endswith(b"3")
+
+
+def test_a_head_that_follows_a_large_body_is_not_charged_for_it(service: Service) -> None:
+    body = b"a" * 50_000
+    first = b"POST /length HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    answer = send(service, first + b"GET / HTTP/1.1\r\nHo", b"st: a\r\nConnection: close\r\n\r\n", pause_seconds=0.2)
+    assert answer.count(b"HTTP/1.1 200") == 2
+
+
+def test_only_a_few_requests_may_wait_behind_another(service: Service) -> None:
+    flood = b"GET /slow?seconds=0.1 HTTP/1.1\r\nHost: a\r\n\r\n" * 5000
+    assert send(service, flood).count(b"HTTP/1.1 200") < 20
+
+
+def test_fields_behind_a_body_are_ignored(service: Service) -> None:
+    head = b"POST /length HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    trailer = b"X-Trailer: " + b"a" * 60 + b"\r\n"
+    answer = send(service, head + b"3\r\nabc\r\n0\r\n" + trailer * 20 + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_an_answer_that_nobody_reads_is_cut_off(service: Service) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+        connection.sendall(b"GET /large?megabytes=20 HTTP/1.1\r\nHost: a\r\n\r\n")
+        time.sleep(4)  # longer than KEEPALIVE_SECONDS
+        size = 0
+        with contextlib.suppress(ConnectionError):
+            while data := connection.recv(1 << 20):
+                size += len(data)
+        assert size < 20 << 20

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import threading
 import warnings
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from app import log
+from app.access_log import AccessLog
 from app.settings import Settings
 
 Read = Callable[[], list[dict[str, object]]]
@@ -151,3 +153,16 @@ def test_on_a_terminal_lines_are_for_people(monkeypatch: pytest.MonkeyPatch) -> 
     formatter = log.ConsoleFormatter("%(levelname)s %(name)s: %(message)s")
     record = logging.makeLogRecord({"name": "app", "levelname": "INFO", "msg": "redis://a:pw@b", "reason": "x"})
     assert formatter.format(record) == "INFO app: redis://a:***@b reason=x\n"
+
+
+async def test_a_reader_that_is_gone_costs_lines_and_no_request(settings: Settings) -> None:
+    dropped: list[int] = []
+    reading, writing = os.pipe()
+    os.close(reading)
+    stdout = os.dup(1)
+    try:
+        os.dup2(writing, 1)
+        AccessLog(settings, dropped.append).write({"path": "/"})
+    finally:
+        os.dup2(stdout, 1)
+    assert dropped == [1]
