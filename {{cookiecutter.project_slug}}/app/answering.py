@@ -23,10 +23,6 @@ class AnsweringProtocol(HttpToolsProtocol):
         self.idle_seconds = 0
         self.is_deaf = False  # what comes is not read any more
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self.answering = cycle
-        super()._start_asgi_task(cycle, app)
-
     def write(self, data: bytes) -> None:
         """Write, or hold a head that announces a body's length; a stream's is written at once."""
         if self.held:
@@ -68,7 +64,8 @@ class AnsweringProtocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             self.flow.resume_reading()
             if self.pipeline:
-                self._start_asgi_task(*self.pipeline.pop())
+                self.answering, app = self.pipeline.pop()
+                self._start_asgi_task(self.answering, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the request that is answered, and forget those behind it."""

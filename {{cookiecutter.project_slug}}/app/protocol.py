@@ -1,6 +1,7 @@
 """One connection, as far as requests go: limits for their heads, and refusals that are answers like any other."""
 
 import asyncio
+from collections import deque
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -10,6 +11,8 @@ from app.answering import AnsweringProtocol
 
 #: Requests that may wait behind the one that is answered: each costs memory before it is counted anywhere.
 MAX_PIPELINED = 8
+#: Where fields behind a body go: nobody has checked them (RFC 9110, section 6.5.1).
+NOWHERE: deque[tuple[bytes, bytes]] = deque(maxlen=0)
 
 
 class ServiceProtocol(AnsweringProtocol):
@@ -19,37 +22,29 @@ class ServiceProtocol(AnsweringProtocol):
         super().__init__(*args, **kwargs)
         self.settings = self.app_state["settings"]
         self.max_head_bytes = self.settings.max_header_bytes
-        self.read_bytes = self.head_bytes = self.head_seconds = 0
+        self.head_bytes = self.first_bytes = self.head_seconds = 0
 
     def data_received(self, data: bytes) -> None:
         """Parse, and refuse a head that grows over `MAX_HEADER_BYTES`."""
         if self.is_deaf:
             return
-        self.read_bytes = len(data)
-        self.head_bytes += self.read_bytes
+        scope = self.scope
+        self.head_bytes += len(data)
         super().data_received(data)
         if self.cycle is not None and self.cycle.scope is self.scope:  # it is complete
-            self.head_bytes = 0
+            self.head_bytes = self.first_bytes = 0
+        elif self.scope is not scope:  # it has begun in this read, of which the rest may be a body
+            self.head_bytes, self.first_bytes = 0, len(data)
         elif self.head_bytes > self.max_head_bytes and self in self.connections:
             self.refuse(431)
 
-    def on_message_begin(self) -> None:
-        """Begin a head. What else came in this read is not its own."""
+    def on_headers_complete(self) -> None:
+        """Start the request. From the drain on each answer says `Connection: close`."""
         if len(self.pipeline) >= MAX_PIPELINED:
             msg = "too many requests wait for their answers"
             raise ValueError(msg)  # the parser stops, and `send_400_response` follows
-        super().on_message_begin()
-        self.head_bytes = 0
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a field of the head; those behind a body are ignored: nobody has checked them (RFC 9110, 6.5.1)."""
-        if self.cycle is None or self.cycle.scope is not self.scope:
-            super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        """Start the request. From the drain on each answer says `Connection: close`."""
         self.head_seconds = 0
-        if self.head_bytes + self.read_bytes > self.max_head_bytes:  # or it is the body that came with it
+        if self.head_bytes + self.first_bytes > self.max_head_bytes:  # or it is the body that came with it
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > self.max_head_bytes:
                 self.scope["state"]["refused"] = 431
@@ -57,6 +52,9 @@ class ServiceProtocol(AnsweringProtocol):
         cycle = self.cycle
         if cycle is not None and cycle.scope is self.scope:  # else it is a WebSocket
             cycle.transport = self  # type: ignore[assignment]
+            self.headers = NOWHERE  # type: ignore[assignment]
+            if not self.pipeline:
+                self.answering = cycle
             if master.is_draining() or self.server_state.is_retiring:  # type: ignore[attr-defined]
                 cycle.keep_alive = False
 
@@ -93,6 +91,7 @@ class ServiceProtocol(AnsweringProtocol):
             keep_alive=False,
             on_response=self.on_response_complete,
         )
+        self.answering = self.cycle
         self._start_asgi_task(self.cycle, self.app)
 
     def check(self) -> None:
