@@ -31,11 +31,21 @@ EXAMPLE_ONLY = {
 }
 #: What a feature meets, and what serves it and tells about it.
 APPLICATION = (
-    *("background", "cache", "database", "errors", "health", "lifespan", "limits", "main", "observe"),
+    *("background", "cache", "database", "errors", "health", "lifespan", "limits", "log", "main", "observe"),
     *("outage", "request_head", "setting_types", "settings"),
 )
 SERVER = (
-    *("access_log", "answering", "listener", "log", "machine", "master", "metrics", "metrics_folder", "metrics_server", "plan"),
+    *(
+        "access_log",
+        "answering",
+        "listener",
+        "machine",
+        "master",
+        "metrics",
+        "metrics_folder",
+        "metrics_server",
+        "plan",
+    ),
     *("protocol", "server", "sizing", "websocket", "worker"),
 )
 ALWAYS = {
