@@ -71,14 +71,13 @@ class Health:
         return {"status": now, "latency_ms": round((time.perf_counter() - start) * 1000, 3)}
 
     async def watch(self) -> None:
-        """Check until cancelled, so that changes of state are seen without a probe."""
+        """Check until cancelled, so that changes of state are seen without a probe; let the last check finish."""
         try:
             while True:
                 await self.refresh()
                 await asyncio.sleep(WATCH_SECONDS)
         finally:
             if self.running is not None:
-                self.running.cancel()
                 await asyncio.wait([self.running])
 
 

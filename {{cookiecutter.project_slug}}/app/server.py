@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 #: For which a worker that leaves alone goes on: so long does its successor take to start.
 SUCCESSOR_SECONDS = 1.0
-#: What is kept of the graceful timeout for lifespan shutdown.
-CLOSING_SECONDS = 2.0
+#: What is kept of the graceful timeout for lifespan shutdown: one for the last check, for what is cancelled, for pools.
+CLOSING_SECONDS = 3.0
 #: For requests, where the end is to be quick.
 QUICK_SECONDS = 1.0
 
