@@ -17,6 +17,8 @@ from app.settings import Settings
 PART_BYTES = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
 #: What may wait for a reader that does not read; beyond it lines are dropped, and counted.
 MAX_WAITING_BYTES = 1 << 20
+#: For which the end waits for a reader, at each part.
+CLOSE_MS = 500
 
 
 class AccessLog:
@@ -93,3 +95,12 @@ class AccessLog:
             self._write_waiting()
         if self.waiting:
             self.timer = asyncio.get_running_loop().call_later(max(self.delay_seconds, 0.1), self.flush)
+
+    def close(self) -> None:
+        """Write what is left, as long as it is read; what is not is dropped, and counted."""
+        self.flush()
+        while self.waiting and self.stdout.poll(CLOSE_MS):
+            self._write_waiting()
+        for part in self.waiting:
+            self.dropped(part.count(b"\n"))
+        self.waiting.clear()

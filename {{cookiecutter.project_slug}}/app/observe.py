@@ -52,7 +52,7 @@ class Observe:
         finally:
             if scope["type"] == "lifespan":  # nothing is served any more
                 self.metrics.fold()
-                self.access_log.flush()
+                self.access_log.close()
 
 
 class Exchange:
