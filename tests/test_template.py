@@ -38,6 +38,7 @@ SERVER = (
     *(
         "access_log",
         "answering",
+        "healthcheck",
         "listener",
         "machine",
         "master",
@@ -51,8 +52,9 @@ SERVER = (
 ALWAYS = {
     *(".env.example", ".gitattributes", ".gitignore", "Makefile", "README.md", "alembic.ini", "gunicorn.conf.py"),
     *("pyproject.toml", "requirements.txt", "requirements-dev.txt"),
+    *("Dockerfile", ".dockerignore", "compose.yaml", "deploy/compose/nginx.conf"),
     *("migrations/env.py", "migrations/script.py.mako", "migrations/versions/.gitkeep"),
-    *("scripts/__init__.py", "scripts/dev.py", "scripts/services.py"),
+    *("scripts/__init__.py", "scripts/compose_secrets.py", "scripts/dev.py", "scripts/services.py"),
     *(f"app/{name}.py" for name in ("__init__", *APPLICATION, *SERVER)),
     *(f"tests/{name}.py" for name in ("__init__", "conftest", "faulty", "process", "test_health", "test_http")),
     *(f"tests/test_{name}.py" for name in ("contract", "end", "lifespan", "limits", "log", "metrics", "migrations")),

@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from app import healthcheck
 from app.settings import Settings
 from scripts.services import Redis, free_port, postgres
 from tests.process import PROJECT, Service, eventually, frozen, serving
@@ -58,6 +59,17 @@ def test_answers_carry_an_id_and_no_server_header(service: Service) -> None:
     assert answer.json() == {"service": Settings().service_name, "version": "0.0.0"}
     assert answer.headers["x-request-id"] == "from-outside"
     assert "server" not in answer.headers
+
+
+def test_the_health_check_of_the_image_tells_200_from_the_rest(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BIND", f"0.0.0.0:{service.port}")
+    assert healthcheck.check()
+    assert not healthcheck.check("/absent")
+    monkeypatch.setenv("BIND", "")
+    monkeypatch.setenv("PORT", str(free_port()))
+    assert not healthcheck.check()  # nobody listens
 
 
 def test_requests_over_all_workers_are_all_counted(service: Service) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import compose_secrets
 from tests.process import PROJECT, eventually
 
 RUN = [sys.executable, "-m", "scripts.services"]
@@ -67,3 +68,14 @@ def test_a_folder_that_the_server_may_not_enter_is_one_clear_line(tmp_path: Path
     assert done.returncode == 1
     assert b"set TMPDIR to a folder that everybody may enter" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_secrets_of_compose_are_made_once_and_agree(tmp_path: Path) -> None:
+    folder = tmp_path / ".secrets"
+    compose_secrets.make(folder)
+    texts = {path.name: path.read_text() for path in folder.iterdir()}
+    assert len(texts["postgres_password"]) >= 24
+    assert texts["database_url"] == f"postgresql://app:{texts['postgres_password']}@postgres:5432/app"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    compose_secrets.make(folder)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == texts
