@@ -16,7 +16,9 @@ import yaml
 from tests.conftest import ROOT, SOURCE, Bake, tracked, tree
 
 #: The only files that may hold Jinja; hooks are rendered too, and have just the answers in them.
-JINJA_ALLOWED = re.compile(rf"{re.escape(SOURCE)}/(README\.md|deploy/.*)|hooks/.*\.py|cookiecutter\.json")
+JINJA_ALLOWED = re.compile(
+    rf"{re.escape(SOURCE)}/(README\.md|docs/runbook\.md|deploy/.*)|hooks/.*\.py|cookiecutter\.json"
+)
 JINJA = re.compile(r"{{|{%|{#")
 ANSWERS = "{{ cookiecutter | tojson }}"
 EXAMPLE_ONLY = {
@@ -49,6 +51,7 @@ SERVER = (
     ),
     *("protocol", "server", "sizing", "websocket", "worker"),
 )
+COMPONENTS = ("egress-https", "egress-otlp", "egress-pgbouncer", "httproute", "servicemonitor", "userns")
 ALWAYS = {
     *(".env.example", ".gitattributes", ".gitignore", "Makefile", "README.md", "alembic.ini", "gunicorn.conf.py"),
     *("pyproject.toml", "requirements.txt", "requirements-dev.txt"),
@@ -60,6 +63,11 @@ ALWAYS = {
     *(f"tests/test_{name}.py" for name in ("contract", "end", "lifespan", "limits", "log", "metrics", "migrations")),
     *(f"tests/test_{name}.py" for name in ("database", "process", "settings")),
     *("tests/test_services.py", "tests/test_sizing.py"),
+    *(f"deploy/k8s/base/{name}.yaml" for name in ("deployment", "hpa", "kustomization", "migrate", "namespace")),
+    *(f"deploy/k8s/base/{name}.yaml" for name in ("networkpolicy", "pdb", "service", "serviceaccount")),
+    *(f"deploy/k8s/overlays/{name}/kustomization.yaml" for name in ("dev", "staging", "prod")),
+    *(f"deploy/k8s/components/{name}/kustomization.yaml" for name in COMPONENTS),
+    *(f"deploy/k8s/components/{name}/{name}.yaml" for name in ("httproute", "servicemonitor")),
 }
 
 
