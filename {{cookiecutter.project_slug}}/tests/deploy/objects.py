@@ -216,7 +216,7 @@ def secrets_are_files_and_stand_nowhere_else(d: Deployed) -> Faults:
         mounts = [mount for mount in d.container(document).get("volumeMounts", []) if mount["name"] in names]
         if [(mount["mountPath"], mount.get("readOnly")) for mount in mounts] != [(variables.get("SECRETS_DIR"), True)]:
             folder = variables.get("SECRETS_DIR")
-            yield f"{kind}: the secrets are mounted as {mounts}; mount them readOnly at SECRETS_DIR={folder}, only there"
+            yield f"{kind}: the secrets are mounted as {mounts}; mount them at SECRETS_DIR={folder} only, readOnly"
         for name in sorted(name for name in variables if name.lower() in SECRETS):
             yield f"{kind}: the variable {name} is a secret; remove it: SECRETS_DIR has a file for it"
     for document in d.documents:
