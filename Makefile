@@ -12,7 +12,7 @@ SERVICE_BIN := $(abspath $(VENV))-service/bin
 export PYTHONDONTWRITEBYTECODE := 1
 export RUFF_CACHE_DIR := $(abspath $(VENV))/cache/ruff
 export MYPY_CACHE_DIR := $(abspath $(VENV))/cache/mypy
-PYTEST = $(BIN)/python -m pytest -o cache_dir=$(abspath $(VENV))/cache/pytest
+PYTEST = SERVICE_BIN='$(SERVICE_BIN)' $(BIN)/python -m pytest -o cache_dir=$(abspath $(VENV))/cache/pytest
 
 .PHONY: help setup demo lint fast test test-all attack bench tuning lock
 

@@ -1,13 +1,12 @@
 """Every overlay, as kustomize renders it, agrees with the Dockerfile, with gunicorn.conf.py and with the settings."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.deploy import image, numbers, objects
-from tests.deploy.deployed import COMPONENTS, K8S, OVERLAYS, Deployed, kustomize, read
+from tests.deploy.deployed import OVERLAYS, Deployed, kustomize, read, with_every_component
 from tests.deploy.rules import RULES, Rule, faults
 
 MODULES = (image, numbers, objects)  # each adds its rules to RULES
@@ -17,11 +16,7 @@ EVERYTHING = "prod with every component"
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The overlay for production with every component of the project."""
-    copy = shutil.copytree(K8S, tmp_path_factory.mktemp("deploy") / "k8s")
-    file = copy / "overlays/prod/kustomization.yaml"
-    wanted = "".join(f"  - ../../components/{name}\n" for name in COMPONENTS)
-    file.write_text(file.read_text().replace("components: []", f"components:\n{wanted}#"))
-    return file.parent
+    return with_every_component("prod", tmp_path_factory.mktemp("deploy") / "k8s")
 
 
 @pytest.fixture(params=[*OVERLAYS, EVERYTHING])

@@ -20,7 +20,7 @@ from app.settings import Settings
 
 PROJECT = Path(__file__).parents[2]
 K8S = PROJECT / "deploy/k8s"
-OVERLAYS = ("dev", "staging", "prod")
+OVERLAYS = sorted(folder.name for folder in (K8S / "overlays").iterdir())
 COMPONENTS = sorted(folder.name for folder in (K8S / "components").iterdir())
 Document = dict[str, Any]
 UNITS = {"": 1, "m": 1e-3} | {
@@ -110,10 +110,9 @@ class Deployed:
         return [document for document in self.documents if document["kind"] == kind]
 
     def one(self, kind: str) -> Document:
-        """Return the document of a kind; of several Deployments the API's. Raises `UnreadableError`."""
-        found = self.all(kind)
-        if len(found) > 1:
-            found = [document for document in found if component(document) == "api"]
+        """Return the document of a kind; of several the API's or the migration's. Raises `UnreadableError`."""
+        if len(found := self.all(kind)) > 1:
+            found = [document for document in found if component(document) in {"api", "migrate"}]
         if len(found) != 1:
             msg = f"{kind}: {len(found)} are rendered, not one: look at the resources of base/kustomization.yaml"
             raise UnreadableError(msg)
@@ -224,6 +223,16 @@ class Deployed:
 def component(document: Document) -> str | None:
     """Return the label that tells the API's objects from the migration's and from those of both."""
     return (at(document, "metadata.labels") or {}).get("app.kubernetes.io/component")
+
+
+def with_every_component(overlay: str, copy: Path) -> Path:
+    """Write a copy of deploy/k8s, with every component in an overlay, and return the folder of that."""
+    file = shutil.copytree(K8S, copy) / "overlays" / overlay / "kustomization.yaml"
+    names = "".join(f"  - ../../components/{name}\n" for name in COMPONENTS)
+    file.write_text(
+        re.sub(r"^components:.*\n(  - .*\n)*", f"components:\n{names}", file.read_text(), flags=re.MULTILINE)
+    )
+    return file.parent
 
 
 def read(overlay: str, folder: Path | None = None) -> Deployed:

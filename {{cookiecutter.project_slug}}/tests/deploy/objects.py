@@ -23,20 +23,21 @@ API_VERSIONS = {
     "NetworkPolicy": "networking.k8s.io/v1",
 }
 OPTIONAL = {"HTTPRoute": "gateway.networking.k8s.io/v1", "ServiceMonitor": "monitoring.coreos.com/v1"}
-#: What is applied with the migration. The rest is labelled `app.kubernetes.io/component: api`, and applied after it.
-FIRST = {"Namespace", "ServiceAccount", "ConfigMap", "Secret", "NetworkPolicy", "Job"}
+#: What the migration needs too. It is applied first: docs/runbook.md selects it by the label that it does not have.
+SHARED = {"Namespace", "ServiceAccount", "ConfigMap", "Secret", "NetworkPolicy"}
+COMPONENT = "app.kubernetes.io/component"
 SECRETS = {name for name, field in Settings.model_fields.items() if isinstance(field.default, SecretStr)}
 SETTINGS = {name.upper() for name in Settings.model_fields}
 PASSWORD = re.compile(r"://[^/\s:@]*:[^/@\s]+@")
 EVERYBODY = ("0.0.0.0/0", "::/0")
-ENVIRONMENTS = {"dev": "development", "staging": "staging", "prod": "production"}
+ENVIRONMENTS = {"dev": "development", "staging": "staging"}  # all others are production
 
 
 @rule
 def every_kind_is_there_with_its_current_api_version(d: Deployed) -> Faults:
     for kind, version in (API_VERSIONS | OPTIONAL).items():
-        if kind not in OPTIONAL:
-            d.one(kind)
+        if kind not in OPTIONAL and not d.all(kind):
+            yield f"{kind}: is missing; add its file to the resources of base/kustomization.yaml"
         for document in d.all(kind):
             yield from expect(document, "", "Kubernetes 1.31 and newer serve it", apiVersion=version)
 
@@ -58,10 +59,11 @@ def everything_is_in_one_namespace_that_restricts_pods(d: Deployed) -> Faults:
 @rule
 def the_migration_can_be_applied_before_the_rest(d: Deployed) -> Faults:
     for document in d.documents:
-        kind, found = document["kind"], component(document)
-        if (kind in FIRST) is (found == "api"):
-            remedy = "remove it: it is applied before" if kind in FIRST else "set it to 'api': it is applied after"
-            yield f"{kind}: the label app.kubernetes.io/component is {found!r}; {remedy} the migration: docs/runbook.md"
+        kind, found, why = document["kind"], component(document), "docs/runbook.md applies by it what has its turn"
+        if kind in SHARED and found:
+            yield f"{kind}: the label {COMPONENT} is {found!r}; remove it: {why}"
+        elif kind not in SHARED and (not found or (found == "migrate") is not (kind == "Job")):
+            yield f"{kind}: the label {COMPONENT} is {found!r}; set it to migrate for a Job, or else to api: {why}"
 
 
 @rule
@@ -202,8 +204,8 @@ def every_variable_is_a_setting(d: Deployed) -> Faults:
     for name in sorted(d.image_environment.keys() - SETTINGS):
         if not re.fullmatch(r"PATH|PYTHON\w+|(LD|MALLOC)_\w+", name):
             yield f"Dockerfile: ENV {name} is no setting of app/settings.py: mend its name, or remove it"
-    if d.settings.environment != ENVIRONMENTS[d.overlay]:
-        yield f"ConfigMap: ENVIRONMENT is {d.settings.environment}; set it to {ENVIRONMENTS[d.overlay]} in the overlay"
+    if d.settings.environment != (wanted := ENVIRONMENTS.get(d.overlay, "production")):
+        yield f"ConfigMap: ENVIRONMENT is {d.settings.environment}; set it to {wanted} in the overlay"
 
 
 @rule
