@@ -228,10 +228,8 @@ def component(document: Document) -> str | None:
 def with_every_component(overlay: str, copy: Path) -> Path:
     """Write a copy of deploy/k8s, with every component in an overlay, and return the folder of that."""
     file = shutil.copytree(K8S, copy) / "overlays" / overlay / "kustomization.yaml"
-    names = "".join(f"  - ../../components/{name}\n" for name in COMPONENTS)
-    file.write_text(
-        re.sub(r"^components:.*\n(  - .*\n)*", f"components:\n{names}", file.read_text(), flags=re.MULTILINE)
-    )
+    wanted = {"components": [f"../../components/{name}" for name in COMPONENTS]}
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | wanted))
     return file.parent
 
 
