@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from cookiecutter.main import cookiecutter
@@ -26,7 +27,7 @@ def tracked() -> list[str]:
     return sorted(name for name in names if name and (ROOT / name).is_file())
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """Skip a test for want of a tool; where everything is to run, fail."""
     if CI:
         pytest.fail(f"{what} is missing, and CI=true makes that a failure")
@@ -43,23 +44,33 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+def bake_to(template: Path, output: Path, accept_hooks: bool = True, **answers: object) -> Path:
+    """Bake the template with answers into a folder of `output`; return it."""
+    options = {"no_input": True, "default_config": True, "accept_hooks": accept_hooks}
+    return Path(cookiecutter(str(template), output_dir=str(output), extra_context=answers, **options))
+
+
 @pytest.fixture
 def bake(template: Path, tmp_path: Path) -> Bake:
     """Return a function that bakes the template with answers and returns the project's folder."""
 
     def bake(folder: str = "out", accept_hooks: bool = True, **answers: object) -> Path:
-        output = tmp_path / folder
-        project = cookiecutter(
-            str(template),
-            no_input=True,
-            default_config=True,
-            output_dir=str(output),
-            extra_context=answers,
-            accept_hooks=accept_hooks,
-        )
-        return Path(project)
+        return bake_to(template, tmp_path / folder, accept_hooks, **answers)
 
     return bake
+
+
+def render(folder: Path) -> str:
+    """Return the manifests that kustomize makes of a folder, or skip where there is no kustomize."""
+    if shutil.which("kustomize"):
+        command = ["kustomize", "build", str(folder)]
+    elif shutil.which("kubectl"):
+        command = ["kubectl", "kustomize", str(folder)]
+    else:
+        missing("kustomize (or kubectl, which has one inside)")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -79,4 +90,3 @@ def interpreter(version: str) -> str:
     if found := find(version):
         return found
     missing(f"Python {version}")
-    raise AssertionError
