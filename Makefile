@@ -12,9 +12,10 @@ SERVICE_BIN := $(abspath $(VENV))-service/bin
 export PYTHONDONTWRITEBYTECODE := 1
 export RUFF_CACHE_DIR := $(abspath $(VENV))/cache/ruff
 export MYPY_CACHE_DIR := $(abspath $(VENV))/cache/mypy
+LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade
 PYTEST = SERVICE_BIN='$(SERVICE_BIN)' $(BIN)/python -m pytest -o cache_dir=$(abspath $(VENV))/cache/pytest
 
-.PHONY: help setup demo lint fast test test-all attack bench tuning lock
+.PHONY: help setup demo lint fast test test-all audit attack bench tuning lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
@@ -29,6 +30,12 @@ $(VENV)/ready: requirements-dev.txt | $(UV)
 	$(UV) pip sync --quiet --require-hashes --python $(BIN)/python requirements-dev.txt
 	@touch $@
 
+# What the auditors need (100 packages) fits nobody else's: an environment of their own.
+$(VENV)-audit/ready: requirements-audit.txt | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)-audit
+	$(UV) pip sync --quiet --require-hashes --python $(VENV)-audit/bin/python requirements-audit.txt
+	@touch $@
+
 demo: setup ## bake the default service and run it under its production server
 	@TOOLS='$(abspath $(TOOLS))' $(BIN)/python -m scripts.demo
 
@@ -40,11 +47,14 @@ lint: setup ## check style and types here, and in the template as it stands
 fast: lint ## the tests that run nothing: bakes, hooks, updates
 	@$(PYTEST) -m 'not slow'
 
-test: lint ## all tests that need no Docker, nginx or haproxy
+test: lint $(VENV)-audit/ready ## all tests that need no Docker, nginx or haproxy
 	@$(IN_SERVICE) test
 	@$(PYTEST)
 
 test-all: test attack ## all tests, with Docker, nginx and haproxy where one needs them
+
+audit: setup $(VENV)-audit/ready ## hadolint, checkov, zizmor and others over all that a project is deployed with
+	@$(PYTEST) tests/test_audit.py
 
 attack: setup ## floods, faults, and restarts behind nginx and haproxy, with every request accounted for; 8 minutes
 	@$(IN_SERVICE) setup
@@ -57,5 +67,6 @@ tuning: setup ## measure the figures of docs/tuning.md on this machine; two minu
 	@TOOLS='$(abspath $(TOOLS))' $(BIN)/python -m benchmarks.tuning
 
 lock: | $(UV) ## write all requirements anew, with the newest versions that fit
-	$(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade pyproject.toml --group dev --output-file requirements-dev.txt
+	$(LOCK) pyproject.toml --group dev --output-file requirements-dev.txt
+	$(LOCK) --group audit --output-file requirements-audit.txt
 	@$(IN_SERVICE) lock
