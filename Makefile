@@ -15,6 +15,8 @@ export MYPY_CACHE_DIR := $(abspath $(VENV))/cache/mypy
 LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade
 PYTEST = SERVICE_BIN='$(SERVICE_BIN)' $(BIN)/python -m pytest -o cache_dir=$(abspath $(VENV))/cache/pytest
 
+WITHOUT := -m 'not engine'
+
 .PHONY: help setup demo lint fast test test-all audit attack bench tuning lock
 
 help: ## list the targets
@@ -49,8 +51,9 @@ fast: lint ## the tests that run nothing: bakes, hooks, updates
 
 test: lint $(VENV)-audit/ready ## all tests that need no Docker, nginx or haproxy
 	@$(IN_SERVICE) test
-	@$(PYTEST)
+	@$(PYTEST) --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(WITHOUT)
 
+test-all: WITHOUT :=
 test-all: test attack ## all tests, with Docker, nginx and haproxy where one needs them
 
 audit: setup $(VENV)-audit/ready ## hadolint, checkov, zizmor and others over all that a project is deployed with

@@ -90,3 +90,14 @@ def interpreter(version: str) -> str:
     if found := find(version):
         return found
     missing(f"Python {version}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let two processes share the work: a file stays in one of them; the longest tests come first, each by itself."""
+
+    def group(item: pytest.Item) -> str:
+        return item.nodeid if item.path.name == "test_generated.py" else item.path.name
+
+    items.sort(key=lambda item: "::" not in group(item))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))

@@ -13,7 +13,7 @@ from cookiecutter.main import cookiecutter
 from attack.load import GET, GET_NEW, POST, POST_NEW, load
 from tests.containers import docker, eventually, free_port, inspect, logs, make, needs_engine
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.engine]
 PROJECT = "parcels"
 PAYMENT = {"amount": 1250, "currency": "EUR", "reference": "compose"}
 

@@ -26,7 +26,7 @@ from tests.containers import (
     published,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.engine]
 MEGABYTE = 1_000_000
 VERSION = "1.2.3"
 USERS = ["10001:10001", "54321:0"]  # ours, and what a platform gives that chooses one
