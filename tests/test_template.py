@@ -55,7 +55,7 @@ COMPONENTS = ("egress-https", "egress-otlp", "egress-pgbouncer", "httproute", "s
 ALWAYS = {
     *(".env.example", ".gitattributes", ".gitignore", "Makefile", "README.md", "alembic.ini", "gunicorn.conf.py"),
     *("pyproject.toml", "requirements.txt", "requirements-dev.txt", "requirements-k8s.txt"),
-    *("Dockerfile", ".dockerignore", "compose.yaml", "deploy/compose/nginx.conf"),
+    *("docs/runbook.md", "Dockerfile", ".dockerignore", "compose.yaml", "deploy/compose/nginx.conf"),
     *(".github/dependabot.yml", ".github/workflows/ci.yml", ".github/workflows/release.yml"),
     *("migrations/env.py", "migrations/script.py.mako", "migrations/versions/.gitkeep"),
     *("scripts/__init__.py", "scripts/compose_secrets.py", "scripts/dev.py", "scripts/services.py"),
