@@ -20,8 +20,8 @@ from app.settings import Settings
 
 PROJECT = Path(__file__).parents[2]
 K8S = PROJECT / "deploy/k8s"
-OVERLAYS = sorted(folder.name for folder in (K8S / "overlays").iterdir())
-COMPONENTS = sorted(folder.name for folder in (K8S / "components").iterdir())
+OVERLAYS = sorted(file.parent.name for file in K8S.glob("overlays/*/kustomization.yaml"))
+COMPONENTS = sorted(file.parent.name for file in K8S.glob("components/*/kustomization.yaml"))
 Document = dict[str, Any]
 UNITS = {"": 1, "m": 1e-3} | {
     letter + binary: base**power
