@@ -92,6 +92,7 @@ def interpreter(version: str) -> str:
     missing(f"Python {version}")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let two processes share the work: a file stays in one of them; the longest tests come first, each by itself."""
 
