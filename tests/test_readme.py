@@ -30,12 +30,16 @@ def test_every_linked_file_exists() -> None:
         assert (ROOT / target).exists(), target
 
 
+#: What the template's README says of the targets of the generated project.
+OF_THE_PROJECT = {"dev", "run", "doctor", "up", "edge", "remove-example"}
+
+
 def test_every_make_target_is_explained_and_exists() -> None:
     help_text = subprocess.run(
         ["make", "--silent", "help"], cwd=ROOT, check=True, stdout=subprocess.PIPE
     ).stdout.decode()
     targets = {line.split()[0] for line in help_text.splitlines()}
-    assert set(re.findall(r"`make ([a-z0-9-]+)`", README)) - {"dev", "run", "doctor", "remove-example"} <= targets
+    assert set(re.findall(r"`make ([a-z0-9-]+)`", README)) - OF_THE_PROJECT <= targets
     project = subprocess.run(["make", "--silent", "help"], cwd=ROOT / SOURCE, check=True, stdout=subprocess.PIPE)
     own = {line.split()[0] for line in project.stdout.decode().splitlines()}
     text = (ROOT / SOURCE / "README.md").read_text()

@@ -13,12 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT, SOURCE, Bake, tracked, tree
+from tests.conftest import JINJA_ALLOWED, ROOT, SOURCE, Bake, tracked, tree
 
-#: The only files that may hold Jinja; hooks are rendered too, and have just the answers in them.
-JINJA_ALLOWED = re.compile(
-    rf"{re.escape(SOURCE)}/(README\.md|docs/runbook\.md|deploy/.*)|hooks/.*\.py|cookiecutter\.json"
-)
 JINJA = re.compile(r"{{|{%|{#")
 ANSWERS = "{{ cookiecutter | tojson }}"
 EXAMPLE_ONLY = {

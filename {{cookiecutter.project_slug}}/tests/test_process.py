@@ -127,7 +127,7 @@ def test_a_broken_file_of_a_killed_worker_does_not_end_the_master(
         service.wait()
         service.get("/")
         eventually(lambda: list(folder.glob("histogram_*.db")))
-        (broken,) = folder.glob("histogram_*.db")
+        broken = next(folder.glob("histogram_*.db"))  # of a worker; the other may have one too
         with broken.open("r+b") as file:
             file.write(b"\xff\xff\xff\x7f")  # the number of bytes in use
         pid = int(broken.stem.split("_")[1])
