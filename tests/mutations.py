@@ -443,6 +443,16 @@ MUTATIONS = [
         text("dockerfile", "USER 10001:10001", "RUN pip install extra\nUSER 10001:10001"),
     ),
     mutation("a variable that is no setting", "METRIC_BIND", text("dockerfile", "METRICS_BIND=", "METRIC_BIND=")),
+    # compose
+    mutation("compose kills it while it drains", "stop_grace_period", text("compose", "stop_grace_period: 60s", "")),
+    mutation("compose sets what is no setting", "SECRET_DIR", text("compose", "SECRETS_DIR: /run", "SECRET_DIR: /run")),
+    mutation(
+        "Postgres in compose allows less",
+        "max_connections",
+        text("compose", "max_connections=200", "max_connections=50"),
+    ),
+    mutation("compose believes everybody", "FORWARDED_ALLOW_IPS", text("compose", "IPS: 10.203.71.10", "IPS: '*'")),
+    mutation("compose is open to other machines", "127.0.0.1", text("compose", '"127.0.0.1:${HTTP', '"${HTTP')),
     mutation("the context lacks the migrations", ".dockerignore", text("dockerignore", "!migrations\n", "")),
     mutation("the context holds everything", ".dockerignore", text("dockerignore", "*\n!alembic", "!alembic")),
 ]
@@ -451,7 +461,7 @@ NOTHING = mutation("nothing at all", "")
 
 def main() -> None:
     """Print, for each mutation, the faults that the contract finds."""
-    from tests.deploy import image, numbers, objects  # noqa: F401 - each adds its rules
+    from tests.deploy import compose, image, numbers, objects  # noqa: F401 - each adds its rules
     from tests.deploy.deployed import Deployed, read, with_every_component
     from tests.deploy.rules import RULES, faults
 

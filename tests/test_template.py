@@ -60,7 +60,10 @@ ALWAYS = {
     *(f"tests/test_{name}.py" for name in ("contract", "end", "lifespan", "limits", "log", "metrics", "migrations")),
     *(f"tests/test_{name}.py" for name in ("database", "process", "settings")),
     *("tests/test_services.py", "tests/test_sizing.py", "tests/test_deploy.py"),
-    *(f"tests/deploy/{name}.py" for name in ("__init__", "deployed", "image", "numbers", "objects", "rules")),
+    *(
+        f"tests/deploy/{name}.py"
+        for name in ("__init__", "compose", "deployed", "image", "numbers", "objects", "rules")
+    ),
     *(f"deploy/k8s/base/{name}.yaml" for name in ("deployment", "hpa", "kustomization", "migrate", "namespace")),
     *(f"deploy/k8s/base/{name}.yaml" for name in ("networkpolicy", "pdb", "service", "serviceaccount")),
     *(f"deploy/k8s/overlays/{name}/kustomization.yaml" for name in ("dev", "staging", "prod")),

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.deploy import image, numbers, objects
+from tests.deploy import compose, image, numbers, objects
 from tests.deploy.deployed import K8S, OVERLAYS, Deployed, kustomize, read, with_every_component
 from tests.deploy.rules import RULES, Rule, faults
 
-MODULES = (image, numbers, objects)  # each adds its rules to RULES
+MODULES = (compose, image, numbers, objects)  # each adds its rules to RULES
 EVERYTHING = "prod with every component"
 
 

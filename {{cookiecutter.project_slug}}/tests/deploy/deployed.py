@@ -104,6 +104,7 @@ class Deployed:
     gunicorn_conf: str
     dockerignore: str
     proxy: str  # deploy/compose/nginx.conf
+    compose: str
 
     def all(self, kind: str) -> list[Document]:
         """Return the documents of a kind."""
@@ -235,7 +236,7 @@ def with_every_component(overlay: str, copy: Path) -> Path:
 
 def read(overlay: str, folder: Path | None = None) -> Deployed:
     """Return an overlay with the files beside it; `folder` is where another one stands. Raises `UnreadableError`."""
-    files = ("Dockerfile", "gunicorn.conf.py", ".dockerignore", "deploy/compose/nginx.conf")
+    files = ("Dockerfile", "gunicorn.conf.py", ".dockerignore", "deploy/compose/nginx.conf", "compose.yaml")
     return Deployed(
         overlay, render(folder or K8S / "overlays" / overlay), *((PROJECT / name).read_text() for name in files)
     )
