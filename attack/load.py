@@ -12,13 +12,16 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import uvloop
 
 TIMEOUT_SECONDS = 40.0
+#: Whom to ask: a loopback port, or what returns host and port for each new connection; it may raise `OSError`.
+Target = int | Callable[[], tuple[str, int]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Kind:
     keeps_alive: bool = True
     #: The client waits for a random time up to this between two requests.
     pause_seconds: float = 0.01
+    timeout_seconds: float = TIMEOUT_SECONDS
 
 
 def get(
@@ -68,24 +72,33 @@ SLOW = get("/slow?seconds=2", "GET of 2 s")  # of tests/faulty.py
 MIXED = 8 * [GET] + 3 * [GET_NEW] + 6 * [POST] + 4 * [POST_NEW] + 4 * [SLOW]
 
 
+class Failure(NamedTuple):
+    """A request that failed: when it began and ended on `time.monotonic`, what it was, and whom it asked."""
+
+    begin: float
+    end: float
+    kind: str
+    reason: str
+    host: str
+
+
 @dataclass
 class Result:
     """What became of all requests; it may be read while the load still runs."""
 
     answered: Counter[tuple[str, int]] = field(default_factory=Counter)
-    #: Seconds since the start of the load, kind, reason.
-    failures: list[tuple[float, str, str]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     slowest_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """All requests, answered as wanted or not."""
-        return self.answered.total() + sum(not reason.startswith("status") for _, _, reason in self.failures)
+        return self.answered.total() + sum(not each.reason.startswith("status") for each in self.failures)
 
     @property
     def failed(self) -> Counter[tuple[str, str]]:
         """Failed requests by kind and reason."""
-        return Counter((kind, reason) for _, kind, reason in self.failures)
+        return Counter((each.kind, each.reason) for each in self.failures)
 
     def __str__(self) -> str:
         parts = {f"{kind}: {status}": number for (kind, status), number in sorted(self.answered.items())}
@@ -98,17 +111,17 @@ class _ClosedError(Exception):
 
 
 class _Client:
-    def __init__(self, port: int, kind: Kind, result: Result, stop: threading.Event) -> None:
-        self.port, self.kind, self.result, self.stop = port, kind, result, stop
+    def __init__(self, target: Target, kind: Kind, result: Result, stop: threading.Event) -> None:
+        self.target, self.kind, self.result, self.stop, self.host = target, kind, result, stop, ""
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def run(self, start: float) -> None:
+    async def run(self) -> None:
         """Ask until stopped; a request that has begun is waited for."""
         kind, result = self.kind, self.result
         while not self.stop.is_set():
             begin, status = time.monotonic(), 0
             try:
-                async with asyncio.timeout(TIMEOUT_SECONDS):
+                async with asyncio.timeout(kind.timeout_seconds):
                     status = await self._ask()
                 result.answered[kind.name, status] += 1
                 reason = "" if status in kind.statuses else f"status {status}"
@@ -125,14 +138,15 @@ class _Client:
             end = time.monotonic()
             result.slowest_seconds[kind.name] = max(end - begin, result.slowest_seconds.get(kind.name, 0.0))
             if reason:
-                result.failures.append((round(end - start, 3), kind.name, reason))
+                result.failures.append(Failure(begin, end, kind.name, reason, self.host))
             await asyncio.sleep(random.uniform(0, max(kind.pause_seconds, 0.05 if reason else 0)))
         self._close()
 
     async def _ask(self) -> int:
         """Return the status of the answer."""
         if self.streams is None:
-            self.streams = await asyncio.open_connection("127.0.0.1", self.port)
+            self.host, port = ("127.0.0.1", self.target) if isinstance(self.target, int) else self.target()
+            self.streams = await asyncio.open_connection(self.host, port)
         reader, writer = self.streams
         writer.write(self.kind.request)
         try:
@@ -151,14 +165,14 @@ class _Client:
 
 
 @contextlib.contextmanager
-def load(port: int, *clients: Sequence[Kind]) -> Iterator[Result]:
-    """Have one client of each kind ask the loopback port from here to the end of the block; then wait for them."""
-    result, stop, start = Result(), threading.Event(), time.monotonic()
+def load(target: Target, *clients: Sequence[Kind]) -> Iterator[Result]:
+    """Have one client of each kind ask the target from here to the end of the block; then wait for them."""
+    result, stop = Result(), threading.Event()
 
     async def run() -> None:
         async with asyncio.TaskGroup() as group:
             for kind in [kind for kinds in clients for kind in kinds]:
-                group.create_task(_Client(port, kind, result, stop).run(start))
+                group.create_task(_Client(target, kind, result, stop).run())
 
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(uvloop.run, run())

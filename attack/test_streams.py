@@ -111,6 +111,6 @@ def test_a_second_term_changes_nothing(urls: dict[str, str]) -> None:
             assert service.process.wait(20) == 0
             assert time.monotonic() - start > DRAIN_SECONDS
         print(result)
-        assert {reason for _, _, reason in result.failures} == {"refused"}  # after its end
+        assert {failure.reason for failure in result.failures} == {"refused"}  # after its end
         assert result.answered["GET of 4 s", 200] == 4
         assert {line["level"] for line in service.lines} == {"info"}
