@@ -451,7 +451,11 @@ MUTATIONS = [
         "max_connections",
         text("compose", "max_connections=200", "max_connections=50"),
     ),
-    mutation("compose believes everybody", "FORWARDED_ALLOW_IPS", text("compose", "IPS: 10.203.71.10", "IPS: '*'")),
+    mutation(
+        "compose believes everybody",
+        "FORWARDED_ALLOW_IPS",
+        text("compose", 'IPS: "${EDGE_NETWORK:-10.203.71}.10"', "IPS: '*'"),
+    ),
     mutation("compose is open to other machines", "127.0.0.1", text("compose", '"127.0.0.1:${HTTP', '"${HTTP')),
     mutation("the context lacks the migrations", ".dockerignore", text("dockerignore", "!migrations\n", "")),
     mutation("the context holds everything", ".dockerignore", text("dockerignore", "*\n!alembic", "!alembic")),

@@ -14,14 +14,15 @@ from attack.load import GET, GET_NEW, POST, POST_NEW, load
 from tests.containers import docker, eventually, free_port, inspect, logs, make, needs_engine
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
-PROJECT = "parcels"
+PROJECT, NETWORK = "parcels", "10.203.72"
 PAYMENT = {"amount": 1250, "currency": "EUR", "reference": "compose"}
 
 
 @pytest.fixture(scope="module")
 def ports() -> dict[str, str]:
-    """Ports of this machine that are free; without these the stack takes those of the README."""
-    return {"HTTP_PORT": str(free_port()), "METRICS_PORT": str(free_port()), "EDGE_PORT": str(free_port())}
+    """Ports and a network that are free; without these the stack takes those of the README."""
+    ports = {"HTTP_PORT": str(free_port()), "METRICS_PORT": str(free_port()), "EDGE_PORT": str(free_port())}
+    return {**ports, "EDGE_NETWORK": NETWORK}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_one_id_is_in_all_logs_and_the_clients_address_is_nginx_word_alone(edge:
 
     eventually(everywhere)
     line = next(json.loads(line) for line in lines() if "over-the-edge-1" in line)
-    assert line["client"].startswith("10.203.71.")  # whoever asked nginx, and not what was claimed
+    assert line["client"].startswith(NETWORK)  # whoever asked nginx, and not what was claimed
     assert "203.0.113.7" not in json.dumps(lines())
 
 
