@@ -97,13 +97,6 @@ def interpreter(version: str) -> str:
     missing(f"Python {version}")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let two processes share the work: a file stays in one of them; the longest tests come first, each by itself."""
-
-    def group(item: pytest.Item) -> str:
-        return item.nodeid if item.path.name == "test_generated.py" else item.path.name
-
-    items.sort(key=lambda item: "::" not in group(item))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+    """Let two processes share the work, file by file: the longest comes first, then what is quick."""
+    items.sort(key=lambda item: (item.path.name != "test_generated.py", bool(item.get_closest_marker("slow"))))
