@@ -74,7 +74,7 @@ def test_up_returns_when_everything_is_ready(up: str, ports: dict[str, str]) -> 
     assert 'dependency_up{dependency="postgres"} 1.0' in metrics
 
 
-def test_every_container_is_restricted(up: str) -> None:
+def test_every_container_is_restricted(edge: int) -> None:
     for name in containers():
         host = inspect(name)["HostConfig"]
         assert host["ReadonlyRootfs"], name

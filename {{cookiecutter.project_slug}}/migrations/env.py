@@ -36,7 +36,7 @@ async def migrate() -> None:
         driver = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         logging.getLogger("app.migrations").error(
-            "the database of DATABASE_URL cannot be reached: %s", error or type(error)
+            "the database of DATABASE_URL cannot be reached: %s", str(error) or type(error).__name__
         )
         sys.exit(1)
 

@@ -53,6 +53,15 @@ def quantity(value: Any) -> float:
     return float(found[1]) * float(UNITS[found[2]])
 
 
+def duration(text: str) -> float:
+    """Return the seconds of a time such as 500ms, 60s, 1m30s, or 60. Raises `UnreadableError`."""
+    parts = re.findall(r"(\d+)(ms|[smhd]|$)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        msg = f"{text!r} is no time: it takes a number with a unit, such as 60s or 1m30s"
+        raise UnreadableError(msg)
+    return sum(int(number) * {"ms": 0.001, "m": 60, "h": 3600, "d": 86400}.get(unit, 1) for number, unit in parts)
+
+
 def kustomize() -> list[str] | None:
     """Return the command that renders a folder, or None if neither kustomize nor kubectl is on PATH."""
     if shutil.which("kustomize"):
@@ -113,7 +122,9 @@ class Deployed:
     def one(self, kind: str) -> Document:
         """Return the document of a kind; of several the API's or the migration's. Raises `UnreadableError`."""
         if len(found := self.all(kind)) > 1:
-            found = [document for document in found if component(document) in {"api", "migrate"}]
+            accounts = [document["metadata"]["name"] for document in self.all("ServiceAccount")]
+            ours = [document for document in found if component(document) in {"api", "migrate"}]
+            found = ours or [document for document in found if document["metadata"]["name"] in accounts]
         if len(found) != 1:
             msg = f"{kind}: {len(found)} are rendered, not one: look at the resources of base/kustomization.yaml"
             raise UnreadableError(msg)

@@ -4,7 +4,7 @@ import itertools
 import re
 
 from tests.deploy.deployed import Deployed
-from tests.deploy.rules import Faults, rule
+from tests.deploy.rules import CONTAINER, Faults, expect, rule
 
 NEEDED = ("alembic.ini", "app", "gunicorn.conf.py", "migrations", "requirements.txt")
 STRANGERS = re.compile(r"(^|/)(\.env\S*|\.git|tests|requirements-dev\.txt|\.)$")
@@ -17,6 +17,12 @@ def gunicorn_is_process_one_and_hears_the_signal(d: Deployed) -> Faults:
         if (found := d.instruction(name)) != wanted:
             remedy = f"set it to {wanted}" if wanted else "remove it"
             yield f"Dockerfile: {name} is {found!r}; {remedy}: SIGTERM has to reach gunicorn, not a shell"
+
+
+@rule
+def the_pod_starts_what_the_image_says(d: Deployed) -> Faults:
+    why = "the image's own CMD is gunicorn as process 1, which hears SIGTERM and reads gunicorn.conf.py"
+    yield from expect(d.one("Deployment"), CONTAINER, why, command=None, args=None, workingDir=None)
 
 
 @rule
@@ -37,6 +43,18 @@ def the_image_holds_the_service_its_migrations_and_no_more(d: Deployed) -> Fault
             yield f".dockerignore: !{name} is missing; add it: the image needs it"
     for name in sorted(source for source in sources if STRANGERS.search(source)):
         yield f"Dockerfile: COPY {name} is not for production; name what is needed"
+    bases = {rest.split()[0] for stage in d.stages for name, rest in stage if name == "FROM"}
+    if len(bases) != 1:
+        yield f"Dockerfile: FROM names {sorted(bases)}; name one: what is compiled for one base is of no use on another"
+    final = {tuple(words[1:]) for words in copies if words[0].startswith("--from")}
+    for wanted in (("/opt/venv", "/opt/venv"), ("/app", "./")):
+        if wanted not in final:
+            yield f"Dockerfile: the last stage lacks COPY --from=builder {' '.join(wanted)}; add it"
+    if not d.image_environment.get("PATH", "").startswith("/opt/venv/bin:"):
+        yield f"Dockerfile: ENV PATH is {d.image_environment.get('PATH')}; begin it with /opt/venv/bin"
+    for line in set(d.dockerignore.split()) - {f"!{name}" for name in NEEDED}:
+        if line.startswith("!"):
+            yield f".dockerignore: {line} lets in what the image does not need; remove it"
     if "*" not in d.dockerignore.split():
         yield ".dockerignore: the line * is missing; add it, so that only what is named gets into an image"
 

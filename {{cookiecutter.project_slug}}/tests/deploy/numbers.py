@@ -1,13 +1,11 @@
 """Rules about numbers that have to agree: probes and timeouts, the end and its grace, pods and connections, memory."""
 
-import re
-
 from starlette.routing import Match
 
 from app.main import create_app
 from app.plan import BASE_MEMORY_MB, make_plan
 from app.sizing import findings
-from tests.deploy.deployed import Deployed, UnreadableError, at, component, quantity
+from tests.deploy.deployed import Deployed, UnreadableError, at, component, duration, quantity
 from tests.deploy.rules import CONTAINER, POD, Faults, bounded, budget, expect, limits, rule, share
 
 PROBES = {"startupProbe": "/health/startup", "livenessProbe": "/health/live", "readinessProbe": "/health/ready"}
@@ -15,6 +13,8 @@ READINESS_MARGIN_SECONDS = 2  # of the drain, for the endpoint's way to the bala
 WORKER_MARGIN_SECONDS = 5  # from a stuck worker to the one that has replaced it
 CONSTANT_CONNECTIONS = {"migration": 1, "that Postgres reserves": 3}
 MOST_OF_A_CPU = 0.8  # that the autoscaler may aim at: the rest is for the time until the next pod is ready
+INGRESS_KEEPALIVE_SECONDS = 60  # ingress-nginx, AWS' load balancers, and most others, unless told otherwise
+LEAST_OF_A_CPU = 0.5  # a percentage is of the request, and not of the limit
 MEGABYTE = 1 << 20
 IN_MEMORY = ("/tmp", "/dev/shm")
 
@@ -32,6 +32,7 @@ def probes_ask_for_what_the_app_answers(d: Deployed) -> Faults:
             yield f"app/health.py: GET {path} is no route of the app, but {name} asks for it"
         why = "each probe has a question of its own, and the end has one grace for all"
         wanted = {"httpGet__path": path, "httpGet__port": "http", "terminationGracePeriodSeconds": None}
+        wanted |= dict.fromkeys(("httpGet__scheme", "httpGet__host", "initialDelaySeconds", "successThreshold"))
         yield from expect(d.one("Deployment"), place, why, **wanted)
         period, why = probe.get("periodSeconds", 10), "a busy node misses 1 s, and a probe ends before the next"
         yield from bounded(d.one("Deployment"), f"{place}.timeoutSeconds", 2, period, why)
@@ -102,27 +103,18 @@ def the_doctor_finds_nothing_in_a_pod(d: Deployed) -> Faults:
 
 
 @rule
-def proxies_wait_for_answers_and_let_go_of_connections_first(d: Deployed) -> Faults:
-    longest, file = d.settings.request_timeout_seconds, "deploy/compose/nginx.conf"
-    for upstream in re.findall(r"^\s*upstream\s+\S+\s*\{([^}]*)\}", d.proxy, re.MULTILINE):
-        if (idle := nginx_seconds("keepalive_timeout", upstream)) >= d.gunicorn["keepalive"]:
-            yield (
-                f"{file}: keepalive_timeout of the upstream is {idle:g} s; set it under KEEPALIVE_SECONDS="
-                f"{d.gunicorn['keepalive']}, or nginx sends into connections that we are closing"
-            )
-    if (waits := nginx_seconds("proxy_read_timeout", d.proxy)) <= longest:
-        yield f"{file}: proxy_read_timeout is {waits:g} s; set it over REQUEST_TIMEOUT_SECONDS={longest:g}"
+def what_is_in_front_waits_for_answers_and_lets_go_of_connections_first(d: Deployed) -> Faults:
+    longest = d.settings.request_timeout_seconds
+    if (keeps := d.gunicorn["keepalive"]) <= INGRESS_KEEPALIVE_SECONDS:
+        yield (
+            f"ConfigMap: KEEPALIVE_SECONDS is {keeps}; set it over {INGRESS_KEEPALIVE_SECONDS}, for which ingresses "
+            "keep connections, or they send into those that we are closing"
+        )
     for route in d.all("HTTPRoute"):
         for number in range(len(at(route, "spec.rules") or [])):
             path = f"spec.rules.{number}.timeouts.request"
-            if not (found := re.fullmatch(r"(\d+)s", str(at(route, path)))) or int(found[1]) <= longest:
-                yield f"HTTPRoute: {path} is {at(route, path)!r}; set it over REQUEST_TIMEOUT_SECONDS={longest:g}"
-
-
-def nginx_seconds(directive: str, text: str) -> float:
-    """Return the shortest time that nginx is told with a directive, or its default of 60 s."""
-    found = re.findall(rf"^\s*{directive}\s+(\d+)(ms|s|m|)\b", text, re.MULTILINE)
-    return min((int(number) * {"ms": 0.001, "m": 60}.get(unit, 1) for number, unit in found), default=60)
+            if not (given := at(route, path)) or 0 < duration(str(given)) <= longest:  # 0s is none
+                yield f"HTTPRoute: {path} is {given!r}; set it over REQUEST_TIMEOUT_SECONDS={longest:g}"
 
 
 @rule
@@ -162,6 +154,13 @@ def the_autoscaler_owns_the_replicas_and_acts_before_the_limit(d: Deployed) -> F
             f"HorizontalPodAutoscaler: averageUtilization is {percent}; of the request that is {cores:g} cores, over "
             f"{MOST_OF_A_CPU:.0%} of the limit, so it acts too late or never: lower it, or the request"
         )
+    elif cores < LEAST_OF_A_CPU * limits(d).cpus:
+        yield (
+            f"HorizontalPodAutoscaler: averageUtilization is {percent}; of the request that is {cores:g} cores, under "
+            f"{LEAST_OF_A_CPU:.0%} of the limit, so it adds pods that idle: raise it, or the request"
+        )
+    why = "a rise in load adds pods"
+    yield from expect(hpa, "spec.behavior.scaleUp", why, selectPolicy=None)
 
 
 @rule
@@ -209,6 +208,7 @@ def what_can_be_written_to_is_small_and_in_memory(d: Deployed) -> Faults:
 def a_rollout_takes_no_pod_before_another_is_ready(d: Deployed) -> Faults:
     deployment, strategy = d.one("Deployment"), "spec.strategy.rollingUpdate"
     yield from expect(deployment, "spec.strategy", "the pods that serve stay", type="RollingUpdate")
+    yield from expect(deployment, "spec", "what is applied is rolled out", paused=None)
     if at(deployment, f"{strategy}.maxUnavailable") not in {0, "0%"}:
         yield f"Deployment: {strategy}.maxUnavailable is not 0; set it, so that the pods that serve stay"
     if share(at(deployment, f"{strategy}.maxSurge"), 10) < 1:

@@ -92,7 +92,12 @@ def pods_run_as_the_user_of_the_image_and_may_nothing_else(d: Deployed) -> Fault
         why = "Pod Security `restricted` asks for it"
         yield from expect(document, context, why, seccompProfile__type="RuntimeDefault")
         yield from expect(document, POD, why, hostNetwork=None, hostPID=None, hostIPC=None)
+        for volume in at(document, f"{POD}.volumes") or []:
+            if "hostPath" in volume:
+                yield f"{document['kind']}: {POD}.volumes: {volume['name']} is a hostPath; remove it: {why}"
         for place in d.containers(document):
+            if any("hostPort" in port for port in at(document, f"{place}.ports") or []):
+                yield f"{document['kind']}: {place}.ports has a hostPort; remove it: {why}"
             context = f"{place}.securityContext"
             yield from expect(document, context, same, **identity)
             yield from expect(document, context, why, **nothing, capabilities={"drop": ["ALL"]})
@@ -151,6 +156,7 @@ def pods_are_spread_where_there_is_room(d: Deployed) -> Faults:
 def service_routes_and_monitors_lead_to_the_pods(d: Deployed) -> Faults:
     service, found = d.one("Service"), {port.get("name"): port for port in at(d.one("Service"), "spec.ports") or []}
     yield from expect(service, "spec", "a route or an ingress is the way in", type="ClusterIP")
+    yield from expect(service, "spec", "a pod that drains or starts gets requests", publishNotReadyAddresses=None)
     for name in ("http", "metrics"):
         if (at(found, f"{name}.targetPort"), at(found, f"{name}.appProtocol")) != (name, "http"):
             yield f"Service: the port {name!r} is {found.get(name)}; set targetPort to {name}, and appProtocol to http"
@@ -204,6 +210,8 @@ def every_variable_is_a_setting(d: Deployed) -> Faults:
     for name in sorted(d.image_environment.keys() - SETTINGS):
         if not re.fullmatch(r"PATH|PYTHON\w+|(LD|MALLOC)_\w+", name):
             yield f"Dockerfile: ENV {name} is no setting of app/settings.py: mend its name, or remove it"
+    if "*" in d.settings.forwarded_allow_ips:
+        yield "ConfigMap: FORWARDED_ALLOW_IPS is *; name the proxies: anybody could call himself any client"
     if d.settings.environment != (wanted := ENVIRONMENTS.get(d.overlay, "production")):
         yield f"ConfigMap: ENVIRONMENT is {d.settings.environment}; set it to {wanted} in the overlay"
 
@@ -214,6 +222,9 @@ def secrets_are_files_and_stand_nowhere_else(d: Deployed) -> Faults:
         kind, needed = document["kind"], SECRETS if component(document) != "migrate" else {"database_url"}
         if (found := set(d.secrets(document))) != needed:
             yield f"{kind}: {POD}.volumes: the secret files are {sorted(found)}; set {sorted(needed)}, which it needs"
+        for volume in d.secret_volumes(document):
+            why = "without it the pod starts with the default URLs, and says that localhost is away"
+            yield from expect({"kind": kind, **volume}, "projected.sources.0.secret", why, optional=None)
         variables, names = d.environment(document), {volume["name"] for volume in d.secret_volumes(document)}
         mounts = [mount for mount in d.container(document).get("volumeMounts", []) if mount["name"] in names]
         if [(mount["mountPath"], mount.get("readOnly")) for mount in mounts] != [(variables.get("SECRETS_DIR"), True)]:
@@ -242,7 +253,8 @@ def texts(document: Any, path: str = "") -> Iterator[tuple[str, str]]:
 @rule
 def the_migration_ends_and_is_cleared_away(d: Deployed) -> Faults:
     job = d.one("Job")
-    yield from expect(job, CONTAINER, "no shell hides its exit code", command=["alembic", "upgrade", "head"])
+    yield from expect(job, CONTAINER, "no shell hides its exit code", command=["alembic", "upgrade", "head"], args=None)
+    yield from expect(job, "spec", "it runs once, and at once", suspend=None, parallelism=None, completions=None)
     yield from expect(job, POD, "each try keeps its log", restartPolicy="Never")
     yield from bounded(job, "spec.backoffLimit", 0, 5, "it does not try for ever")
     yield from bounded(job, "spec.activeDeadlineSeconds", 60, 3600, "a migration that waits for a lock ends")
