@@ -110,7 +110,7 @@ def the_image_is_pinned_and_the_same_everywhere(d: Deployed) -> Faults:
         pinned, pull = r"\S+:(?!latest$)[\w.-]+", "IfNotPresent"
     for document in d.pods:
         image = d.container(document).get("image")
-        if not re.fullmatch(pinned, str(image).replace("{{ cookiecutter.project_slug }}", "service")):
+        if not re.fullmatch(pinned, re.sub(r"\{+ [\w.]+ \}+", "service", str(image))):
             yield f"{document['kind']}: image is {image!r}; pin it in the overlay: `kustomize edit set image`"
         if image != d.api.get("image"):
             yield f"{document['kind']}: image is {image!r}, but the API's is {d.api.get('image')!r}: make them the same"
