@@ -11,7 +11,7 @@ import pytest
 from cookiecutter.main import cookiecutter
 
 from attack.load import GET, GET_NEW, POST, POST_NEW, load
-from tests.containers import docker, eventually, free_port, inspect, logs, make, needs_engine
+from tests.containers import docker, eventually, free_port, inspect, logs, make, needs_engine, published
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 PROJECT, NETWORK = "parcels", "10.203.72"
@@ -114,7 +114,7 @@ def test_one_id_is_in_all_logs_and_the_clients_address_is_nginx_word_alone(edge:
 
 def test_whoever_is_not_nginx_is_not_believed(edge: int) -> None:
     name = containers("api")[0]
-    port = docker("port", name, "8000").rpartition(":")[2]
+    port = published(name, 8000)
     headers = {"X-Request-ID": "past-the-edge-1", "X-Forwarded-For": "203.0.113.8"}
     assert httpx.get(f"http://127.0.0.1:{port}/", headers=headers).status_code == 200
     eventually(lambda: "past-the-edge-1" in logs(name))
