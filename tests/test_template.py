@@ -17,15 +17,18 @@ from tests.conftest import JINJA_ALLOWED, ROOT, SOURCE, Bake, tracked, tree
 
 JINJA = re.compile(r"{{|{%|{#")
 ANSWERS = "{{ cookiecutter | tojson }}"
+PATTERNS = (
+    *("breaker", "cache_fence", "client", "idempotency", "inbox", "outbox", "rate_limit"),
+    *("stream_consumer", "stream_group", "stream_handler"),
+)
 EXAMPLE_ONLY = {
-    "app/payments/__init__.py",
-    "app/payments/repository.py",
-    "app/payments/router.py",
-    "app/payments/schemas.py",
-    "migrations/versions/0001_payments.py",
+    *(f"app/patterns/{name}.py" for name in ("__init__", *PATTERNS)),
+    *(f"app/payments/{name}.py" for name in ("__init__", "repository", "router", "schemas")),
+    *("migrations/versions/0001_payments.py", "migrations/versions/0002_patterns.py"),
     "scripts/remove_example.py",
-    "tests/payments/__init__.py",
-    "tests/payments/test_payments.py",
+    *(f"tests/patterns/{name}.py" for name in ("__init__", "conftest", "test_breaker", "test_cache_fence")),
+    *(f"tests/patterns/test_{name}.py" for name in ("client", "idempotency", "inbox", "outbox", "rate_limit", "stream")),
+    *("tests/payments/__init__.py", "tests/payments/test_payments.py"),
 }
 #: What a feature meets, and what serves it and tells about it.
 APPLICATION = (
@@ -206,6 +209,13 @@ def code_lines(path: Path) -> int:
         ]
     lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
     return len(lines - docstrings)
+
+
+def test_a_pattern_is_short_and_knows_nothing_of_payments() -> None:
+    files = [path for path in (ROOT / SOURCE / "app/patterns").iterdir() if path.suffix == ".py"]
+    assert {path.stem for path in files} == {"__init__", *PATTERNS}
+    assert {path.name: lines for path in files if (lines := len(path.read_text().splitlines())) >= 80} == {}
+    assert [path.name for path in files if "payment" in path.read_text().lower()] == []
 
 
 def test_the_app_without_the_example_can_be_read_in_twice_twenty_minutes(bake: Bake) -> None:

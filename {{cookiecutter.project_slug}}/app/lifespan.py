@@ -88,8 +88,9 @@ async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        while not task.done():  # Python 3.11's wait_for, which redis-py uses, can lose a cancellation
+            task.cancel()
+            await asyncio.wait([task], timeout=1)
 
 
 def _report(task: asyncio.Task[None]) -> None:

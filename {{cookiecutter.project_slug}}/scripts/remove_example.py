@@ -4,7 +4,11 @@ import re
 import sys
 from pathlib import Path
 
-PATHS = ["app/payments", "tests/payments", "migrations/versions/0001_payments.py", "scripts/remove_example.py"]
+PATHS = [
+    *("app/patterns", "app/payments", "tests/patterns", "tests/payments"),
+    *("migrations/versions/0001_payments.py", "migrations/versions/0002_patterns.py"),
+    "scripts/remove_example.py",
+]
 TEXTS = {".py", ".toml", ".md", ".yaml", ".yml", ".example", ""}
 LINE = re.compile(r"^.*# example\n", re.MULTILINE)
 ROW = re.compile(r"^.*<!-- example --> \|\n", re.MULTILINE)  # of a table in Markdown

@@ -1,0 +1,79 @@
+"""Cache-aside with a fence: what was read before a change is not stored after it, and so never served stale.
+
+A reader that finds nothing loads the value, and stores it only if nobody has deleted the key since it looked. Who
+changes something deletes its key after the commit. Plain cache-aside, aiocache and cashews all keep the old value in
+that race. It fails open: while Redis is away, every read loads, after one short wait.
+"""
+
+import asyncio
+import random
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+from prometheus_client import Counter
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+BUDGET_SECONDS = 0.1
+#: Longer than any load takes: the fence must outlive the readers that looked before it.
+FENCE_SECONDS = 120
+_STORE = """
+    if (redis.call('GET', KEYS[2]) or '') ~= ARGV[3] then return 0 end
+    redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+    return 1
+"""
+_READS = Counter("cache_reads", "Reads of the cache: a hit, a miss, or no answer of Redis.", ["cache", "result"])
+Load = Callable[[], Awaitable[bytes | None]]
+
+
+class Cache:
+    """Bytes by key, each for `seconds` at most, which bounds what a lost deletion can do."""
+
+    def __init__(self, redis: Redis, name: str, seconds: float = 30) -> None:
+        self.redis, self.name, self.milliseconds = redis, name, int(seconds * 1000)
+        self.script = redis.register_script(_STORE)
+        self.loads: dict[tuple[str, bytes], asyncio.Task[bytes | None]] = {}
+
+    async def get(self, key: str, load: Load) -> bytes | None:
+        """Return the value, loaded if need be: once for all who ask at this time. None is not kept."""
+        if (found := await self._bounded(self.redis.mget(self._names(key)))) is None:
+            _READS.labels(self.name, "unavailable").inc()
+            return await load()
+        value, fence = found
+        _READS.labels(self.name, "miss" if value is None else "hit").inc()
+        if value is not None:
+            return bytes(value)
+        look = key, fence or b""  # who has seen another fence must not get what was loaded before it
+        if (task := self.loads.get(look)) is None:
+            task = self.loads[look] = asyncio.create_task(self._load(*look, load))
+            task.add_done_callback(lambda done: self._end(look, done))
+        return await asyncio.shield(task)  # a caller that leaves does not take the others' value along
+
+    async def delete(self, key: str) -> bool:
+        """Forget a value, after the change of it is committed; return whether Redis has confirmed that."""
+        (value, fence), both = self._names(key), cast("Any", self.redis.pipeline())
+        both.set(fence, secrets.token_hex(8), ex=FENCE_SECONDS).delete(value)
+        return await self._bounded(both.execute()) is not None
+
+    def _names(self, key: str) -> tuple[str, str]:
+        return f"cache:{{{self.name}:{key}}}", f"fence:{{{self.name}:{key}}}"  # braces: on one node of a cluster
+
+    async def _load(self, key: str, fence: bytes, load: Load) -> bytes | None:
+        value = await load()
+        if value is not None:
+            milliseconds = int(self.milliseconds * random.uniform(0.9, 1))  # noqa: S311 - so that not all end at once
+            await self._bounded(self.script(keys=self._names(key), args=[value, milliseconds, fence]))
+        return value
+
+    def _end(self, look: tuple[str, bytes], done: asyncio.Task[Any]) -> None:
+        del self.loads[look]
+        if not done.cancelled():
+            done.exception()  # seen, also when everybody has left
+
+    async def _bounded(self, command: Any) -> Any:
+        try:
+            async with asyncio.timeout(BUDGET_SECONDS):
+                return await command
+        except (RedisError, OSError, TimeoutError):
+            return None

@@ -1,0 +1,70 @@
+"""What becomes of a message: acknowledged when it is done, tried again when it failed, parked when it is poison."""
+
+import logging
+from collections import Counter
+
+from prometheus_client import Counter as Total
+from redis.exceptions import RedisError
+
+from app.errors import ServiceError
+from app.patterns.stream_group import Message, StreamGroup
+
+MAX_FAULTS = 5
+_HANDLED = Total("stream_messages_handled", "Messages by outcome: done, later, failed, parked.", ["stream", "outcome"])
+_AWAY = (RedisError, OSError, TimeoutError, ServiceError)
+logger = logging.getLogger("app.stream")
+
+
+class PoisonError(Exception):
+    """This message can never be handled. The text says why, and goes to the dead-letter stream with it."""
+
+
+class LaterError(Exception):
+    """What the message needs is away, which is no fault of the message, however often it happens."""
+
+
+class StreamHandler:
+    """Handles messages of a group. A subclass says how."""
+
+    def __init__(self, group: StreamGroup) -> None:
+        self.group = group
+        self.faults = Counter[bytes]()  # of messages that failed here
+
+    async def handle(self, message: Message) -> None:
+        """Do what the message asks for; it may come twice. After an error it comes again, some seconds later."""
+        raise NotImplementedError
+
+    async def begin(self) -> None:
+        """Prepare for a group that is made anew: what was in the stream before may be lost."""
+
+    async def give_up(self, message: Message) -> None:
+        """Note that a message goes to the dead-letter stream."""
+
+    async def serve(self, message: Message) -> None:
+        """Handle a message, and acknowledge or park it; whatever is wrong, nothing is raised but a cancellation."""
+        name, reason, outcome = message.entry.decode(), "", "done"
+        try:
+            try:
+                await self.handle(message)
+            except PoisonError as error:
+                reason = str(error)
+            except LaterError:
+                outcome = "later"
+            except Exception as error:
+                outcome = "failed"
+                self.faults[message.entry] += 1
+                logger.warning("message %s failed", name, exc_info=error)
+                if self.faults[message.entry] >= MAX_FAULTS:
+                    reason = f"failed {MAX_FAULTS} times, at last with {type(error).__name__}"
+            if reason:
+                await self.give_up(message)
+                await self.group.park(message, reason)
+                outcome = "parked"
+                logger.error("message %s is parked: %s", name, reason)
+            elif outcome == "done":
+                await self.group.done(message)
+        except _AWAY:
+            outcome = "later"  # it is found done then
+        if outcome in {"done", "parked"}:
+            self.faults.pop(message.entry, None)
+        _HANDLED.labels(self.group.stream, outcome).inc()

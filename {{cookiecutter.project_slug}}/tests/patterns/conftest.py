@@ -1,0 +1,32 @@
+"""Fixtures: the pools that a worker has, on empty tables and an empty Redis."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from app import cache
+from app.database import Database
+from app.settings import Settings
+
+
+@pytest.fixture
+async def database(settings: Settings) -> AsyncIterator[Database]:
+    async with Database(settings, 21) as database:
+        async with database.acquire() as connection:
+            await connection.execute("truncate idempotency_keys, outbox, inbox")
+        yield database
+
+
+@pytest.fixture
+async def client(settings: Settings) -> AsyncIterator[Redis]:
+    async with cache.connect(settings) as client:
+        await client.flushall()
+        yield client
+
+
+async def entries(client: Redis, stream: str) -> list[dict[bytes, bytes]]:
+    """Return the fields of all entries of a stream."""
+    found: Any = await client.xrange(stream)
+    return [fields for _, fields in found]

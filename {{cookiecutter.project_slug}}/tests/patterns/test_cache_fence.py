@@ -1,0 +1,102 @@
+"""A cache that never serves what was read before a change, asks once for many, and is not needed."""
+
+import asyncio
+import time
+
+import pytest
+from redis.asyncio import Redis
+
+from app.patterns.cache_fence import BUDGET_SECONDS, Cache
+from scripts import services
+from tests.process import frozen
+
+
+class Source:
+    """A value that takes a moment to load."""
+
+    def __init__(self) -> None:
+        self.value: bytes | None = b"old"
+        self.loads, self.go = 0, asyncio.Event()
+        self.go.set()
+
+    async def load(self) -> bytes | None:
+        self.loads += 1
+        value = self.value
+        await self.go.wait()
+        return value
+
+
+@pytest.fixture
+def source() -> Source:
+    return Source()
+
+
+async def test_what_was_loaded_once_comes_from_the_cache(client: Redis, source: Source) -> None:
+    cache = Cache(client, "test")
+    assert [await cache.get("a", source.load) for _ in range(3)] == [b"old"] * 3
+    assert source.loads == 1
+    source.value = b"new"
+    assert await cache.delete("a")
+    assert await cache.get("a", source.load) == b"new"
+
+
+async def test_a_reader_that_looked_before_a_change_does_not_store_what_it_read(client: Redis, source: Source) -> None:
+    cache = Cache(client, "test")
+    for _ in range(2):  # without a fence, and with an earlier one
+        source.value = b"old"
+        source.go.clear()
+        slow = asyncio.create_task(cache.get("a", source.load))
+        await asyncio.sleep(0.05)
+        source.value = b"new"
+        await Cache(client, "test").delete("a")  # from another process
+        fresh = asyncio.create_task(cache.get("a", source.load))  # it must not wait for what the slow one reads
+        await asyncio.sleep(0.05)
+        source.go.set()
+        assert await slow == b"old"
+        assert await fresh == b"new"
+        assert await cache.get("a", source.load) == b"new"
+        await cache.delete("a")
+
+
+async def test_many_readers_cost_one_load_and_one_that_leaves_takes_nobody_along(client: Redis, source: Source) -> None:
+    cache = Cache(client, "test")
+    source.go.clear()
+    readers = [asyncio.create_task(cache.get("a", source.load)) for _ in range(20)]
+    await asyncio.sleep(0.05)
+    readers[0].cancel()
+    await asyncio.sleep(0)
+    source.go.set()
+    assert await asyncio.gather(*readers[1:]) == [b"old"] * 19
+    assert source.loads == 1
+    assert cache.loads == {}
+
+
+async def test_what_does_not_exist_and_what_fails_is_not_kept(client: Redis, source: Source) -> None:
+    cache = Cache(client, "test")
+    source.value = None
+    assert await cache.get("a", source.load) is None
+
+    async def fail() -> bytes:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        await cache.get("a", fail)
+    source.value = b"new"
+    assert await cache.get("a", source.load) == b"new"
+
+
+async def test_a_value_ends_by_itself(client: Redis, source: Source) -> None:
+    await Cache(client, "test", seconds=20).get("a", source.load)
+    assert 17_000 < await client.pttl("cache:{test:a}") <= 20_000
+
+
+async def test_a_frozen_redis_costs_a_read_its_budget(client: Redis, source: Source, redis: services.Redis) -> None:
+    if redis.program == "fakeredis":
+        pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
+    cache = Cache(client, "test")
+    await cache.get("a", source.load)
+    with frozen(redis.pid):
+        start = time.monotonic()
+        assert await cache.get("a", source.load) == b"old"
+        assert time.monotonic() - start < BUDGET_SECONDS + 0.2
+        assert not await cache.delete("a")

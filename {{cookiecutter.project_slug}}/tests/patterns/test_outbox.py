@@ -1,0 +1,146 @@
+"""An event is published if and only if its change is committed, at least once, and whatever is away only delays it."""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+from redis.exceptions import ConnectionError as LostError
+from redis.exceptions import RedisError
+
+from app.database import Connection, Database
+from app.patterns import outbox
+from scripts import services
+from tests.patterns.conftest import entries
+from tests.process import frozen
+
+MAX_LENGTH = 1000
+
+
+async def write(connection: Connection, number: int = 1) -> list[UUID]:
+    ids = [uuid4() for _ in range(number)]
+    async with connection.transaction():
+        for event_id in ids:
+            await outbox.write(connection, "events", event_id, "happened", '{"a": 1}')
+    return ids
+
+
+async def published(client: Redis) -> list[str]:
+    return [fields[b"event_id"].decode() for fields in await entries(client, "events")]
+
+
+async def test_an_event_is_published_with_its_id_its_type_and_its_payload(database: Database, client: Redis) -> None:
+    async with database.acquire() as connection:
+        (event_id,) = await write(connection)
+    assert await outbox.publish(database, client, MAX_LENGTH) == 1
+    (fields,) = await entries(client, "events")
+    assert fields == {b"event_id": str(event_id).encode(), b"type": b"happened", b"payload": b'{"a": 1}'}
+    assert await outbox.publish(database, client, MAX_LENGTH) == 0
+
+
+async def test_an_event_goes_with_its_transaction(database: Database, client: Redis) -> None:
+    async with database.acquire() as connection:
+        with contextlib.suppress(KeyError):
+            async with connection.transaction():
+                await outbox.write(connection, "events", uuid4(), "happened", "{}")
+                raise KeyError
+        with pytest.raises(RuntimeError, match="transaction"):
+            await outbox.write(connection, "events", uuid4(), "happened", "{}")
+    assert await outbox.publish(database, client, MAX_LENGTH) == 0
+
+
+async def test_relays_side_by_side_publish_each_event_once_and_in_order(database: Database, client: Redis) -> None:
+    async with database.acquire() as connection:
+        ids = await write(connection, 5 * outbox.BATCH)
+    assert sum(await asyncio.gather(*(outbox.publish(database, client, 10_000) for _ in range(5)))) == len(ids)
+    found = await published(client)
+    assert Counter(found) == Counter(map(str, ids))
+
+
+async def test_an_event_that_was_published_in_a_transaction_that_failed_comes_again(
+    database: Database, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with database.acquire() as connection:
+        (event_id,) = await write(connection)
+    execute: Any = Pipeline.execute
+
+    async def loses_the_answer(self: Pipeline) -> None:
+        await execute(self)
+        raise LostError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "execute", loses_the_answer)
+        with pytest.raises(LostError):
+            await outbox.publish(database, client, MAX_LENGTH)
+    assert await outbox.publish(database, client, MAX_LENGTH) == 1
+    assert await published(client) == 2 * [str(event_id)]  # which is how a consumer tells
+
+
+async def test_a_stream_does_not_grow_for_ever(database: Database, client: Redis) -> None:
+    async with database.acquire() as connection:
+        for _ in range(3):
+            await write(connection, outbox.BATCH)
+            await outbox.publish(database, client, 100)
+    assert await client.xlen("events") < 100 + outbox.BATCH  # it is trimmed by whole nodes
+
+
+@contextlib.asynccontextmanager
+async def relaying(database: Database, client: Redis) -> AsyncIterator[None]:
+    relay = asyncio.create_task(outbox.relay(database, client, MAX_LENGTH))
+    try:
+        yield
+    finally:
+        relay.cancel()
+        await asyncio.wait([relay])
+
+
+async def until_published(client: Redis, ids: list[UUID]) -> None:
+    async with asyncio.timeout(15):
+        while True:
+            with contextlib.suppress(RedisError):
+                if set(await published(client)) >= set(map(str, ids)):
+                    return
+            await asyncio.sleep(0.05)
+
+
+async def test_a_redis_that_freezes_delays_events_and_holds_no_connection(
+    database: Database, client: Redis, redis: services.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    if redis.program == "fakeredis":
+        pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
+    async with relaying(database, client):
+        async with database.acquire() as connection:
+            await until_published(client, await write(connection))
+            with frozen(redis.pid):
+                ids = await write(connection, 3)
+                used = []
+                for _ in range(40):
+                    await asyncio.sleep(0.05)
+                    used.append(database.pool.get_size() - database.pool.get_idle_size() - 1)
+        assert sum(used) < len(used) / 4
+        await until_published(client, ids)
+    assert [record.message for record in caplog.records if record.name == "app.outbox"] == [
+        "events wait",
+        "events are published again",
+    ]
+
+
+async def test_a_relay_outlives_the_database(
+    database: Database, client: Redis, postgres: services.Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with relaying(database, client):
+        await asyncio.sleep(0.1)
+        postgres.stop()
+        time.sleep(0.1)  # noqa: ASYNC251 - the server is away anyhow
+        postgres.start()
+        await asyncio.sleep(0.5)
+        async with database.acquire() as connection:
+            ids = await write(connection)
+        await until_published(client, ids)
+    assert all(record.levelname in {"WARNING", "INFO"} for record in caplog.records)

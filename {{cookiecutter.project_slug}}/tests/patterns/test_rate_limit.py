@@ -1,0 +1,76 @@
+"""So many requests of each caller in a window; a Redis that is away lets everybody through, at once."""
+
+import time
+
+import pytest
+from fastapi import Request
+from redis.asyncio import Redis
+
+from app.patterns.rate_limit import BUDGET_SECONDS, RateLimit, TooManyError, caller
+from scripts import services
+from tests.process import frozen
+
+
+async def test_requests_over_the_limit_are_refused_until_the_window_ends(client: Redis) -> None:
+    limit = RateLimit(client, "test", 2, 60)
+    for _ in range(2):
+        await limit.check("one")
+    with pytest.raises(TooManyError) as refused:
+        await limit.check("one")
+    assert refused.value.headers == {
+        "Retry-After": "60",
+        "RateLimit-Policy": '"test";q=2;w=60',
+        "RateLimit": '"test";r=0;t=60',
+    }
+    await limit.check("other")
+    await RateLimit(client, "another", 2).check("one")
+    await client.pexpire("rate:test:one", 0)
+    await limit.check("one")
+
+
+async def test_a_counter_that_lost_its_end_gets_one(client: Redis) -> None:
+    await client.set("rate:test:one", 5)
+    with pytest.raises(TooManyError):
+        await RateLimit(client, "test", 2).check("one")
+    assert await client.pttl("rate:test:one") > 0
+
+
+async def test_a_frozen_redis_lets_everybody_through_and_only_the_first_one_waits(
+    client: Redis, redis: services.Redis
+) -> None:
+    if redis.program == "fakeredis":
+        pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
+    limit = RateLimit(client, "test", 1)
+    await limit.check("one")
+    with frozen(redis.pid):
+        waits = []
+        for _ in range(20):
+            start = time.monotonic()
+            await limit.check("one")
+            waits.append(time.monotonic() - start)
+    assert max(waits) < BUDGET_SECONDS + 0.2
+    assert sum(wait > BUDGET_SECONDS / 2 for wait in waits) == 1
+    limit.open_until = 0
+    with pytest.raises(TooManyError):
+        await limit.check("one")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("203.0.113.7", "203.0.113.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("::ffff:203.0.113.7", "203.0.113.7"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("nonsense", "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_a_caller_is_its_address_or_its_network(host: str | None, expected: str) -> None:
+    assert caller(Request({"type": "http", "client": (host, 1) if host else None})) == expected
+
+
+def test_a_caller_who_is_known_has_a_limit_of_its_own() -> None:
+    request = Request({"type": "http", "client": ("203.0.113.7", 1)})
+    request.state.principal = "alice"
+    assert caller(request) == "principal:alice"
