@@ -15,6 +15,13 @@ async def cached(cache: CacheDependency) -> int:
     return int(await cache.get("number") or 0)
 
 
+@app.get("/read")
+async def read(database: DatabaseDependency) -> int:
+    """Read once, again if the server goes away meanwhile."""
+    value: int = await database.retry(lambda connection: connection.fetchval("select 1"))
+    return value
+
+
 @app.get("/sleep")
 async def sleep(database: DatabaseDependency, seconds: float) -> str:
     """Keep a connection to Postgres busy."""

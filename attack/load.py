@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from uuid import uuid4
 
 import uvloop
 
 TIMEOUT_SECONDS = 40.0
 #: Whom to ask: a loopback port, or what returns host and port for each new connection; it may raise `OSError`.
 Target = int | Callable[[], tuple[str, int]]
+#: In a request it stands for a key that is new each time.
+KEY = "key-that-is-another-one-each-time"
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,8 @@ def post(
 ) -> Kind:
     """Return a client that posts `body` as JSON to `path`; `pause` is the longest in seconds."""
     data = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    )
+    fields = {"Host": "test", "Content-Type": "application/json", "Content-Length": len(data), "Idempotency-Key": KEY}
+    head = "\r\n".join([f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""])
     return Kind(name or f"POST {path}", head.encode() + data, statuses, keeps_alive, pause)
 
 
@@ -148,7 +150,7 @@ class _Client:
             self.host, port = ("127.0.0.1", self.target) if isinstance(self.target, int) else self.target()
             self.streams = await asyncio.open_connection(self.host, port)
         reader, writer = self.streams
-        writer.write(self.kind.request)
+        writer.write(self.kind.request.replace(KEY.encode(), uuid4().hex.encode()))
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             await reader.readexactly(int(head.split(b"\r\ncontent-length:", 1)[1].split(b"\r\n", 1)[0]))

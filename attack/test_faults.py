@@ -58,7 +58,8 @@ def writing(service: Service, clients: int = 4) -> Iterator[list[Write]]:
         while not stop.is_set():
             reference = str(uuid4())
             payment = {"amount": 1, "currency": "EUR", "reference": reference}
-            writes.append(Write(reference, service.http.post("/payments", json=payment)))
+            key = {"Idempotency-Key": reference}
+            writes.append(Write(reference, service.http.post("/payments", json=payment, headers=key)))
 
     with ThreadPoolExecutor(clients) as threads:
         running = [threads.submit(client) for _ in range(clients)]
@@ -86,13 +87,6 @@ def assert_quiet(service: Service) -> None:
     """Assert that an outage is told in single lines, and that none is an error of ours."""
     assert [line for line in service.lines if line["level"] not in {"info", "warning"}] == []
     assert "Traceback" not in service.text
-
-
-def payment(service: Service) -> str:
-    """Store a payment and return its path."""
-    new = {"amount": 1, "currency": "EUR", "reference": "fault"}
-    path: str = service.http.post("/payments", json=new).headers["location"]
-    return path
 
 
 def sample(service: Service, name: str) -> list[float]:
@@ -128,10 +122,9 @@ def restart(postgres: Postgres, mode: str) -> None:
 def test_no_read_fails_and_no_write_is_lost(
     urls: dict[str, str], postgres: Postgres, fault: Callable[[Postgres], None]
 ) -> None:
-    with serving(**urls) as service:
+    with serving("dependent:app", **urls) as service:
         service.wait()
-        path = payment(service)
-        with load(service.port, 16 * [get(path)]) as reads, writing(service) as writes:
+        with load(service.port, 16 * [get("/read")]) as reads, writing(service) as writes:
             time.sleep(1)
             fault(postgres)
             time.sleep(1)
@@ -149,7 +142,7 @@ def test_a_frozen_postgres_bounds_every_request(urls: dict[str, str], postgres: 
     with serving("dependent:app", **settings) as service:
         service.wait()
         either = (200, 503)
-        reads = [get(payment(service), "read", statuses=either), get("/transaction", statuses=either)]
+        reads = [get("/read", "read", statuses=either), get("/transaction", statuses=either)]
         with load(service.port, 8 * reads, 2 * [LIVE]) as result, writing(service) as writes:
             time.sleep(0.5)
             with frozen(postgres.pid):
@@ -199,9 +192,9 @@ def test_a_slow_query_is_cut_off_at_the_server_too(urls: dict[str, str], postgre
 
 
 def test_a_long_outage_is_answered_at_once_and_costs_little(urls: dict[str, str], postgres: Postgres) -> None:
-    with serving(**urls) as service:
+    with serving("dependent:app", **urls) as service:
         service.wait()
-        path = payment(service)
+        path = "/read"
         processes = workers(service)
         assert len(processes) == 2
         postgres.stop()
@@ -240,7 +233,7 @@ def test_a_restart_of_redis_costs_no_request(urls: dict[str, str], redis: Redis)
 def test_a_frozen_redis_slows_nothing_else_down(urls: dict[str, str], redis: Redis) -> None:
     with serving("dependent:app", **urls) as service:
         service.wait()
-        others = [LIVE, get("/health/ready", "ready", pause=0.05), get(payment(service), "read")]
+        others = [LIVE, get("/health/ready", "ready", pause=0.05), get("/read", "read")]
         with load(service.port, 50 * [get("/cached", "cached", statuses=(200, 503))], others) as result:
             time.sleep(1)
             with frozen(redis.pid):

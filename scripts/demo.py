@@ -24,7 +24,7 @@ The service of {{project}} runs. In another terminal:
 
     curl -i http://{BIND}/
     curl -i http://{BIND}/health/ready
-    curl -i http://{BIND}/payments -H 'Content-Type: application/json' \\
+    curl -i http://{BIND}/payments -H 'Content-Type: application/json' -H 'Idempotency-Key: first' \\
       -d '{{{{"amount": 1250, "currency": "EUR", "reference": "order-1"}}}}'
     curl -s http://{METRICS}/metrics | grep _count
 

@@ -18,17 +18,20 @@ from tests.conftest import JINJA_ALLOWED, ROOT, SOURCE, Bake, tracked, tree
 JINJA = re.compile(r"{{|{%|{#")
 ANSWERS = "{{ cookiecutter | tojson }}"
 PATTERNS = (
-    *("breaker", "cache_fence", "client", "idempotency", "inbox", "outbox", "rate_limit"),
-    *("stream_consumer", "stream_group", "stream_handler"),
+    *("batches", "breaker", "cache_fence", "client", "idempotency", "inbox", "keyset", "outbox", "probed_process"),
+    *("rate_limit", "stream_consumer", "stream_group", "stream_handler"),
 )
 EXAMPLE_ONLY = {
     *(f"app/patterns/{name}.py" for name in ("__init__", *PATTERNS)),
-    *(f"app/payments/{name}.py" for name in ("__init__", "repository", "router", "schemas")),
+    *(f"app/payments/{name}.py" for name in ("__init__", "consumer", "repository", "router", "schemas", "service")),
     *("migrations/versions/0001_payments.py", "migrations/versions/0002_patterns.py"),
-    "scripts/remove_example.py",
+    *("scripts/events.py", "scripts/gateway.py", "scripts/remove_example.py"),
     *(f"tests/patterns/{name}.py" for name in ("__init__", "conftest", "test_breaker", "test_cache_fence")),
-    *(f"tests/patterns/test_{name}.py" for name in ("client", "idempotency", "inbox", "outbox", "rate_limit", "stream")),
-    *("tests/payments/__init__.py", "tests/payments/test_payments.py"),
+    *(
+        f"tests/patterns/test_{name}.py"
+        for name in ("client", "idempotency", "inbox", "outbox", "rate_limit", "stream")
+    ),
+    *(f"tests/payments/{name}.py" for name in ("__init__", "test_consumer", "test_payments")),
 }
 #: What a feature meets, and what serves it and tells about it.
 APPLICATION = (

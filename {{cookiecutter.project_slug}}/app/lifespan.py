@@ -13,6 +13,7 @@ from app.background import Background
 from app.database import Database
 from app.health import Check, Health
 from app.metrics import WorkerMetrics
+from app.payments.service import Payments  # example
 from app.plan import make_plan
 from app.settings import Settings
 
@@ -25,6 +26,7 @@ class State(TypedDict):
     cache: Redis
     background: Background
     health: Health
+    payments: Payments  # example
 
 
 #: Initialisation of the process itself, such as loading a model. Blocking work belongs in `asyncio.to_thread`.
@@ -56,10 +58,12 @@ async def open_state(
             "cache": redis,
             "background": background,
             "health": health,
+            "payments": Payments(settings, database, redis),  # example
         }
-        await stack.enter_async_context(_beside(health.watch()))
-        await stack.enter_async_context(_beside(_measure(metrics, state)))
-        await stack.enter_async_context(_beside(_warm_up(state, warm_ups)))
+        await stack.enter_async_context(beside(health.watch()))
+        await stack.enter_async_context(beside(_measure(metrics, state)))
+        await stack.enter_async_context(beside(_warm_up(state, warm_ups)))
+        await stack.enter_async_context(beside(state["payments"].work()))  # example
         yield state
 
 
@@ -81,7 +85,7 @@ async def _warm_up(state: State, warm_ups: Sequence[WarmUp]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run something beside the requests; cancel it at the end."""
     task = asyncio.create_task(work)
     task.add_done_callback(_report)

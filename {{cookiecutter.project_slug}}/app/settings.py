@@ -11,6 +11,7 @@ from pydantic_core import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 from pydantic_settings.sources import InitSettingsSource, SecretsSettingsSource
 
+from app import setting_types  # example
 from app.setting_types import Address, CommaSeparated, Lower, Name, NonNegative, Positive, PostgresUrl, Prefix, RedisUrl
 
 
@@ -59,6 +60,9 @@ class Settings(BaseSettings):
     request_body_timeout_seconds: Positive = 15
     request_timeout_seconds: Positive = 30
     keepalive_seconds: PositiveInt = 75
+    gateway_url: setting_types.HttpUrl = SecretStr("http://127.0.0.1:8090")  # example
+    message_concurrency_per_worker: PositiveInt = 8  # example
+    rate_limit_per_minute: PositiveInt = 60_000  # example
 
     web_concurrency: PositiveInt | None = None
     workers_per_core: Positive = 1

@@ -1,5 +1,6 @@
 """Run the service for development: uvicorn with auto-reload in place of gunicorn, the metrics process beside it."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -8,13 +9,16 @@ import uvicorn
 
 from app import log
 from app.settings import load_settings
+from scripts.gateway import consumer  # example
 
 
 def main() -> None:
     """Serve until Ctrl-C; a change below `app/` restarts the server."""
-    with tempfile.TemporaryDirectory(prefix="metrics-") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="metrics-"))
         settings = {"ENVIRONMENT": "development", "WEB_CONCURRENCY": "1", "DRAIN_SECONDS": "0"}
         os.environ.update(settings | {"PROMETHEUS_MULTIPROC_DIR": folder})
+        stack.enter_context(consumer())  # example
         serve(Path(folder))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 PATHS = [
     *("app/patterns", "app/payments", "tests/patterns", "tests/payments"),
     *("migrations/versions/0001_payments.py", "migrations/versions/0002_patterns.py"),
-    "scripts/remove_example.py",
+    *("scripts/events.py", "scripts/gateway.py", "scripts/remove_example.py"),
 ]
 TEXTS = {".py", ".toml", ".md", ".yaml", ".yml", ".example", ""}
 LINE = re.compile(r"^.*# example\n", re.MULTILINE)

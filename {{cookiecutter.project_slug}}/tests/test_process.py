@@ -331,5 +331,5 @@ def test_a_root_path_is_that_of_the_proxy(urls: dict[str, str]) -> None:
         service.wait()
         assert service.get("/openapi.json").json()["servers"] == [{"url": "/api"}]
         body = {"amount": 1, "currency": "EUR", "reference": "a"}  # example
-        created = service.http.post("/payments", json=body)  # example
+        created = service.http.post("/payments", json=body, headers={"Idempotency-Key": "a"})  # example
         assert created.headers["location"].startswith("/api/payments/")  # example

@@ -2,12 +2,13 @@
 
 A reader that finds nothing loads the value, and stores it only if nobody has deleted the key since it looked. Who
 changes something deletes its key after the commit. Plain cache-aside, aiocache and cashews all keep the old value in
-that race. It fails open: while Redis is away, every read loads, after one short wait.
+that race. It fails open: while Redis is away, reads load, and one in a second waits for it a little.
 """
 
 import asyncio
 import random
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -15,9 +16,8 @@ from prometheus_client import Counter
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-BUDGET_SECONDS = 0.1
-#: Longer than any load takes: the fence must outlive the readers that looked before it.
-FENCE_SECONDS = 120
+BUDGET_SECONDS, COOL_DOWN_SECONDS = 0.1, 1.0
+FENCE_SECONDS = 120  # longer than any load takes, or it would not outlive the readers that looked before it
 _STORE = """
     if (redis.call('GET', KEYS[2]) or '') ~= ARGV[3] then return 0 end
     redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
@@ -33,11 +33,16 @@ class Cache:
     def __init__(self, redis: Redis, name: str, seconds: float = 30) -> None:
         self.redis, self.name, self.milliseconds = redis, name, int(seconds * 1000)
         self.script = redis.register_script(_STORE)
+        self.away_until = 0.0
         self.loads: dict[tuple[str, bytes], asyncio.Task[bytes | None]] = {}
 
     async def get(self, key: str, load: Load) -> bytes | None:
         """Return the value, loaded if need be: once for all who ask at this time. None is not kept."""
-        if (found := await self._bounded(self.redis.mget(self._names(key)))) is None:
+        found = None
+        if time.monotonic() >= self.away_until:
+            found = await self._bounded(self.redis.mget(self._names(key)))
+            self.away_until = time.monotonic() + COOL_DOWN_SECONDS if found is None else 0.0
+        if found is None:
             _READS.labels(self.name, "unavailable").inc()
             return await load()
         value, fence = found
@@ -47,7 +52,7 @@ class Cache:
         look = key, fence or b""  # who has seen another fence must not get what was loaded before it
         if (task := self.loads.get(look)) is None:
             task = self.loads[look] = asyncio.create_task(self._load(*look, load))
-            task.add_done_callback(lambda done: self._end(look, done))
+            task.add_done_callback(lambda done: (self.loads.pop(look), done.cancelled() or done.exception()))
         return await asyncio.shield(task)  # a caller that leaves does not take the others' value along
 
     async def delete(self, key: str) -> bool:
@@ -65,11 +70,6 @@ class Cache:
             milliseconds = int(self.milliseconds * random.uniform(0.9, 1))  # noqa: S311 - so that not all end at once
             await self._bounded(self.script(keys=self._names(key), args=[value, milliseconds, fence]))
         return value
-
-    def _end(self, look: tuple[str, bytes], done: asyncio.Task[Any]) -> None:
-        del self.loads[look]
-        if not done.cancelled():
-            done.exception()  # seen, also when everybody has left
 
     async def _bounded(self, command: Any) -> Any:
         try:

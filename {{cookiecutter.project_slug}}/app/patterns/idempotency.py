@@ -20,7 +20,7 @@ _COLUMNS = "scope, key, fingerprint, status, headers, body"
 _STORE = f"insert into idempotency_keys ({_COLUMNS}) values ($1, $2, $3, $4, $5, $6)"  # noqa: S608
 _SCHEMA = {"type": "string", "pattern": "^[!#-~]{1,255}$"}
 #: For `openapi_extra=` of a route.
-OPENAPI = {"parameters": [{"name": "Idempotency-Key", "in": "header", "required": True, "schema": _SCHEMA}]}
+DOCS = {"parameters": [{"name": "Idempotency-Key", "in": "header", "required": True, "schema": _SCHEMA}]}
 
 
 class IdempotencyError(ServiceError):
@@ -72,8 +72,8 @@ async def once(
     return Response(body, status, headers, "application/json")
 
 
-async def purge(connection: Connection, hours: int = 24, batch: int = 1000) -> int:
-    """Delete up to `batch` keys that are older, and return how many; several may run at once."""
+async def forget(connection: Connection, batch: int, hours: int = 24) -> int:
+    """Delete up to `batch` keys that are older, and return how many; several may do so at once."""
     old = "select ctid from idempotency_keys where created_at < now() - make_interval(hours => $1) limit $2"
     query = f"delete from idempotency_keys where ctid = any(array({old} for update skip locked))"  # noqa: S608
     return int((await connection.execute(query, hours, batch)).split()[1])

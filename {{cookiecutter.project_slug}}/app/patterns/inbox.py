@@ -21,7 +21,7 @@ async def is_new(connection: Connection, message_id: UUID) -> bool:
     return await connection.fetchval(query, message_id) is True
 
 
-async def purge(connection: Connection, days: int = 30, batch: int = 1000) -> int:
+async def forget(connection: Connection, batch: int, days: int = 30) -> int:
     """Delete up to `batch` older notes, and return how many. Let none be younger than what may come again."""
     old = "select ctid from inbox where received_at < now() - make_interval(days => $1) limit $2"
     query = f"delete from inbox where ctid = any(array({old} for update skip locked))"  # noqa: S608

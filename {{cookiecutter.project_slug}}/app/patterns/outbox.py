@@ -1,48 +1,47 @@
 """Transactional outbox: an event is stored with the change that it reports, and published once that is committed.
 
-A relay deletes rows that no other one has taken, publishes them to Redis streams, and commits. A crash between the two
-publishes them again: consumers tell events apart by `event_id`. There is no watermark ("all after the last id"), which
-would pass over rows, since transactions do not commit in the order of their ids.
+A relay deletes rows that no other one has taken, publishes them to Redis streams, and commits; after a crash in between
+they are published again, with the same `event_id`. There is no watermark ("all after the last id"): it would pass over
+rows, since transactions do not commit in the order of their ids.
 """
 
 import asyncio
+import functools
 import logging
 import time
 from typing import Any
 from uuid import UUID
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Gauge
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from app.database import Connection, Database
-from app.errors import UnavailableError
 
-BATCH, POLL_SECONDS, MAX_PAUSE_SECONDS, MEASURE_SECONDS = 200, 0.2, 5.0, 5.0
-PUBLISH_SECONDS = 0.25  # for which a connection to the database may wait for Redis
-_WRITE = "insert into outbox (topic, event_id, type, payload) values ($1, $2, $3, $4)"
-_OLDEST = "select id from outbox order by id limit $1 for update skip locked"
-_TAKE = f"delete from outbox where id = any(array({_OLDEST})) returning id, topic, event_id, type, payload"  # noqa: S608
+BATCH, POLL_SECONDS, PUBLISH_SECONDS, MAX_PAUSE_SECONDS, MEASURE_SECONDS = 200, 0.2, 0.25, 5.0, 5.0
+_TAKE = """
+    delete from outbox where id = any(array(select id from outbox order by id limit $1 for update skip locked))
+    returning id, topic, event_id, type, payload"""
 _BACKLOG = "select count(*), coalesce(extract(epoch from now() - min(created_at)), 0)::float from outbox"
-_PUBLISHED = Counter("outbox_published_events", "Events published, each at least once.")
-_ROWS = Gauge("outbox_backlog_events", "Events that wait.", multiprocess_mode="livemax")
-_LAG = Gauge("outbox_lag_seconds", "Age of the oldest event that waits.", multiprocess_mode="livemax")
-_AWAY = (RedisError, OSError, UnavailableError)  # which readiness tells
 logger = logging.getLogger("app.outbox")
+
+
+@functools.cache
+def _gauge(name: str, text: str) -> Gauge:  # not at import, when there is no place yet for its file
+    return Gauge(name, text, multiprocess_mode="livemax")
 
 
 async def write(connection: Connection, topic: str, event_id: UUID, kind: str, payload: str) -> None:
     """Store an event; `payload` is JSON. Raises `RuntimeError` outside of a transaction, where it might be alone."""
     if not connection.is_in_transaction():
-        msg = "an event belongs into the transaction of the change that it reports"
-        raise RuntimeError(msg)
-    await connection.execute(_WRITE, topic, event_id, kind, payload)
+        raise RuntimeError("an event belongs into the transaction of the change that it reports")
+    query = "insert into outbox (topic, event_id, type, payload) values ($1, $2, $3, $4)"
+    await connection.execute(query, topic, event_id, kind, payload)
 
 
 async def relay(database: Database, redis: Redis, max_length: int) -> None:
-    """Publish until cancelled; any number may run, in any number of processes. An outage delays, and costs one line.
+    """Publish until cancelled; any number may run. A stream is trimmed to about `max_length`, its oldest events first.
 
-    A stream is trimmed to about `max_length`: its oldest events go first, read or not.
+    An outage only delays, and costs one line in the log.
     """
     pause, measured_at = 0.0, float("-inf")
     while True:
@@ -50,17 +49,17 @@ async def relay(database: Database, redis: Redis, max_length: int) -> None:
             if time.monotonic() - measured_at > MEASURE_SECONDS:
                 measured_at = time.monotonic()
                 backlog: Any = await database.retry(lambda connection: connection.fetchrow(_BACKLOG))
-                _ROWS.set(backlog[0])
-                _LAG.set(backlog[1])
+                _gauge("outbox_backlog_events", "Events that wait.").set(backlog[0])
+                _gauge("outbox_lag_seconds", "Age of the oldest event that waits.").set(backlog[1])
             await redis.ping()  # first, so that no connection to the database waits for a Redis that is away
             busy = await publish(database, redis, max_length) == BATCH
             if pause:
                 logger.info("events are published again")
-                pause = 0.0
+            pause = 0.0
             await asyncio.sleep(0 if busy else POLL_SECONDS)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it goes on when that is mended
             if not pause:
-                logger.warning("events wait", exc_info=None if isinstance(error, _AWAY) else error)
+                logger.warning("events wait: %r", error)
             pause = min(2 * pause or POLL_SECONDS, MAX_PAUSE_SECONDS)
             await asyncio.sleep(pause)
 
@@ -73,7 +72,6 @@ async def publish(database: Database, redis: Redis, max_length: int) -> int:
         for _, topic, event_id, kind, payload in rows:
             event: Any = {"event_id": str(event_id), "type": kind, "payload": payload}
             pipeline.xadd(topic, event, maxlen=max_length)
-        async with asyncio.timeout(PUBLISH_SECONDS):
+        async with asyncio.timeout(PUBLISH_SECONDS):  # for which the connection may wait for Redis
             await pipeline.execute()
-    _PUBLISHED.inc(len(rows))
     return len(rows)

@@ -7,12 +7,10 @@ import logging
 from prometheus_client import Gauge
 from redis.exceptions import RedisError, ResponseError
 
-from app.errors import ServiceError
 from app.patterns.stream_handler import StreamHandler
 
 BEAT_SECONDS, POLL_SECONDS, PAUSE_SECONDS = 1.0, 0.1, 1.0
 _WAITING = Gauge("stream_messages_waiting", "Messages by state: unread, or pending.", ["stream", "state"])
-_AWAY = (RedisError, OSError, TimeoutError, ServiceError)
 logger = logging.getLogger("app.stream")
 
 
@@ -33,9 +31,9 @@ class StreamConsumer:
                 if is_away:
                     logger.info("messages are taken again")
                 is_away = False
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it goes on when that is mended
                 if not is_away:
-                    logger.warning("no messages", exc_info=None if isinstance(error, _AWAY) else error)
+                    logger.warning("no messages: %r", error)
                 is_away = True
                 await asyncio.sleep(PAUSE_SECONDS)
         if self.under_way:
@@ -72,7 +70,7 @@ class StreamConsumer:
         """Tell the others what is under way, and count what is not, until cancelled."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            with contextlib.suppress(*_AWAY):
+            with contextlib.suppress(RedisError, OSError):
                 if self.under_way:
                     await self.group.keep(self.under_way)
                 for state, number in (await self.group.waiting()).items():

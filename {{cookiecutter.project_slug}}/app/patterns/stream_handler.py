@@ -11,7 +11,6 @@ from app.patterns.stream_group import Message, StreamGroup
 
 MAX_FAULTS = 5
 _HANDLED = Total("stream_messages_handled", "Messages by outcome: done, later, failed, parked.", ["stream", "outcome"])
-_AWAY = (RedisError, OSError, TimeoutError, ServiceError)
 logger = logging.getLogger("app.stream")
 
 
@@ -48,7 +47,7 @@ class StreamHandler:
                 await self.handle(message)
             except PoisonError as error:
                 reason = str(error)
-            except LaterError:
+            except (LaterError, ServiceError, RedisError):
                 outcome = "later"
             except Exception as error:
                 outcome = "failed"
@@ -63,8 +62,8 @@ class StreamHandler:
                 logger.error("message %s is parked: %s", name, reason)
             elif outcome == "done":
                 await self.group.done(message)
-        except _AWAY:
-            outcome = "later"  # it is found done then
+        except (ServiceError, RedisError, OSError):
+            outcome = "later"  # it comes again, and is found done
         if outcome in {"done", "parked"}:
             self.faults.pop(message.entry, None)
         _HANDLED.labels(self.group.stream, outcome).inc()

@@ -1,1 +1,1 @@
-"""The example: a payment is taken, stored and looked up."""
+"""The example: a payment is taken once, announced, charged once, and looked up."""

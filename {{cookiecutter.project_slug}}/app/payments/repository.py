@@ -4,19 +4,63 @@ from typing import Any
 from uuid import UUID
 
 from app.database import Connection
+from app.patterns.keyset import Cursor
 from app.payments.schemas import NewPayment, Payment
 
 _COLUMNS = "payment_id, amount, currency, reference, status, created_at"
+_INSERT = f"""
+    insert into payments (amount, currency, reference, request_id) values ($1, $2, $3, $4) returning {_COLUMNS}
+"""  # noqa: S608
+_FIND = f"select {_COLUMNS}, request_id from payments where payment_id = $1"  # noqa: S608
+_PAGE = f"""
+    select {_COLUMNS} from payments where (created_at, payment_id) < ($1, $2)
+    order by created_at desc, payment_id desc limit $3
+"""  # noqa: S608
+_DUE = f"""
+    update payments set announce_at = now() + greatest(now() - created_at, interval '1 minute')
+    where payment_id = any(array(
+        select payment_id from payments where status = 'pending' and announce_at < now() limit $1 for update skip locked
+    )) returning {_COLUMNS}
+"""  # noqa: S608
+_LATER = (
+    "select payment_id from payments where status = 'pending' and announce_at > 'epoch' and announce_at < 'infinity'"
+)
+_HURRY = f"update payments set announce_at = 'epoch' where payment_id = any(array({_LATER} limit 1000))"  # noqa: S608
 
 
-async def insert(connection: Connection, payment: NewPayment) -> Payment:
+async def insert(connection: Connection, payment: NewPayment, request_id: str) -> Payment:
     """Store a payment and return it as stored."""
-    query = f"insert into payments (amount, currency, reference) values ($1, $2, $3) returning {_COLUMNS}"  # noqa: S608
-    row: Any = await connection.fetchrow(query, payment.amount, payment.currency, payment.reference)
+    row: Any = await connection.fetchrow(_INSERT, payment.amount, payment.currency, payment.reference, request_id)
     return Payment(**row)
 
 
-async def find(connection: Connection, payment_id: UUID) -> Payment | None:
-    """Return the payment, or None."""
-    row = await connection.fetchrow(f"select {_COLUMNS} from payments where payment_id = $1", payment_id)  # noqa: S608
-    return Payment(**row) if row else None
+async def find(connection: Connection, payment_id: UUID) -> tuple[Payment, str] | None:
+    """Return the payment, and the ID of the request that it came with; or None."""
+    row = await connection.fetchrow(_FIND, payment_id)
+    return (Payment(**row), row["request_id"]) if row else None
+
+
+async def page(connection: Connection, limit: int, after: Cursor) -> list[Payment]:
+    """Return up to `limit` payments after a place, the newest first."""
+    return [Payment(**row) for row in await connection.fetch(_PAGE, *after, limit)]
+
+
+async def settle(connection: Connection, payment_id: UUID) -> None:
+    """Note that the payment is charged."""
+    await connection.execute("update payments set status = 'settled' where payment_id = $1", payment_id)
+
+
+async def due(connection: Connection, limit: int) -> list[Payment]:
+    """Return payments to announce again: those pending for a minute, then after twice the time of before."""
+    return [Payment(**row) for row in await connection.fetch(_DUE, limit)]
+
+
+async def hurry(connection: Connection) -> None:
+    """Make all pending payments due at once."""
+    while await connection.execute(_HURRY) != "UPDATE 0":
+        pass
+
+
+async def give_up(connection: Connection, payment_id: UUID) -> None:
+    """Never announce the payment again."""
+    await connection.execute("update payments set announce_at = 'infinity' where payment_id = $1", payment_id)

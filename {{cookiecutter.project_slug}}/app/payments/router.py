@@ -1,36 +1,53 @@
 """The routes of payments."""
 
+from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
-from app.database import DatabaseDependency
 from app.errors import NotFoundError, responses
-from app.payments import repository
-from app.payments.schemas import NewPayment, Payment
+from app.patterns.idempotency import DOCS, IdempotencyKey
+from app.patterns.keyset import PATTERN, Cursor
+from app.patterns.rate_limit import caller
+from app.payments.schemas import NewPayment, Page, Payment
+from app.payments.service import Payments, PaymentsDependency
+
+router = APIRouter(prefix="/payments", tags=["payments"])
 
 
-async def _never_stored(response: Response) -> None:
+async def _limited(request: Request, payments: PaymentsDependency) -> Payments:
+    await payments.limit.check(caller(request))
+    return payments
+
+
+@router.post(
+    "", status_code=201, response_model=Payment, responses=responses(400, 409, 422, 429, 503), openapi_extra=DOCS
+)
+async def create(
+    payments: Annotated[Payments, Depends(_limited)], new: NewPayment, key: IdempotencyKey, request: Request
+) -> Response:
+    """Take a payment, once for each `Idempotency-Key`; `Location` says where it is from now on."""
+    # Whose key it is: never the client's address, since a retry may come from another network.
+    principal = getattr(request.state, "principal", "")
+    return await payments.take(new, key, principal, request.scope["root_path"])
+
+
+@router.get("", responses=responses(422, 503))
+async def list_page(
+    payments: PaymentsDependency,
+    response: Response,
+    limit: Annotated[int, Query(ge=1, le=100)] = 50,
+    cursor: Annotated[str | None, Query(pattern=PATTERN, description="`next_cursor` of a page.")] = None,
+) -> Page:
+    """List payments, the newest first; those that come meanwhile move none of the others to another page."""
     response.headers["Cache-Control"] = "no-store"
+    return await payments.page(limit, Cursor.parse(cursor) if cursor else Cursor())
 
 
-router = APIRouter(prefix="/payments", tags=["payments"], dependencies=[Depends(_never_stored)])
-
-
-@router.post("", status_code=201, responses=responses(422, 503))
-async def create(new: NewPayment, database: DatabaseDependency, request: Request, response: Response) -> Payment:
-    """Take a payment; `Location` says where it is from now on."""
-    async with database.acquire() as connection:
-        payment = await repository.insert(connection, new)
-    response.headers["Location"] = f"{request.scope['root_path']}/payments/{payment.payment_id}"
-    return payment
-
-
-@router.get("/{payment_id}", responses=responses(404, 422, 503))
-async def read(payment_id: UUID, database: DatabaseDependency) -> Payment:
+@router.get("/{payment_id}", response_model=Payment, responses=responses(404, 422, 503))
+async def read(payment_id: UUID, payments: PaymentsDependency) -> Response:
     """Look a payment up."""
-    payment = await database.retry(lambda connection: repository.find(connection, payment_id))
-    if payment is None:
-        msg = "There is no such payment."
-        raise NotFoundError(msg)
-    return payment
+    if payment := await payments.find(payment_id):
+        return Response(payment, headers={"Cache-Control": "no-store"}, media_type="application/json")
+    msg = "There is no such payment."
+    raise NotFoundError(msg)

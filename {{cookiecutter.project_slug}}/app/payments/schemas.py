@@ -50,5 +50,12 @@ class Payment(BaseModel):
     amount: int
     currency: str
     reference: str
-    status: Literal["pending"]
+    status: Literal["pending", "settled"]
     created_at: datetime
+
+
+class Page(BaseModel):
+    """Some payments, the newest first; with `next_cursor` comes the next page, and null is the end."""
+
+    items: list[Payment]
+    next_cursor: str | None

@@ -6,7 +6,7 @@ import time
 import pytest
 from redis.asyncio import Redis
 
-from app.patterns.cache_fence import BUDGET_SECONDS, Cache
+from app.patterns.cache_fence import BUDGET_SECONDS, COOL_DOWN_SECONDS, Cache
 from scripts import services
 from tests.process import frozen
 
@@ -90,13 +90,19 @@ async def test_a_value_ends_by_itself(client: Redis, source: Source) -> None:
     assert 17_000 < await client.pttl("cache:{test:a}") <= 20_000
 
 
-async def test_a_frozen_redis_costs_a_read_its_budget(client: Redis, source: Source, redis: services.Redis) -> None:
+async def test_a_frozen_redis_costs_one_read_its_budget_and_the_others_nothing(
+    client: Redis, source: Source, redis: services.Redis
+) -> None:
     if redis.program == "fakeredis":
         pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
     cache = Cache(client, "test")
     await cache.get("a", source.load)
     with frozen(redis.pid):
         start = time.monotonic()
-        assert await cache.get("a", source.load) == b"old"
+        assert [await cache.get("a", source.load) for _ in range(5)] == [b"old"] * 5
         assert time.monotonic() - start < BUDGET_SECONDS + 0.2
         assert not await cache.delete("a")
+    source.value = b"new"
+    await asyncio.sleep(COOL_DOWN_SECONDS)
+    assert await cache.delete("a")
+    assert await cache.get("a", source.load) == b"new"

@@ -12,7 +12,7 @@ from hypothesis import strategies as some
 
 from app import errors
 from app.database import Connection, Database
-from app.patterns.idempotency import Answer, IdempotencyError, IdempotencyKey, once, purge
+from app.patterns.idempotency import Answer, IdempotencyError, IdempotencyKey, forget, once
 from app.settings import Settings
 
 
@@ -122,7 +122,7 @@ async def test_old_keys_are_purged_in_batches_and_young_ones_stay(effects: Effec
         await effects.request(key)
     async with database.acquire() as connection:
         await connection.execute("update idempotency_keys set created_at = now() - interval '25 h' where key <> 'd'")
-        assert [await purge(connection, batch=2) for _ in range(3)] == [2, 1, 0]
+        assert [await forget(connection, 2) for _ in range(3)] == [2, 1, 0]
         assert await connection.fetchval("select string_agg(key, '') from idempotency_keys") == "d"
 
 

@@ -39,5 +39,5 @@ async def test_old_notes_are_purged_in_batches(database: Database) -> None:
             "insert into inbox select gen_random_uuid(), now() - interval '31 days' from generate_series(1, 3)"
         )
         await connection.execute("insert into inbox values (gen_random_uuid())")
-        assert [await inbox.purge(connection, batch=2) for _ in range(3)] == [2, 1, 0]
+        assert [await inbox.forget(connection, 2) for _ in range(3)] == [2, 1, 0]
         assert await connection.fetchval("select count(*) from inbox") == 1

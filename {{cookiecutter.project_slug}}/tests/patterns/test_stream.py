@@ -209,5 +209,5 @@ async def test_a_frozen_redis_is_told_in_one_line_and_loses_nothing(
             await asyncio.sleep(1.5)
         await send(client, "after")
         await eventually(lambda: len(handler.seen) == 2)
-    lines = [record.message for record in caplog.records if record.name == "app.stream"]
+    lines = [record.message.split(":")[0] for record in caplog.records if record.name == "app.stream"]
     assert lines == ["no messages", "messages are taken again"]

@@ -1,0 +1,141 @@
+"""`python -m app.payments.consumer` charges what was taken: a second process of the same image, with its own probes."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator
+from uuid import UUID
+
+from redis.asyncio import Redis
+
+from app import log
+from app.database import Connection, Database
+from app.lifespan import beside
+from app.patterns import inbox, probed_process
+from app.patterns.batches import repeat
+from app.patterns.breaker import Breaker, OpenError
+from app.patterns.cache_fence import Cache
+from app.patterns.client import Client, UpstreamError
+from app.patterns.stream_consumer import StreamConsumer
+from app.patterns.stream_group import Message, StreamGroup
+from app.patterns.stream_handler import LaterError, PoisonError, StreamHandler
+from app.payments import repository
+from app.payments.schemas import Payment
+from app.payments.service import CACHE, STREAM, announce
+from app.settings import Settings, load_settings
+
+FAILURES = 5  # in a row, until the gateway is left alone
+REMIND_SECONDS, CLOSING_SECONDS, MAX_REMEMBERED = 5, 5, 10_000
+#: What a gateway answers to a payment that it will never charge; 401 and 404 are faults of ours, which can be mended.
+REFUSALS = {400, 402, 410, 413, 422}
+
+
+class Charges(StreamHandler):
+    """Charges each payment once, and settles it."""
+
+    def __init__(self, database: Database, redis: Redis, gateway: Client) -> None:
+        super().__init__(StreamGroup(redis, STREAM, "charges"))
+        self.database, self.cache, self.gateway = database, Cache(redis, CACHE), gateway
+        self.charged_at = 0.0
+        self.failed_at: dict[UUID, float] = {}
+
+    async def handle(self, message: Message) -> None:
+        """Charge the payment of an event, then settle it with a note in the inbox, then forget it in the cache."""
+        event_id, payment_id = _ids(message)
+        found = await self.database.retry(lambda connection: repository.find(connection, payment_id))
+        if found is None:
+            raise PoisonError("there is no such payment")
+        payment, request_id = found
+        log.request_context.set({"request_id": request_id})
+        if payment.status == "pending":
+            await self._charge(payment)  # in no transaction: it may take seconds
+            async with self.database.acquire() as connection, connection.transaction():
+                if await inbox.is_new(connection, event_id):
+                    await repository.settle(connection, payment_id)
+        if not await self.cache.delete(str(payment_id)):
+            raise LaterError
+
+    async def _charge(self, payment: Payment) -> None:
+        """Have the gateway charge a payment. The key makes it do so once, however often it is asked."""
+        headers = {"Idempotency-Key": str(payment.payment_id), "Content-Type": "application/json"}
+        try:
+            status, _ = await self.gateway.request("POST", "charges", headers, content=payment.model_dump_json())
+        except OpenError as error:
+            await asyncio.sleep(error.retry_in)  # nobody else would get through
+            raise LaterError from error
+        except UpstreamError as error:
+            self._blame(payment.payment_id, error)
+            raise
+        if status in REFUSALS:
+            raise PoisonError(f"the gateway refuses it: {status}")
+        if not 200 <= status < 300:
+            logging.getLogger("app.payments").warning("the gateway answers %d", status)
+            raise LaterError
+        self.charged_at = time.monotonic()
+        self.failed_at.pop(payment.payment_id, None)
+
+    def _blame(self, payment_id: UUID, error: UpstreamError) -> None:
+        """Raise `LaterError` unless others were charged since this one failed before: then the fault is its own."""
+        if len(self.failed_at) > MAX_REMEMBERED:
+            self.failed_at.clear()  # another consumer may have charged them
+        before = self.failed_at.get(payment_id, time.monotonic())
+        self.failed_at[payment_id] = time.monotonic()
+        if self.charged_at < before:
+            raise LaterError from error
+
+    async def begin(self) -> None:
+        """Have every pending payment announced again."""
+        await self.database.retry(repository.hurry)
+
+    async def give_up(self, message: Message) -> None:
+        """Have the payment never announced again."""
+        with contextlib.suppress(PoisonError):
+            _, payment_id = _ids(message)
+            await self.database.retry(lambda connection: repository.give_up(connection, payment_id))
+
+
+async def remind(connection: Connection, limit: int) -> int:
+    """Announce again what is pending for long, since its event may be lost with Redis' memory; return how many."""
+    due = await repository.due(connection, limit)
+    for payment in due:
+        await announce(connection, payment)
+    return len(due)
+
+
+def _ids(message: Message) -> tuple[UUID, UUID]:
+    try:
+        payload = json.loads(message.fields[b"payload"])
+        return UUID(message.fields[b"event_id"].decode()), UUID(payload["payment_id"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise PoisonError("it is no event of a payment") from None
+
+
+@contextlib.asynccontextmanager
+async def consuming(settings: Settings, database: Database, redis: Redis) -> AsyncIterator[None]:
+    """Charge payments from here to the end of the block, then finish what is under way."""
+    concurrency = settings.message_concurrency_per_worker
+    breaker = Breaker("gateway", max(FAILURES, concurrency))
+    gateway = Client("gateway", settings.gateway_url.get_secret_value(), breaker, concurrency)
+    async with contextlib.aclosing(gateway.http):
+        consumer = StreamConsumer(Charges(database, redis, gateway), concurrency)
+        async with beside(repeat(database, REMIND_SECONDS, remind)):
+            running = asyncio.create_task(consumer.run(settings.graceful_timeout_seconds - CLOSING_SECONDS))
+            yield
+            consumer.is_stopping = True
+            await running
+
+
+def main() -> None:
+    """Consume until SIGTERM. Raises `SystemExit` for settings that are wrong."""
+    settings = load_settings()
+    log.configure(settings)
+    if settings.environment != "development" and settings.gateway_url.get_secret_value().startswith("http://"):
+        sys.exit("configuration error: GATEWAY_URL: takes https:// unless ENVIRONMENT is development")
+    probed_process.run(settings, consuming)
+
+
+if __name__ == "__main__":
+    main()

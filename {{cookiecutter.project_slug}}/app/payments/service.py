@@ -1,0 +1,79 @@
+"""What a worker does for payments: takes each once, announces it with an event, and finds it again."""
+
+import asyncio
+from typing import Annotated
+from uuid import UUID, uuid5
+
+from fastapi import Depends, Request, Response
+from redis.asyncio import Redis
+
+from app.database import Connection, Database
+from app.log import request_context
+from app.patterns import idempotency, inbox, outbox
+from app.patterns.batches import repeat
+from app.patterns.cache_fence import Cache
+from app.patterns.keyset import Cursor
+from app.patterns.rate_limit import RateLimit
+from app.payments import repository
+from app.payments.schemas import NewPayment, Page, Payment
+from app.settings import Settings
+
+STREAM, CREATED, CACHE = "payment-events", "payment.created", "payments"
+#: About which the stream is trimmed. An event that is cut off unread is announced again while its payment is pending.
+MAX_EVENTS = 100_000
+
+
+async def announce(connection: Connection, payment: Payment) -> None:
+    """Have the event published that says that there is this payment; announced again, it has the same ID."""
+    event_id = uuid5(payment.payment_id, CREATED)
+    await outbox.write(connection, STREAM, event_id, CREATED, payment.model_dump_json())
+
+
+class Payments:
+    """What a worker holds for payments."""
+
+    def __init__(self, settings: Settings, database: Database, redis: Redis) -> None:
+        self.database, self.redis, self.cache = database, redis, Cache(redis, CACHE)
+        self.limit = RateLimit(redis, "payments", settings.rate_limit_per_minute)
+
+    async def take(self, new: NewPayment, key: str, principal: str, root_path: str) -> Response:
+        """Store a payment with its event, once for each key of a principal; answer with it, or as before."""
+
+        async def store(connection: Connection) -> idempotency.Answer:
+            payment = await repository.insert(connection, new, (request_context.get() or {}).get("request_id", ""))
+            await announce(connection, payment)
+            headers = {"Location": f"{root_path}/payments/{payment.payment_id}", "Cache-Control": "no-store"}
+            return idempotency.Answer(201, headers, payment.model_dump_json().encode())
+
+        scope, content = f"POST /payments {principal}", new.model_dump_json().encode()
+        # Safe to do again when the database goes away in the middle, since the key is committed with the payment.
+        return await self.database.retry(lambda connection: idempotency.once(connection, scope, key, content, store))
+
+    async def find(self, payment_id: UUID) -> bytes | None:
+        """Return the payment as JSON, or None."""
+
+        async def load() -> bytes | None:
+            found = await self.database.retry(lambda connection: repository.find(connection, payment_id))
+            return found[0].model_dump_json().encode() if found else None
+
+        return await self.cache.get(str(payment_id), load)
+
+    async def page(self, limit: int, after: Cursor) -> Page:
+        """Return up to `limit` payments after a place, the newest first."""
+        items = await self.database.retry(lambda connection: repository.page(connection, limit + 1, after))
+        last = items[limit - 1] if len(items) > limit else None
+        return Page(items=items[:limit], next_cursor=str(Cursor(last.created_at, last.payment_id)) if last else None)
+
+    async def work(self) -> None:
+        """Publish events, and forget old keys and messages, until cancelled."""
+        forget = repeat(self.database, 60, idempotency.forget, inbox.forget)
+        await asyncio.gather(outbox.relay(self.database, self.redis, MAX_EVENTS), forget)
+
+
+async def _payments(request: Request) -> Payments:
+    payments: Payments = request.state.payments
+    return payments
+
+
+#: The type of a route's parameter.
+PaymentsDependency = Annotated[Payments, Depends(_payments)]

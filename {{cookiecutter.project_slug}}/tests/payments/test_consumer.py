@@ -1,0 +1,251 @@
+"""Payments are charged once and settled by a process of its own, whatever the gateway does; its end loses none."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from redis import Redis as Client
+
+from scripts import services
+from scripts.gateway import Gateway, gateway
+from scripts.services import free_port
+from tests.process import PROJECT, Service, eventually, serving
+
+SETTLED_SECONDS = 15
+
+
+class Consumer:
+    """A running consumer."""
+
+    def __init__(self, **settings: str) -> None:
+        self.port, self.output = free_port(), tempfile.TemporaryFile()  # noqa: SIM115 - closed by consuming()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "app.payments.consumer"],
+            cwd=PROJECT,
+            env=os.environ | {"ENVIRONMENT": "development", "METRICS_BIND": f"127.0.0.1:{self.port}"} | settings,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+    @property
+    def text(self) -> str:
+        self.output.seek(0)
+        return self.output.read().decode()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text.splitlines()]
+
+
+@contextlib.contextmanager
+def consuming(**settings: str) -> Iterator[Consumer]:
+    """Run a consumer until the end of the block, or until it is stopped before."""
+    consumer = Consumer(**settings)
+    try:
+        eventually(lambda: consumer.get("/health/ready").status_code == 200)
+        yield consumer
+    finally:
+        if consumer.process.poll() is None:
+            consumer.stop()
+        consumer.output.close()
+
+
+@pytest.fixture
+def bank() -> Iterator[Gateway]:
+    with gateway() as server:
+        yield server
+
+
+@pytest.fixture
+def urls(database_url: str, redis: services.Redis, bank: Gateway) -> dict[str, str]:
+    return {"DATABASE_URL": database_url, "REDIS_URL": redis.url, "GATEWAY_URL": bank.url, "LOG_FORMAT": "json"}
+
+
+@pytest.fixture
+def service(urls: dict[str, str]) -> Iterator[Service]:
+    with serving(**urls) as service:
+        service.wait()
+        yield service
+
+
+def pay(service: Service, **headers: str) -> str:
+    """Send a payment and return its ID."""
+    new = {"amount": 1250, "currency": "EUR", "reference": "consumer"}
+    answer = service.http.post("/payments", json=new, headers={"Idempotency-Key": str(uuid4())} | headers)
+    assert answer.status_code == 201
+    payment_id: str = answer.json()["payment_id"]
+    return payment_id
+
+
+def status(service: Service, payment_id: str) -> str:
+    found: str = service.get(f"/payments/{payment_id}").json()["status"]
+    return found
+
+
+def settled(service: Service, *payment_ids: str) -> None:
+    """Wait until these payments are settled, also for those who have just read that they are not."""
+    eventually(lambda: {status(service, payment_id) for payment_id in payment_ids} == {"settled"}, SETTLED_SECONDS)
+
+
+def test_a_payment_is_charged_once_and_settled_and_the_requests_id_goes_with_it(
+    urls: dict[str, str], service: Service, bank: Gateway
+) -> None:
+    with consuming(**urls) as consumer:
+        payment_id = pay(service, **{"X-Request-ID": "from-the-client"})
+        settled(service, payment_id)
+        (headers,) = [headers for _, headers in bank.requests if headers["Idempotency-Key"] == payment_id]
+        assert headers["X-Request-ID"] == "from-the-client"
+        metrics = consumer.get("/metrics").text
+        assert 'http_client_request_duration_seconds_count{outcome="201",upstream="gateway"}' in metrics
+        assert 'stream_messages_handled_total{outcome="done",stream="payment-events"}' in metrics
+        for probe in ("live", "startup", "ready"):
+            assert consumer.get(f"/health/{probe}").status_code == 200
+        assert consumer.stop() == 0
+    assert bank.charges[payment_id] == 1
+    assert bank.calls[payment_id] == 1
+
+
+def test_a_gateway_that_is_down_delays_payments_and_nothing_else(
+    urls: dict[str, str], service: Service, bank: Gateway
+) -> None:
+    bank.status = 503
+    with consuming(**urls) as consumer:
+        payment_ids = [pay(service) for _ in range(20)]
+        eventually(lambda: 'circuit_breaker_open{upstream="gateway"} 1.0' in consumer.get("/metrics").text)
+        calls, begin = bank.calls.total(), time.monotonic()
+        assert calls <= 8
+        time.sleep(3.5)
+        assert bank.calls.total() - calls <= 1 + (time.monotonic() - begin) / 3
+        assert consumer.get("/health/ready").status_code == service.get("/health/ready").status_code == 200
+        assert {status(service, payment_id) for payment_id in payment_ids} == {"pending"}
+        bank.status = 0
+        settled(service, *payment_ids)
+        assert "Traceback" not in consumer.text
+    assert [bank.charges[payment_id] for payment_id in payment_ids] == [1] * 20
+
+
+def test_a_gateway_that_answers_too_late_charges_nobody_twice(
+    urls: dict[str, str], service: Service, bank: Gateway
+) -> None:
+    bank.delay_seconds = 2.5
+    with consuming(**urls):
+        payment_ids = [pay(service) for _ in range(3)]
+        eventually(lambda: all(bank.calls[payment_id] > 1 for payment_id in payment_ids))
+        bank.delay_seconds = 0
+        settled(service, *payment_ids)
+    assert [bank.charges[payment_id] for payment_id in payment_ids] == [1] * 3
+
+
+def test_what_can_never_be_charged_is_parked_with_the_reason_and_never_announced_again(
+    urls: dict[str, str], service: Service, bank: Gateway
+) -> None:
+    client: Any = Client.from_url(urls["REDIS_URL"])
+    client.delete("payment-events.dead")
+    with consuming(**urls) as consumer:
+        bank.status = 402
+        refused = pay(service)
+        nobody = {
+            "event_id": str(uuid4()),
+            "type": "payment.created",
+            "payload": json.dumps({"payment_id": str(uuid4())}),
+        }
+        for poison in (nobody, {"payload": "nonsense"}, {"event_id": "x", "payload": "[1]"}, {"other": "1"}):
+            client.xadd("payment-events", poison)
+        eventually(lambda: client.xlen("payment-events.dead") == 5)
+        bank.status = 0
+        good = pay(service)
+        settled(service, good)
+        assert status(service, refused) == "pending"
+        assert [line for line in consumer.lines if line["level"] == "error" and "is parked" in line["message"]]
+    reasons = sorted(fields[b"reason"] for _, fields in client.xrange("payment-events.dead"))
+    assert reasons == 3 * [b"it is no event of a payment"] + [
+        b"the gateway refuses it: 402",
+        b"there is no such payment",
+    ]
+
+
+def test_one_payment_that_the_gateway_chokes_on_is_parked_while_others_are_charged(
+    urls: dict[str, str], service: Service, bank: Gateway
+) -> None:
+    client: Any = Client.from_url(urls["REDIS_URL"])
+    client.delete("payment-events.dead")
+    with consuming(**urls):
+        bank.status = 500
+        bad = pay(service)
+        eventually(lambda: bank.calls[bad] > 0)
+        bank.refused[bad], bank.status = 500, 0
+        end = time.monotonic() + 60
+        while not client.xlen("payment-events.dead") and time.monotonic() < end:
+            settled(service, pay(service))
+            time.sleep(0.5)
+    ((_, fields),) = client.xrange("payment-events.dead")
+    assert fields[b"reason"] == b"failed 5 times, at last with UpstreamError"
+
+
+def test_a_redis_that_lost_everything_loses_no_payment(urls: dict[str, str], service: Service, bank: Gateway) -> None:
+    client: Any = Client.from_url(urls["REDIS_URL"])
+    payment_ids = [pay(service) for _ in range(5)]
+    eventually(lambda: client.exists("payment-events"))
+    time.sleep(0.5)
+    client.flushall()
+    with consuming(**urls):
+        settled(service, *payment_ids)
+    assert [bank.charges[payment_id] for payment_id in payment_ids] == [1] * 5
+
+
+def test_sigterm_finishes_what_is_under_way_and_leaves_the_rest(
+    urls: dict[str, str], service: Service, bank: Gateway
+) -> None:
+    bank.delay_seconds = 1
+    with consuming(**urls, MESSAGE_CONCURRENCY_PER_WORKER="2") as consumer:
+        payment_ids = [pay(service) for _ in range(4)]
+        eventually(lambda: len([each for each in payment_ids if bank.calls[each]]) == 2)
+        assert consumer.stop() == 0
+        assert "Traceback" not in consumer.text
+    found = sorted(status(service, payment_id) for payment_id in payment_ids)
+    assert found == ["pending", "pending", "settled", "settled"]
+    bank.delay_seconds = 0
+    with consuming(**urls):
+        settled(service, *payment_ids)
+    assert [bank.charges[payment_id] for payment_id in payment_ids] == [1] * 4
+
+
+@pytest.mark.parametrize("signals", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_killed_consumer_left_is_charged_once_by_the_next(
+    urls: dict[str, str], service: Service, bank: Gateway, signals: int
+) -> None:
+    bank.delay_seconds = 0.3
+    payment_ids = [pay(service) for _ in range(20)]
+    with consuming(**urls) as consumer:
+        eventually(lambda: len(bank.calls) > 4)
+        consumer.stop(signals)
+    with consuming(**urls):
+        settled(service, *payment_ids)
+    assert [bank.charges[payment_id] for payment_id in payment_ids] == [1] * 20
+
+
+@pytest.mark.parametrize("environment", ["production", "staging"])
+def test_a_gateway_without_tls_is_refused_outside_of_development(environment: str) -> None:
+    run = [sys.executable, "-m", "app.payments.consumer"]
+    settings = os.environ | {"ENVIRONMENT": environment, "GATEWAY_URL": "http://:hunter2@gateway.example"}
+    done = subprocess.run(run, cwd=PROJECT, env=settings, capture_output=True, check=False)
+    assert done.returncode == 1
+    line = b"configuration error: GATEWAY_URL: takes https:// unless ENVIRONMENT is development\n"
+    assert (done.stderr, done.stdout) == (line, b"")
