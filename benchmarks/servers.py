@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -30,9 +31,12 @@ def environment(**settings: str) -> dict[str, str]:
     return {name: os.environ[name] for name in PASSED_ON if name in os.environ} | settings
 
 
-def fetch(url: str, method: str = "GET", body: bytes | None = None) -> tuple[int, bytes]:
+def fetch(
+    url: str, method: str = "GET", body: bytes | None = None, headers: Mapping[str, str] | None = None
+) -> tuple[int, bytes]:
     """Return status and body of an answer; 0 where there was none."""
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method=method)
+    fields = {"Content-Type": "application/json", **(headers or {})}
+    request = urllib.request.Request(url, body, fields, method=method)
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
             return answer.status, answer.read()

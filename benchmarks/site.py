@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
+from uuid import uuid4
 
 from benchmarks import BenchError
 from benchmarks.servers import Server, environment, fetch
@@ -94,18 +95,19 @@ class Site:
             "METRICS_BIND": f"127.0.0.1:{metrics_port}",
             "WEB_CONCURRENCY": str(workers),
             "LOG_FORMAT": "json",
+            "PYTHONPATH": str(self.folder / "apps"),
         } | settings
-        command = [str(self.python), "-m", "gunicorn"]
+        command = [str(self.python), "-m", "gunicorn", "stored:app"]
         return Server("the service", command, self.project, port, path, settings, signal.SIGINT)
 
     def new_payment(self) -> str:
         """Store a payment; return its path."""
         with self.service("/health/ready") as service:
             base = service.url.removesuffix(service.path)
-            status, body = fetch(base + "/payments", "POST", PAYMENT)
+            status, body = fetch(base + "/payments", "POST", PAYMENT, {"Idempotency-Key": uuid4().hex})
         if status != 201:
             raise BenchError(f"POST /payments answered {status}: {body.decode()[:200]}")
-        return f"/payments/{json.loads(body)['payment_id']}"
+        return f"/stored/{json.loads(body)['payment_id']}"
 
     def slow_down(self, seconds: float) -> None:
         """From now on each query of a payment takes so many seconds more, as under a lock or on a busy disk."""

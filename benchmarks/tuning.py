@@ -54,8 +54,8 @@ def cpu_heavy(site: Site) -> None:
         ("in a `def`, so in a thread", "/in-a-thread"),
         ("in a process", "/in-a-process"),
     ):
-        server = site.service("/health/live", PYTHONPATH=str(site.folder / "apps"))
-        server.command.append("cpu_heavy:app")
+        server = site.service("/health/live")
+        server.command[-1] = "cpu_heavy:app"
         with server:
             asyncio.run(beside(server, path))  # warm
             rate, p50, p99 = asyncio.run(beside(server, path))

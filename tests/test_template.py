@@ -19,7 +19,7 @@ JINJA = re.compile(r"{{|{%|{#")
 ANSWERS = "{{ cookiecutter | tojson }}"
 PATTERNS = (
     *("batches", "breaker", "cache_fence", "client", "idempotency", "inbox", "keyset", "outbox", "probed_process"),
-    *("rate_limit", "stream_consumer", "stream_group", "stream_handler"),
+    *("rate_limit", "stream_consumer", "stream_group", "stream_handler", "unbroken"),
 )
 EXAMPLE_ONLY = {
     *(f"app/patterns/{name}.py" for name in ("__init__", *PATTERNS)),

@@ -1,4 +1,4 @@
-"""The yardstick with a database: FastAPI and asyncpg, with the query of the service's `GET /payments/{id}`."""
+"""The yardstick with a database: FastAPI and asyncpg, with the query that stored.py makes."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
 app = FastAPI(lifespan=lifespan)
 
 
-@app.get("/payments/{payment_id}")
+@app.get("/stored/{payment_id}")
 async def read(payment_id: UUID, request: Request) -> Payment:
     """Look a payment up."""
     return Payment(**await request.state.pool.fetchrow(QUERY, payment_id))

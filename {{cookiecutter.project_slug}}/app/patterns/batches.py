@@ -7,22 +7,25 @@ from collections.abc import Awaitable, Callable
 
 from app.database import Connection, Database
 from app.errors import UnavailableError
+from app.patterns.unbroken import unbroken
 
 BATCH = 500
+#: Takes a connection, inside a transaction, and the most rows to take; returns how many it took.
+Work = Callable[[Connection, int], Awaitable[int]]
 
 
-async def repeat(database: Database, seconds: float, *works: Callable[[Connection, int], Awaitable[int]]) -> None:
-    """Do each work about every so many seconds until cancelled, and again as long as it finds whole batches.
-
-    A work takes a connection, inside a transaction, and the most rows to take; it returns how many it took.
-    """
+async def repeat(database: Database, seconds: float, *works: Work) -> None:
+    """Do each work about every so many seconds until cancelled, and again as long as it finds whole batches."""
     while True:
         await asyncio.sleep(seconds * random.uniform(0.5, 1.5))  # noqa: S311 - so that processes take turns
         for work in works:
             try:
-                number = BATCH
-                while number >= BATCH:
-                    async with database.acquire() as connection, connection.transaction():
-                        number = await work(connection, BATCH)
+                while await unbroken(_batch(database, work)) >= BATCH:
+                    pass
             except UnavailableError:
                 logging.getLogger("app.batches").info("the database is away, so this is done later")
+
+
+async def _batch(database: Database, work: Work) -> int:
+    async with database.acquire() as connection, connection.transaction():
+        return await work(connection, BATCH)

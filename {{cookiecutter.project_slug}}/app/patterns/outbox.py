@@ -6,7 +6,6 @@ rows, since transactions do not commit in the order of their ids.
 """
 
 import asyncio
-import functools
 import logging
 import time
 from typing import Any
@@ -16,18 +15,16 @@ from prometheus_client import Gauge
 from redis.asyncio import Redis
 
 from app.database import Connection, Database
+from app.patterns.unbroken import unbroken
 
 BATCH, POLL_SECONDS, PUBLISH_SECONDS, MAX_PAUSE_SECONDS, MEASURE_SECONDS = 200, 0.2, 0.25, 5.0, 5.0
 _TAKE = """
     delete from outbox where id = any(array(select id from outbox order by id limit $1 for update skip locked))
     returning id, topic, event_id, type, payload"""
+_ROWS = Gauge("outbox_backlog_events", "Events that wait.", ["table"], multiprocess_mode="livemax")
+_AGE = Gauge("outbox_lag_seconds", "Age of the oldest event that waits.", ["table"], multiprocess_mode="livemax")
 _BACKLOG = "select count(*), coalesce(extract(epoch from now() - min(created_at)), 0)::float from outbox"
 logger = logging.getLogger("app.outbox")
-
-
-@functools.cache
-def _gauge(name: str, text: str) -> Gauge:  # not at import, when there is no place yet for its file
-    return Gauge(name, text, multiprocess_mode="livemax")
 
 
 async def write(connection: Connection, topic: str, event_id: UUID, kind: str, payload: str) -> None:
@@ -48,11 +45,9 @@ async def relay(database: Database, redis: Redis, max_length: int) -> None:
         try:
             if time.monotonic() - measured_at > MEASURE_SECONDS:
                 measured_at = time.monotonic()
-                backlog: Any = await database.retry(lambda connection: connection.fetchrow(_BACKLOG))
-                _gauge("outbox_backlog_events", "Events that wait.").set(backlog[0])
-                _gauge("outbox_lag_seconds", "Age of the oldest event that waits.").set(backlog[1])
-            await redis.ping()  # first, so that no connection to the database waits for a Redis that is away
-            busy = await publish(database, redis, max_length) == BATCH
+                await unbroken(_measure(database))
+            await unbroken(redis.ping())  # first: no connection to the database waits for a Redis that is away
+            busy = await unbroken(publish(database, redis, max_length)) == BATCH
             if pause:
                 logger.info("events are published again")
             pause = 0.0
@@ -75,3 +70,9 @@ async def publish(database: Database, redis: Redis, max_length: int) -> int:
         async with asyncio.timeout(PUBLISH_SECONDS):  # for which the connection may wait for Redis
             await pipeline.execute()
     return len(rows)
+
+
+async def _measure(database: Database) -> None:
+    row: Any = await database.retry(lambda connection: connection.fetchrow(_BACKLOG))
+    _ROWS.labels("outbox").set(row[0])
+    _AGE.labels("outbox").set(row[1])
