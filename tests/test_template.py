@@ -22,6 +22,8 @@ PATTERNS = (
     *("rate_limit", "stream_consumer", "stream_group", "stream_handler", "unbroken"),
 )
 EXAMPLE_ONLY = {
+    *(f"deploy/k8s/components/consumer/{name}.yaml" for name in ("deployment", "kustomization")),
+    *(f"deploy/k8s/components/gateway-egress/{name}.yaml" for name in ("kustomization", "networkpolicy")),
     *(f"app/patterns/{name}.py" for name in ("__init__", *PATTERNS)),
     *(f"app/payments/{name}.py" for name in ("__init__", "consumer", "repository", "router", "schemas", "service")),
     *("migrations/versions/0001_payments.py", "migrations/versions/0002_patterns.py"),
@@ -219,6 +221,12 @@ def test_a_pattern_is_short_and_knows_nothing_of_payments() -> None:
     assert {path.stem for path in files} == {"__init__", *PATTERNS}
     assert {path.name: lines for path in files if (lines := len(path.read_text().splitlines())) >= 80} == {}
     assert [path.name for path in files if "payment" in path.read_text().lower()] == []
+
+
+def test_the_example_is_read_in_ten_minutes() -> None:
+    folder = ROOT / SOURCE / "app/payments"
+    files = ("router", "service", "repository", "schemas", "consumer")
+    assert sum(len((folder / f"{name}.py").read_text().splitlines()) for name in files) < 400
 
 
 def test_the_app_without_the_example_can_be_read_in_twice_twenty_minutes(bake: Bake) -> None:

@@ -33,7 +33,7 @@ CommaSeparated = (NoDecode, BeforeValidator(_split))
 Address = Annotated[str, _matches(r"(\[[\da-fA-F:.]+\]|[^:/\s\[\]]+):\d{1,5}", "host:port, such as 127.0.0.1:8000")]
 PostgresUrl = Annotated[SecretStr, _matches(r"postgres(ql)?://\S+", "postgresql://user:password@host:port/database")]
 RedisUrl = Annotated[SecretStr, _matches(r"rediss?://\S+", "redis://:password@host:port/0")]
-HttpUrl = Annotated[SecretStr, _matches(r"https?://\S+", "https://gateway.example")]  # example
+HttpUrl = Annotated[str, _matches(r"https?://\S+", "https://gateway.example")]  # example
 Positive = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 NonNegative = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 Name = Annotated[str, _matches(r"[A-Za-z0-9][A-Za-z0-9._-]*", "a name without spaces, such as orders-api")]

@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     request_body_timeout_seconds: Positive = 15
     request_timeout_seconds: Positive = 30
     keepalive_seconds: PositiveInt = 75
-    gateway_url: setting_types.HttpUrl = SecretStr("http://127.0.0.1:8090")  # example
+    gateway_url: setting_types.HttpUrl = "http://127.0.0.1:8090"  # example
     message_concurrency_per_worker: PositiveInt = 8  # example
     rate_limit_per_minute: PositiveInt = 60_000  # example
 

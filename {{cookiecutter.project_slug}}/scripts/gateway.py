@@ -1,4 +1,4 @@
-"""A card gateway for development and tests, which charges each key once: `python -m scripts.gateway [PORT]`."""
+"""A card gateway for development and tests; it charges each key once: `python -m scripts.gateway [PORT [HOST]]`."""
 
 import contextlib
 import json
@@ -17,13 +17,13 @@ DEFAULT_PORT = 8090
 
 
 class Gateway(ThreadingHTTPServer):
-    """Listens on the loopback interface. What it does may be changed while it runs."""
+    """Listens, on the loopback interface unless told otherwise. What it does may be changed while it runs."""
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
+    def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
+        super().__init__((host, port), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.lock = threading.Lock()
         self.calls: Counter[str] = Counter()  # by key, whatever became of them
@@ -80,9 +80,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def gateway(port: int = 0) -> Iterator[Gateway]:
+def gateway(port: int = 0, host: str = "127.0.0.1") -> Iterator[Gateway]:
     """Run a gateway beside the block."""
-    with Gateway(port) as server:
+    with Gateway(port, host) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
             yield server
@@ -92,11 +92,12 @@ def gateway(port: int = 0) -> Iterator[Gateway]:
 
 @contextlib.contextmanager
 def consumer() -> Iterator[None]:
-    """Run the consumer beside the block, and a gateway for it unless `GATEWAY_URL` names one; say where they are."""
+    """Run the consumer beside the block, and a gateway for it unless `GATEWAY_URL` names another."""
     metrics = f"127.0.0.1:{free_port()}"
     own = {"METRICS_BIND": metrics, "ENVIRONMENT": "development"}
     programs = [["app.payments.consumer"]]
-    if "GATEWAY_URL" not in os.environ:
+    default = f"http://127.0.0.1:{DEFAULT_PORT}"
+    if os.environ.get("GATEWAY_URL", default) == default:
         port = str(free_port())
         own["GATEWAY_URL"] = f"http://127.0.0.1:{port}"
         programs.append(["scripts.gateway", port])
@@ -115,7 +116,7 @@ def consumer() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    with gateway(int(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_PORT) as running:
+    with gateway(int(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_PORT, *sys.argv[2:]) as running:
         sys.stdout.write(f"a gateway that charges everybody: {running.url}\n")
         sys.stdout.flush()
         with contextlib.suppress(KeyboardInterrupt):

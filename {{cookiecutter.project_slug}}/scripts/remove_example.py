@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 PATHS = [
+    *("deploy/k8s/components/consumer", "deploy/k8s/components/gateway-egress"),
     *("app/patterns", "app/payments", "tests/patterns", "tests/payments"),
     *("migrations/versions/0001_payments.py", "migrations/versions/0002_patterns.py"),
     *("scripts/events.py", "scripts/gateway.py", "scripts/remove_example.py"),

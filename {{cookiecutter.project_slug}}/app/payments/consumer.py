@@ -27,8 +27,7 @@ from app.payments.schemas import Payment
 from app.payments.service import CACHE, STREAM, announce
 from app.settings import Settings, load_settings
 
-FAILURES = 5  # in a row, until the gateway is left alone
-REMIND_SECONDS, CLOSING_SECONDS, MAX_REMEMBERED = 5, 5, 10_000
+FAILURES, REMIND_SECONDS, CLOSING_SECONDS, MAX_REMEMBERED = 5, 5, 5, 10_000
 #: What a gateway answers to a payment that it will never charge; 401 and 404 are faults of ours, which can be mended.
 REFUSALS = {400, 402, 410, 413, 422}
 
@@ -118,7 +117,7 @@ async def consuming(settings: Settings, database: Database, redis: Redis) -> Asy
     """Charge payments from here to the end of the block, then finish what is under way."""
     concurrency = settings.message_concurrency_per_worker
     breaker = Breaker("gateway", max(FAILURES, concurrency))
-    gateway = Client("gateway", settings.gateway_url.get_secret_value(), breaker, concurrency)
+    gateway = Client("gateway", settings.gateway_url, breaker, concurrency)
     async with contextlib.aclosing(gateway.http):
         consumer = StreamConsumer(Charges(database, redis, gateway), concurrency)
         async with beside(repeat(database, REMIND_SECONDS, remind)):
@@ -132,7 +131,7 @@ def main() -> None:
     """Consume until SIGTERM. Raises `SystemExit` for settings that are wrong."""
     settings = load_settings()
     log.configure(settings)
-    if settings.environment != "development" and settings.gateway_url.get_secret_value().startswith("http://"):
+    if settings.environment != "development" and settings.gateway_url.startswith("http://"):
         sys.exit("configuration error: GATEWAY_URL: takes https:// unless ENVIRONMENT is development")
     probed_process.run(settings, consuming)
 

@@ -28,8 +28,7 @@ async def create(
 ) -> Response:
     """Take a payment, once for each `Idempotency-Key`; `Location` says where it is from now on."""
     # Whose key it is: never the client's address, since a retry may come from another network.
-    principal = getattr(request.state, "principal", "")
-    return await payments.take(new, key, principal, request.scope["root_path"])
+    return await payments.take(new, key, getattr(request.state, "principal", ""), request.scope["root_path"])
 
 
 @router.get("", responses=responses(422, 503))

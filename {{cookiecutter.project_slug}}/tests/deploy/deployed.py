@@ -120,7 +120,7 @@ class Deployed:
         return [document for document in self.documents if document["kind"] == kind]
 
     def one(self, kind: str) -> Document:
-        """Return the document of a kind; of several the API's or the migration's. Raises `UnreadableError`."""
+        """Return the document of a kind; of several the API's, the migration's, or that of all."""
         if len(found := self.all(kind)) > 1:
             accounts = [document["metadata"]["name"] for document in self.all("ServiceAccount")]
             ours = [document for document in found if component(document) in {"api", "migrate"}]
