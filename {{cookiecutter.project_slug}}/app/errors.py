@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from http import HTTPStatus
+from http import HTTPMethod, HTTPStatus
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app.log import request_context
 
@@ -62,10 +63,19 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": _TITLES.get(status, "Error"), "content": {MEDIA_TYPE: {}}} for status in statuses}
 
 
-async def _http_error(_: Request, error: HTTPException) -> Response:
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 405:
+        return problem(405, None, {"Allow": _allowed(request)})
     if error.status_code in {204, 304}:  # these have no body (RFC 9110, sections 15.3.5 and 15.4.5)
         return Response(status_code=error.status_code, headers=error.headers)
     return problem(error.status_code, str(error.detail), error.headers)
+
+
+def _allowed(request: Request) -> str:
+    """Return all methods that the path takes (RFC 9110, section 15.5.6); Starlette names those of one route alone."""
+    scopes = {method: {**request.scope, "method": method} for method in HTTPMethod}
+    found = [m for m, s in scopes.items() if any(r.matches(s)[0] is Match.FULL for r in request.app.routes)]
+    return ", ".join(found)
 
 
 async def _invalid_request(_: Request, error: RequestValidationError) -> Response:

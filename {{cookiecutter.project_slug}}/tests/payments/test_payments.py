@@ -137,3 +137,10 @@ async def test_a_caller_that_sends_too_many_is_told_when_to_come_again(settings:
     assert other.status_code == 400
     assert 0 < int(refused.headers["retry-after"]) <= 60
     assert refused.headers["ratelimit-policy"] == '"payments";q=2;w=60'
+
+
+async def test_a_method_that_is_not_served_is_told_all_that_are(client: httpx.AsyncClient) -> None:
+    for path, methods in (("/payments", {"GET", "POST"}), (f"/payments/{uuid4()}", {"GET"}), ("/", {"GET"})):
+        answer = await client.delete(path)
+        assert (answer.status_code, answer.headers["content-type"]) == (405, "application/problem+json")
+        assert set(answer.headers["allow"].split(", ")) == methods
