@@ -18,7 +18,7 @@ _KEY = re.compile(r'"([ -~]{1,255})"|(?!"")([ -~]{1,255})')  # quoted, as the dr
 _FIND = "select fingerprint, status, headers, body from idempotency_keys where (scope, key) = ($1, $2)"
 _COLUMNS = "scope, key, fingerprint, status, headers, body"
 _STORE = f"insert into idempotency_keys ({_COLUMNS}) values ($1, $2, $3, $4, $5, $6)"  # noqa: S608
-_SCHEMA = {"type": "string", "pattern": "^[!#-~]{1,255}$"}
+_SCHEMA = {"type": "string", "pattern": '^("[ -~]{1,255}"|[ -~]{1,255})$'}
 #: For `openapi_extra=` of a route.
 DOCS = {"parameters": [{"name": "Idempotency-Key", "in": "header", "required": True, "schema": _SCHEMA}]}
 
