@@ -7,6 +7,7 @@ import logging
 from prometheus_client import Gauge
 from redis.exceptions import RedisError, ResponseError
 
+from app.lifespan import beside
 from app.patterns.stream_handler import StreamHandler
 
 BEAT_SECONDS, POLL_SECONDS, PAUSE_SECONDS = 1.0, 0.1, 1.0
@@ -24,23 +25,24 @@ class StreamConsumer:
 
     async def run(self, grace_seconds: float) -> None:
         """Work. At the end, finish what is under way, and leave to others what takes longer."""
-        beat, is_away = asyncio.create_task(self._beat()), False
-        while not self.is_stopping:
-            try:
-                await self._take()
-                if is_away:
-                    logger.info("messages are taken again")
-                is_away = False
-            except Exception as error:  # noqa: BLE001 - whatever it is, it goes on when that is mended
-                if not is_away:
-                    logger.warning("no messages: %r", error)
-                is_away = True
-                await asyncio.sleep(PAUSE_SECONDS)
-        if self.under_way:
-            _, late = await asyncio.wait(self.under_way.values(), timeout=grace_seconds)
-            for task in late:
-                task.cancel()
-        beat.cancel()
+        async with beside(self._beat()):
+            is_away = False
+            while not self.is_stopping:
+                try:
+                    await self._take()
+                    if is_away:
+                        logger.info("messages are taken again")
+                    is_away = False
+                except Exception as error:  # noqa: BLE001 - whatever it is, it goes on when that is mended
+                    if not is_away:
+                        logger.warning("no messages: %r", error)
+                    is_away = True
+                    await asyncio.sleep(PAUSE_SECONDS)
+            for seconds in (grace_seconds, 1):
+                if self.under_way:
+                    _, late = await asyncio.wait(self.under_way.values(), timeout=seconds)
+                    for task in late:
+                        task.cancel()
 
     async def _take(self) -> None:
         """Start with messages as far as there is room; wait a little where there is none, or no message."""
