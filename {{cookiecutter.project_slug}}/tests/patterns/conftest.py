@@ -1,14 +1,19 @@
 """Fixtures: the pools that a worker has, on empty tables and an empty Redis."""
 
+import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis.configuration import set_hypothesis_home_dir
 from redis.asyncio import Redis
 
 from app import cache
 from app.database import Database
 from app.settings import Settings
+
+set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))  # else a folder in the project
 
 
 @pytest.fixture
