@@ -67,8 +67,10 @@ def test_up_returns_when_everything_is_ready(up: str, ports: dict[str, str]) -> 
     ready = httpx.get(f"{up}/health/ready")
     assert ready.status_code == 200
     assert {check["status"] for check in ready.json()["checks"].values()} == {"healthy"}
-    answer = httpx.post(f"{up}/payments", json=PAYMENT)  # so its migration has run
-    assert answer.status_code == 201
+    answer = httpx.post(f"{up}/payments", json=PAYMENT, headers={"Idempotency-Key": "compose-1"})
+    assert answer.status_code == 201  # so its migration has run
+    payment = f"{up}{answer.headers['location']}"
+    eventually(lambda: httpx.get(payment).json()["status"] == "settled")  # so the consumer and its gateway work
     assert httpx.get(f"{up}/").json()["service"] == PROJECT
     metrics = httpx.get(f"http://127.0.0.1:{ports['METRICS_PORT']}/metrics").text
     assert 'dependency_up{dependency="postgres"} 1.0' in metrics

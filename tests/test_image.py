@@ -140,7 +140,7 @@ def test_it_serves_and_migrates_restricted_as_any_user(image: str, dependencies:
             for probe in ("live", "startup", "ready"):
                 assert http.get(f"/health/{probe}").status_code == 200
             assert http.get("/").json() == {"service": "my-service", "version": VERSION}
-            answer = http.post("/payments", json=PAYMENT)
+            answer = http.post("/payments", json=PAYMENT, headers={"Idempotency-Key": user})
             assert answer.status_code == 201, answer.text
             assert http.get(answer.headers["location"]).json()["amount"] == PAYMENT["amount"]
         with load(port, 4 * [GET], 2 * [GET_NEW], 2 * [POST]) as result:
@@ -172,7 +172,7 @@ def test_nothing_is_written_outside_of_memory(image: str, dependencies: list[str
     ) as name:
         port = published(name, 8000)
         eventually(lambda: httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200)
-        httpx.post(f"http://127.0.0.1:{port}/payments", json=PAYMENT)
+        httpx.post(f"http://127.0.0.1:{port}/payments", json=PAYMENT, headers={"Idempotency-Key": "written"})
         docker("exec", name, "alembic", "upgrade", "head")
         eventually(lambda: inspect(name)["State"]["Health"]["Status"] == "healthy")
         docker("kill", "--signal=HUP", name)

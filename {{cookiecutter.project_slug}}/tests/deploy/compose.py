@@ -37,8 +37,8 @@ def settings(d: Deployed) -> Settings:
 @rule
 def compose_gives_what_the_settings_expect(d: Deployed) -> Faults:
     found, wanted = services(d), settings(d)
-    for name in ("api", "migrate"):
-        for variable in found[name].get("environment") or {}:
+    for name, service in found.items():
+        for variable in service.get("environment") or {} if "COMPOSE_PROJECT_NAME" in str(service.get("image")) else ():
             if variable.lower() not in Settings.model_fields:
                 yield f"compose.yaml: {name}: {variable} is no setting; name one of app/settings.py, or remove it"
     if duration(stop := str(found["api"].get("stop_grace_period", "10s"))) < wanted.termination_grace_seconds:
