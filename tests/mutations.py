@@ -488,7 +488,7 @@ MUTATIONS = [
     mutation(
         "a password in compose",
         "password",
-        text("compose", "REDIS_URL: redis://redis", "REDIS_URL: redis://:secret@redis"),
+        text("compose", "ENVIRONMENT: staging", "ENVIRONMENT: redis://:secret@redis"),
     ),
     mutation("compose kills it while it drains", "stop_grace_period", text("compose", "stop_grace_period: 60s", "")),
     mutation("compose sets what is no setting", "SECRET_DIR", text("compose", "SECRETS_DIR: /run", "SECRET_DIR: /run")),
