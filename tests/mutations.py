@@ -490,7 +490,7 @@ MUTATIONS = [
         "password",
         text("compose", "ENVIRONMENT: staging", "ENVIRONMENT: redis://:secret@redis"),
     ),
-    mutation("compose kills it while it drains", "stop_grace_period", text("compose", "stop_grace_period: 60s", "")),
+    mutation("compose kills it while it drains", "stop_grace_period", text("compose", "stop_grace_period: 60s #", "#")),
     mutation("compose sets what is no setting", "SECRET_DIR", text("compose", "SECRETS_DIR: /run", "SECRET_DIR: /run")),
     mutation(
         "Postgres in compose allows less",

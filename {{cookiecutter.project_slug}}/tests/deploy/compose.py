@@ -41,11 +41,13 @@ def compose_gives_what_the_settings_expect(d: Deployed) -> Faults:
         for variable in service.get("environment") or {} if "COMPOSE_PROJECT_NAME" in str(service.get("image")) else ():
             if variable.lower() not in Settings.model_fields:
                 yield f"compose.yaml: {name}: {variable} is no setting; name one of app/settings.py, or remove it"
-    if duration(stop := str(found["api"].get("stop_grace_period", "10s"))) < wanted.termination_grace_seconds:
-        yield (
-            f"compose.yaml: api: stop_grace_period is {stop}; set it to {wanted.termination_grace_seconds}s, which is "
-            "TERMINATION_GRACE_SECONDS, or it is killed while it drains"
-        )
+    for name, service in found.items():
+        stop, grace = str(service.get("stop_grace_period", "10s")), wanted.termination_grace_seconds
+        if "app.healthcheck" in str(service.get("healthcheck")) and duration(stop) < grace:
+            yield (
+                f"compose.yaml: {name}: stop_grace_period is {stop}; set it to {grace}s, which is "
+                "TERMINATION_GRACE_SECONDS, or it is killed while it drains"
+            )
     allowed = re.search(r"max_connections=(\d+)", " ".join(found["postgres"]["command"]))
     if not allowed or int(allowed[1]) != wanted.postgres_max_connections:
         yield (
