@@ -6,7 +6,6 @@ import random
 from collections.abc import Awaitable, Callable
 
 from app.database import Connection, Database
-from app.errors import UnavailableError
 from app.patterns.unbroken import unbroken
 
 BATCH = 500
@@ -22,8 +21,8 @@ async def repeat(database: Database, seconds: float, *works: Work) -> None:
             try:
                 while await unbroken(_batch(database, work)) >= BATCH:
                     pass
-            except UnavailableError:
-                logging.getLogger("app.batches").info("the database is away, so this is done later")
+            except Exception as error:  # noqa: BLE001 - whatever it is, it goes on when that is mended
+                logging.getLogger("app.batches").warning("this is done later: %r", error)
 
 
 async def _batch(database: Database, work: Work) -> int:

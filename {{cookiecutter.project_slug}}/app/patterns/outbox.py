@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from app.database import Connection, Database
 from app.patterns.unbroken import unbroken
 
-BATCH, POLL_SECONDS, PUBLISH_SECONDS, MAX_PAUSE_SECONDS, MEASURE_SECONDS = 200, 0.2, 0.25, 5.0, 5.0
+BATCH, POLL_SECONDS, PUBLISH_SECONDS, MAX_PAUSE_SECONDS, MEASURE_SECONDS = 200, 0.2, 1.0, 5.0, 5.0
 _TAKE = """
     delete from outbox where id = any(array(select id from outbox order by id limit $1 for update skip locked))
     returning id, topic, event_id, type, payload"""

@@ -47,6 +47,7 @@ class StreamHandler:
                 await self.handle(message)
             except PoisonError as error:
                 reason = str(error)
+                await self.give_up(message)
             except (LaterError, ServiceError, RedisError):
                 outcome = "later"
             except Exception as error:
@@ -56,7 +57,6 @@ class StreamHandler:
                 if self.faults[message.entry] >= MAX_FAULTS:
                     reason = f"failed {MAX_FAULTS} times, at last with {type(error).__name__}"
             if reason:
-                await self.give_up(message)
                 await self.group.park(message, reason)
                 outcome = "parked"
                 logger.error("message %s is parked: %s", name, reason)
@@ -64,6 +64,9 @@ class StreamHandler:
                 await self.group.done(message)
         except (ServiceError, RedisError, OSError):
             outcome = "later"  # it comes again, and is found done
+        except Exception:
+            outcome = "failed"
+            logger.exception("message %s cannot be parked", name)
         if outcome in {"done", "parked"}:
             self.faults.pop(message.entry, None)
         _HANDLED.labels(self.group.stream, outcome).inc()

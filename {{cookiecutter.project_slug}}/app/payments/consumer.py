@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import logging
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -24,12 +23,12 @@ from app.patterns.stream_group import Message, StreamGroup
 from app.patterns.stream_handler import LaterError, PoisonError, StreamHandler
 from app.payments import repository
 from app.payments.schemas import Payment
-from app.payments.service import CACHE, STREAM, announce
+from app.payments.service import CACHE, CREATED, STREAM, announce
 from app.settings import Settings, load_settings
 
 FAILURES, REMIND_SECONDS, CLOSING_SECONDS, MAX_REMEMBERED = 5, 5, 5, 10_000
-#: What a gateway answers to a payment that it will never charge; 401 and 404 are faults of ours, which can be mended.
-REFUSALS = {400, 402, 410, 413, 422}
+#: What a gateway answers to a payment that it will never charge; any other 4xx may be a fault of ours, to be mended.
+REFUSALS = {402, 422}
 
 
 class Charges(StreamHandler):
@@ -44,6 +43,8 @@ class Charges(StreamHandler):
     async def handle(self, message: Message) -> None:
         """Charge the payment of an event, then settle it with a note in the inbox, then forget it in the cache."""
         event_id, payment_id = _ids(message)
+        if message.fields.get(b"type") != CREATED.encode():
+            return  # it asks for no charge
         found = await self.database.retry(lambda connection: repository.find(connection, payment_id))
         if found is None:
             raise PoisonError("there is no such payment")
@@ -71,8 +72,9 @@ class Charges(StreamHandler):
         if status in REFUSALS:
             raise PoisonError(f"the gateway refuses it: {status}")
         if not 200 <= status < 300:
-            logging.getLogger("app.payments").warning("the gateway answers %d", status)
-            raise LaterError
+            await asyncio.sleep(self.gateway.breaker.reset_seconds)  # the breaker takes it for an answer
+            self._blame(payment.payment_id, fault := UpstreamError("gateway", status))
+            raise fault
         self.charged_at = time.monotonic()
         self.failed_at.pop(payment.payment_id, None)
 

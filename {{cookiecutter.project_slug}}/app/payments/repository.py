@@ -17,14 +17,12 @@ _PAGE = f"""
     order by created_at desc, payment_id desc limit $3
 """  # noqa: S608
 _DUE = f"""
-    update payments set announce_at = now() + greatest(now() - created_at, interval '1 minute')
+    update payments set announce_at = now() + least(greatest(now() - created_at, '1 minute'), '1 hour')
     where payment_id = any(array(
         select payment_id from payments where status = 'pending' and announce_at < now() limit $1 for update skip locked
     )) returning {_COLUMNS}
 """  # noqa: S608
-_LATER = (
-    "select payment_id from payments where status = 'pending' and announce_at > 'epoch' and announce_at < 'infinity'"
-)
+_LATER = "select payment_id from payments where status = 'pending' and announce_at > 'epoch'"
 _HURRY = f"update payments set announce_at = 'epoch' where payment_id = any(array({_LATER} limit 1000))"  # noqa: S608
 
 
