@@ -14,6 +14,13 @@ from starlette.routing import Match
 from app.log import request_context
 
 MEDIA_TYPE = "application/problem+json"
+_SCHEMA = {
+    "title": "Problem",
+    "type": "object",
+    "required": ["type", "title", "status"],
+    "properties": {name: {"type": "string"} for name in ("type", "title", "detail", "request_id")}
+    | {"status": {"type": "integer"}},
+}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 _TITLES = {status.value: status.phrase for status in HTTPStatus}
 
@@ -60,7 +67,8 @@ def problem(
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI description of the problems that a route may answer, for its `responses=`."""
-    return {status: {"description": _TITLES.get(status, "Error"), "content": {MEDIA_TYPE: {}}} for status in statuses}
+    content = {MEDIA_TYPE: {"schema": _SCHEMA}}
+    return {status: {"description": _TITLES.get(status, "Error"), "content": content} for status in statuses}
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

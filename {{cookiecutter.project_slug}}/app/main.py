@@ -40,6 +40,7 @@ def create_app(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> FastAPI:
         version=settings.service_version,
         lifespan=lambda app: open_state(settings, warm_ups, lambda: app.state.closing_deadline - time.monotonic()),
         middleware=middleware,
+        responses=errors.responses(408, 413, 431, 500, 503, 504),  # of any route: see app/limits.py
         openapi_url="/openapi.json" if settings.docs_enabled else None,  # /docs and /redoc go with it
         telemetry={"tracing": False, "metrics": False, "logs": False},  # else looked for on every request
     )
