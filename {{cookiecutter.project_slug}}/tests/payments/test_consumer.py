@@ -153,6 +153,19 @@ def test_a_gateway_that_answers_too_late_charges_nobody_twice(
     assert [bank.charges[payment_id] for payment_id in payment_ids] == [1] * 3
 
 
+def test_a_gateway_without_keys_would_charge_somebody_twice(
+    urls: dict[str, str], service: Service, bank: Gateway
+) -> None:
+    """The key alone keeps it from that: the test before can fail."""
+    bank.delay_seconds, bank.honours_keys = 2.5, False
+    with consuming(**urls):
+        payment_id = pay(service)
+        eventually(lambda: bank.calls[payment_id] > 1)
+        bank.delay_seconds = 0
+        settled(service, payment_id)
+    assert bank.charges[payment_id] > 1
+
+
 def test_what_can_never_be_charged_is_parked_with_the_reason_and_never_announced_again(
     urls: dict[str, str], service: Service, bank: Gateway
 ) -> None:
