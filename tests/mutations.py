@@ -196,7 +196,7 @@ MUTATIONS = [
     mutation(
         "the monitor selects nothing",
         "ServiceMonitor",
-        label("ServiceMonitor", "spec.selector.matchLabels", COMPONENT, "web"),
+        label("ServiceMonitor", "spec.selector.matchLabels", NAME, "web"),
     ),
     # ports
     mutation("it hears nobody", "BIND=127.0.0.1:8000", setting("BIND", "127.0.0.1:8000")),

@@ -22,7 +22,7 @@ PATTERNS = (
     *("rate_limit", "stream_consumer", "stream_group", "stream_handler", "unbroken"),
 )
 EXAMPLE_ONLY = {
-    *(f"deploy/k8s/components/consumer/{name}.yaml" for name in ("deployment", "kustomization")),
+    *(f"deploy/k8s/components/consumer/{name}.yaml" for name in ("deployment", "kustomization", "service")),
     *(f"deploy/k8s/components/gateway-egress/{name}.yaml" for name in ("kustomization", "networkpolicy")),
     *(f"app/patterns/{name}.py" for name in ("__init__", *PATTERNS)),
     *(f"app/payments/{name}.py" for name in ("__init__", "consumer", "repository", "router", "schemas", "service")),

@@ -14,13 +14,9 @@ from starlette.routing import Match
 from app.log import request_context
 
 MEDIA_TYPE = "application/problem+json"
-_SCHEMA = {
-    "title": "Problem",
-    "type": "object",
-    "required": ["type", "title", "status"],
-    "properties": {name: {"type": "string"} for name in ("type", "title", "detail", "request_id")}
-    | {"status": {"type": "integer"}},
-}
+_TEXTS = {name: {"type": "string"} for name in ("type", "title", "detail", "request_id")}
+_MEMBERS = {**_TEXTS, "status": {"type": "integer"}}
+_SCHEMA = {"title": "Problem", "type": "object", "required": ["type", "title", "status"], "properties": _MEMBERS}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 _TITLES = {status.value: status.phrase for status in HTTPStatus}
 
