@@ -113,7 +113,8 @@ def load_settings() -> Settings:
 def _fault(fault: Any) -> str:
     name = fault["loc"][0]
     secret = isinstance(Settings.model_fields[name].default, SecretStr)
-    value = "" if secret else f"={ascii(fault['input']).strip(chr(39))[:80]}"
+    shown = ascii(fault["input"]).strip("'").rpartition("@")[2]  # before it a URL has its password
+    value = "" if secret else f"={shown[:80]}"
     return f"{name.upper()}{value}: {fault['msg'].removeprefix('Value error, ').replace('Input should', 'should')}"
 
 

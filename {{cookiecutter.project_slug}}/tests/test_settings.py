@@ -130,6 +130,11 @@ def test_a_wrong_secret_is_named_and_not_shown(monkeypatch: pytest.MonkeyPatch, 
     assert "hunter2" not in line
 
 
+def test_what_is_shown_of_a_wrong_value_has_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = refusal(monkeypatch, METRICS_BIND="http://app:hunter2@nowhere")
+    assert line.startswith("METRICS_BIND=nowhere: takes ")
+
+
 def test_a_forged_value_stays_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\\n" in refusal(monkeypatch, LOG_LEVEL="a\nb" + "c" * 1000)
 
