@@ -160,6 +160,8 @@ def bank() -> Iterator[Gateway]:
 
 @pytest.fixture
 def settings(urls: dict[str, str], bank: Gateway) -> dict[str, str]:
+    # payments of other tests are pending: a consumer would charge them too
+    sql(urls["DATABASE_URL"], "truncate payments, outbox, inbox, idempotency_keys")
     return urls | {"GATEWAY_URL": bank.url, "GRACEFUL_TIMEOUT_SECONDS": "20", "REQUEST_TIMEOUT_SECONDS": "6"}
 
 
