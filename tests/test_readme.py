@@ -232,6 +232,28 @@ def test_make_dev_reloads_serves_docs_and_metrics_and_reads_dot_env(bake: Bake) 
 
 
 @pytest.mark.slow
+def test_the_session_with_payments_can_be_pasted(bake: Bake) -> None:
+    project, free = bake(), addresses()
+    text = (project / "README.md").read_text()
+    (session,) = [block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "Idempotency-Key" in block]
+    session = session.replace("127.0.0.1:8000", free["BIND"]).replace("127.0.0.1:9464", free["METRICS_BIND"])
+    tools = f"TOOLS={os.environ.get('TOOLS', ROOT / '.tools')}"
+    with terminal(["make", "dev", tools], project, **free) as running:
+        running.wait_for(f"http://{free['BIND']}/health/ready")
+        printed = subprocess.run(["bash", "-ec", session], capture_output=True, text=True, check=True).stdout.lower()
+        first, second = re.findall(r"http/1.1 201 created.*?(\{.*?\})", printed, re.DOTALL)
+        assert first == second
+        assert printed.count("idempotent-replayed: true") == 1
+        assert "http/1.1 200 ok" in printed
+        assert "http_server_request_duration_seconds_count" in printed
+        end = time.monotonic() + 15
+        while "settled" not in (listed := httpx.get(f"http://{free['BIND']}/payments").text):
+            assert time.monotonic() < end, listed
+            time.sleep(0.2)
+        running.interrupt()
+
+
+@pytest.mark.slow
 def test_make_run_checks_the_settings_before_gunicorn_does(bake: Bake) -> None:
     tools = f"TOOLS={os.environ.get('TOOLS', ROOT / '.tools')}"
     environment = os.environ | {"WEB_CONCURRENCY": "two"}

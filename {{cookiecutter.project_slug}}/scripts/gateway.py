@@ -103,7 +103,7 @@ def consumer() -> Iterator[None]:
         programs.append(["scripts.gateway", port])
     environment = {name: text for name, text in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"} | own
     running = [subprocess.Popen([sys.executable, "-m", *program], env=environment) for program in programs]
-    sys.stdout.write(f"payments are charged beside it: http://{metrics}/metrics\n")
+    sys.stdout.write(f"payments are charged beside it, by a consumer that is not reloaded: http://{metrics}/metrics\n")
     sys.stdout.write(f"their events, in another terminal: REDIS_URL={os.environ.get('REDIS_URL', '')} make tail\n")
     sys.stdout.flush()
     try:

@@ -13,6 +13,7 @@ from uuid import UUID
 
 from prometheus_client import Gauge
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from app.database import Connection, Database
 from app.patterns.unbroken import unbroken
@@ -36,10 +37,7 @@ async def write(connection: Connection, topic: str, event_id: UUID, kind: str, p
 
 
 async def relay(database: Database, redis: Redis, max_length: int) -> None:
-    """Publish until cancelled; any number may run. A stream is trimmed to about `max_length`, its oldest events first.
-
-    An outage only delays, and costs one line in the log.
-    """
+    """Publish until cancelled; any number may run, and outages only delay. Streams keep about `max_length` events."""
     pause, measured_at = 0.0, float("-inf")
     while True:
         try:
@@ -67,8 +65,11 @@ async def publish(database: Database, redis: Redis, max_length: int) -> int:
         for _, topic, event_id, kind, payload in rows:
             event: Any = {"event_id": str(event_id), "type": kind, "payload": payload}
             pipeline.xadd(topic, event, maxlen=max_length)
-        async with asyncio.timeout(PUBLISH_SECONDS):  # for which the connection may wait for Redis
-            await pipeline.execute()
+        try:
+            async with asyncio.timeout(PUBLISH_SECONDS):  # for which the connection may wait for Redis
+                await pipeline.execute()
+        except TimeoutError as error:  # which here would be taken for the database's
+            raise RedisError(f"no answer in {PUBLISH_SECONDS} s") from error
     return len(rows)
 
 

@@ -9,7 +9,7 @@ from redis.exceptions import RedisError
 from app.errors import ServiceError
 from app.patterns.stream_group import Message, StreamGroup
 
-MAX_FAULTS = 5
+MAX_FAULTS, MAX_REMEMBERED = 5, 10_000
 _HANDLED = Total("stream_messages_handled", "Messages by outcome: done, later, failed, parked.", ["stream", "outcome"])
 logger = logging.getLogger("app.stream")
 
@@ -52,6 +52,8 @@ class StreamHandler:
                 outcome = "later"
             except Exception as error:
                 outcome = "failed"
+                if len(self.faults) > MAX_REMEMBERED:
+                    self.faults.clear()  # what other consumers have finished stays among them
                 self.faults[message.entry] += 1
                 logger.warning("message %s failed", name, exc_info=error)
                 if self.faults[message.entry] >= MAX_FAULTS:

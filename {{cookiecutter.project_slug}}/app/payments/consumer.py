@@ -134,7 +134,8 @@ def main() -> None:
     settings = load_settings()
     log.configure(settings)
     if settings.environment != "development" and settings.gateway_url.startswith("http://"):
-        sys.exit("configuration error: GATEWAY_URL: takes https:// unless ENVIRONMENT is development")
+        shown = settings.gateway_url.rpartition("@")[2]  # before it a URL has its password
+        sys.exit(f"configuration error: GATEWAY_URL={shown}: takes https:// unless ENVIRONMENT is development")
     probed_process.run(settings, consuming)
 
 

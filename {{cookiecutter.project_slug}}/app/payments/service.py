@@ -45,7 +45,7 @@ class Payments:
             headers = {"Location": f"{root_path}/payments/{payment.payment_id}", "Cache-Control": "no-store"}
             return idempotency.Answer(201, headers, payment.model_dump_json().encode())
 
-        scope, content = f"POST /payments {principal}", new.model_dump_json().encode()
+        scope, content = f"POST /payments {principal}", new.model_dump_json(exclude_unset=True).encode()
         # Safe to do again when the database goes away in the middle, since the key is committed with the payment.
         return await self.database.retry(lambda connection: idempotency.once(connection, scope, key, content, store))
 

@@ -123,8 +123,8 @@ def postgres_carries_two_releases(d: Deployed) -> Faults:
     most = at(d.one("HorizontalPodAutoscaler"), "spec.maxReplicas") or 0
     surge = share(at(d.one("Deployment"), "spec.strategy.rollingUpdate.maxSurge"), most)
     others = [document for document in d.all("Deployment") if component(document) != "api"]
-    consumers = sum(at(document, "spec.replicas") or 1 for document in others)
-    pods = 2 * (most + consumers) + surge
+    other_pods = sum(at(document, "spec.replicas") or 1 for document in others)
+    pods = 2 * (most + other_pods) + surge
     total = pods * each + sum(CONSTANT_CONNECTIONS.values())
     if total > allowed:
         constant = " + ".join(f"{number} ({what})" for what, number in CONSTANT_CONNECTIONS.items())

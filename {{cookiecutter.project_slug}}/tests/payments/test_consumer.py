@@ -1,5 +1,6 @@
 """Payments are charged once and settled by a process of its own, whatever the gateway does; its end loses none."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import httpx
 import pytest
 from redis import Redis as Client
@@ -97,6 +99,21 @@ def pay(service: Service, **headers: str) -> str:
 def status(service: Service, payment_id: str) -> str:
     found: str = service.get(f"/payments/{payment_id}").json()["status"]
     return found
+
+
+def is_given_up(url: str, payment_id: str) -> bool:
+    """Tell whether the payment is never announced again."""
+
+    async def look() -> bool:
+        connection = await asyncpg.connect(url)
+        try:
+            query = "select announce_at = 'infinity' from payments where payment_id = $1"
+            found: bool = await connection.fetchval(query, payment_id)
+            return found
+        finally:
+            await connection.close()
+
+    return asyncio.run(look())
 
 
 def settled(service: Service, *payment_ids: str) -> None:
@@ -186,6 +203,8 @@ def test_what_can_never_be_charged_is_parked_with_the_reason_and_never_announced
         good = pay(service)
         settled(service, good)
         assert status(service, refused) == "pending"
+        assert is_given_up(urls["DATABASE_URL"], refused)
+        assert not is_given_up(urls["DATABASE_URL"], good)
         assert [line for line in consumer.lines if line["level"] == "error" and "is parked" in line["message"]]
     reasons = sorted(fields[b"reason"] for _, fields in client.xrange("payment-events.dead"))
     assert reasons == 3 * [b"it is no event of a payment"] + [
@@ -260,5 +279,5 @@ def test_a_gateway_without_tls_is_refused_outside_of_development(environment: st
     settings = os.environ | {"ENVIRONMENT": environment, "GATEWAY_URL": "http://:hunter2@gateway.example"}
     done = subprocess.run(run, cwd=PROJECT, env=settings, capture_output=True, check=False)
     assert done.returncode == 1
-    line = b"configuration error: GATEWAY_URL: takes https:// unless ENVIRONMENT is development\n"
+    line = b"configuration error: GATEWAY_URL=gateway.example: takes https:// unless ENVIRONMENT is development\n"
     assert (done.stderr, done.stdout) == (line, b"")
