@@ -63,8 +63,10 @@ class Service:
             stdout=self.output,
             stderr=subprocess.STDOUT,
         )
-        every_one_new = httpx.Limits(max_keepalive_connections=0)  # so that any worker may answer
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=10, limits=every_one_new)
+        # A new connection each time, so that any worker may answer. Not by a limit of idle ones: with threads, httpx
+        # can close a connection just when it gives it to the next request.
+        every_one_new = {"Connection": "close"}
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=10, headers=every_one_new)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
         """Ask over a connection of its own."""

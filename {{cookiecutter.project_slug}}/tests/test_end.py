@@ -55,7 +55,7 @@ def test_it_drains_before_it_ends(service: Service) -> None:
     assert service.get("/health/ready").json()["status"] == "draining"
     start = time.monotonic()
     while time.monotonic() - start < 1:
-        answer = service.get("/")
+        answer = service.get("/", Connection="keep-alive")
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
     service.process.send_signal(signal.SIGTERM)  # a second one changes nothing
     assert service.get("/health/live").status_code == 200
