@@ -16,6 +16,8 @@ ROW = re.compile(r"^.*<!-- example --> \|\n", re.MULTILINE)  # of a table in Mar
 #: A block, with one of the two blank lines that it would leave behind.
 BLOCK = re.compile(r"^[^\n]*example: begin(?:(?!example: end).)*example: end[^\n]*\n", re.MULTILINE | re.DOTALL)
 BETWEEN_BLANKS = re.compile(r"(?<=\n\n)" + BLOCK.pattern + r"\n", re.MULTILINE | re.DOTALL)
+#: In a migration of the project's own that followed those of the example.
+FOLLOWS = re.compile(r'^down_revision = "(0001_payments|0002_patterns)"$', re.MULTILINE)
 #: Folders that are not the project's own text.
 SKIPPED = {".git", ".venv", ".tools", "__pycache__", "node_modules"}
 
@@ -48,6 +50,8 @@ def remove(project: Path) -> None:
     for path in _texts(project):
         before = path.read_bytes().decode(errors="surrogateescape")
         after = (ROW if path.suffix == ".md" else LINE).sub("", BLOCK.sub("", BETWEEN_BLANKS.sub("", before)))
+        if path.parent.name == "versions":
+            after = FOLLOWS.sub("down_revision = None", after)
         if after != before:
             path.write_bytes(after.encode(errors="surrogateescape"))
     answers = project / ".cruft.json"  # so that an update of the template leaves the example out as well

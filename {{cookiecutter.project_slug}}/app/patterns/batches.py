@@ -9,20 +9,28 @@ from app.database import Connection, Database
 from app.patterns.unbroken import unbroken
 
 BATCH = 500
+logger = logging.getLogger("app.batches")
 #: Takes a connection, inside a transaction, and the most rows to take; returns how many it took.
 Work = Callable[[Connection, int], Awaitable[int]]
 
 
 async def repeat(database: Database, seconds: float, *works: Work) -> None:
-    """Do each work about every so many seconds until cancelled, and again as long as it finds whole batches."""
+    """Do each work about every so many seconds until cancelled, and again as long as it finds whole batches.
+
+    What fails is done later, and costs one line in the log until then.
+    """
+    failing = set[Work]()
     while True:
         await asyncio.sleep(seconds * random.uniform(0.5, 1.5))  # noqa: S311 - so that processes take turns
         for work in works:
             try:
                 while await unbroken(_batch(database, work)) >= BATCH:
                     pass
+                failing.discard(work)
             except Exception as error:  # noqa: BLE001 - whatever it is, it goes on when that is mended
-                logging.getLogger("app.batches").warning("this is done later: %r", error)
+                if work not in failing:
+                    logger.warning("%s is done later: %r", work.__name__, error)
+                failing.add(work)
 
 
 async def _batch(database: Database, work: Work) -> int:

@@ -4,12 +4,14 @@ One for each upstream and process. Packages that were tried let all of 50 waitin
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 
 from prometheus_client import Gauge
 
 _STATE = Gauge("circuit_breaker_open", "1 while an upstream is left alone.", ["upstream"], multiprocess_mode="livemax")
+logger = logging.getLogger("app.breaker")
 
 
 class OpenError(Exception):
@@ -23,8 +25,8 @@ class OpenError(Exception):
 class Breaker:
     """Counts failures in a row. From the first on, no more calls get through than `failures` in all.
 
-    So an upstream that dies is called `failures` times, and by those that were under way; then it is left alone for
-    `reset_seconds`; then one call is let through, which decides. A success forgets all failures.
+    So an upstream that dies is called `failures` times, and by those that were under way; then it is left alone (open)
+    for `reset_seconds`; then one call is let through (half-open), which decides. A success forgets them all (closed).
     """
 
     def __init__(self, upstream: str, failures: int = 5, reset_seconds: float = 3.0) -> None:
@@ -69,5 +71,7 @@ class Breaker:
         return True
 
     def _set(self, opened_at: float | None) -> None:
+        if (opened_at is None) != (self.opened_at is None):
+            logger.warning("%s %s", self.upstream, "is left alone" if opened_at else "is called again")
         self.opened_at = opened_at
         _STATE.labels(self.upstream).set(opened_at is not None)

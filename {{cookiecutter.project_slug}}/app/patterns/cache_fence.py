@@ -8,15 +8,15 @@ that race. It fails open: while Redis is away, reads load, and one in a second w
 import asyncio
 import random
 import secrets
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from prometheus_client import Counter
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
-BUDGET_SECONDS, COOL_DOWN_SECONDS = 0.1, 1.0
+from app.patterns.fail_open import FailOpen
+
+BUDGET_SECONDS = 0.1
 FENCE_SECONDS = 120  # longer than any load takes, or it would not outlive the readers that looked before it
 _STORE = """
     if (redis.call('GET', KEYS[2]) or '') ~= ARGV[3] then return 0 end
@@ -33,15 +33,12 @@ class Cache:
     def __init__(self, redis: Redis, name: str, seconds: float = 30) -> None:
         self.redis, self.name, self.milliseconds = redis, name, int(seconds * 1000)
         self.script = redis.register_script(_STORE)
-        self.away_until = 0.0
+        self.fail_open = FailOpen(BUDGET_SECONDS)
         self.loads: dict[tuple[str, bytes], asyncio.Task[bytes | None]] = {}
 
     async def get(self, key: str, load: Load) -> bytes | None:
         """Return the value, loaded if need be: once for all who ask at this time. None is not kept."""
-        found = None
-        if time.monotonic() >= self.away_until:
-            found = await self._bounded(self.redis.mget(self._names(key)))
-            self.away_until = time.monotonic() + COOL_DOWN_SECONDS if found is None else 0.0
+        found: Any = await self.fail_open.ask(lambda: self.redis.mget(self._names(key)))
         if found is None:
             _READS.labels(self.name, "unavailable").inc()
             return await load()
@@ -52,14 +49,14 @@ class Cache:
         look = key, fence or b""  # who has seen another fence must not get what was loaded before it
         if (task := self.loads.get(look)) is None:
             task = self.loads[look] = asyncio.create_task(self._load(*look, load))
-            task.add_done_callback(lambda done: (self.loads.pop(look), done.cancelled() or done.exception()))
+            task.add_done_callback(lambda done: self._loaded(look, done))
         return await asyncio.shield(task)  # a caller that leaves does not take the others' value along
 
     async def delete(self, key: str) -> bool:
         """Forget a value, after the change of it is committed; return whether Redis has confirmed that."""
         (value, fence), both = self._names(key), cast("Any", self.redis.pipeline())
         both.set(fence, secrets.token_hex(8), ex=FENCE_SECONDS).delete(value)
-        return await self._bounded(both.execute()) is not None
+        return await self.fail_open.insist(both.execute) is not None
 
     def _names(self, key: str) -> tuple[str, str]:
         return f"cache:{{{self.name}:{key}}}", f"fence:{{{self.name}:{key}}}"  # braces: on one node of a cluster
@@ -68,12 +65,10 @@ class Cache:
         value = await load()
         if value is not None:
             milliseconds = int(self.milliseconds * random.uniform(0.9, 1))  # noqa: S311 - so that not all end at once
-            await self._bounded(self.script(keys=self._names(key), args=[value, milliseconds, fence]))
+            await self.fail_open.insist(lambda: self.script(keys=self._names(key), args=[value, milliseconds, fence]))
         return value
 
-    async def _bounded(self, command: Any) -> Any:
-        try:
-            async with asyncio.timeout(BUDGET_SECONDS):
-                return await command
-        except (RedisError, OSError, TimeoutError):
-            return None
+    def _loaded(self, look: tuple[str, bytes], load: asyncio.Task[bytes | None]) -> None:
+        del self.loads[look]
+        if not load.cancelled():
+            load.exception()  # seen, also where all who asked have left

@@ -67,8 +67,8 @@ class Client:
                 async for part in response.aiter_raw():
                     body += part
                     if len(body) > MAX_ANSWER_BYTES:
-                        raise httpx.DecodingError("too large")
-            outcome = str(response.status_code)
+                        break
+            outcome = str(response.status_code) if len(body) <= MAX_ANSWER_BYTES else "TooLarge"
         except (httpx.HTTPError, TimeoutError) as error:
             outcome = type(error).__name__
         finally:

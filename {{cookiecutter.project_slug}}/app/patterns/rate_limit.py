@@ -1,21 +1,19 @@
 """Rate limit: so many requests of a caller in a window of time, counted in Redis for all workers and pods.
 
-One round trip of 61 us. It fails open: while Redis is away, everybody is let through, and after one short wait nobody
-waits for a second. The window is fixed, so that around its end a caller may have twice the limit.
+One round trip of 61 us. It fails open: while Redis is away, everybody is let through, and one in a second waits for it
+a little. The window is fixed, so that around its end a caller may have twice the limit.
 """
 
-import asyncio
 import ipaddress
-import time
 
 from fastapi import Request
 from prometheus_client import Counter
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from app.errors import ServiceError
+from app.patterns.fail_open import FailOpen
 
-BUDGET_SECONDS, COOL_DOWN_SECONDS = 0.05, 1.0
+BUDGET_SECONDS = 0.05
 _COUNT = """
     local count, left = redis.call('INCR', KEYS[1]), redis.call('PTTL', KEYS[1])
     if left < 0 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) left = tonumber(ARGV[1]) end
@@ -37,21 +35,16 @@ class RateLimit:
     def __init__(self, redis: Redis, name: str, requests: int, window_seconds: int = 60) -> None:
         self.script = redis.register_script(_COUNT)
         self.name, self.requests, self.window_seconds = name, requests, window_seconds
-        self.open_until = 0.0
+        self.redis = FailOpen(BUDGET_SECONDS)
 
     async def check(self, caller: str) -> None:
         """Count a request. Raises `TooManyError` over the limit; takes no longer than `BUDGET_SECONDS`."""
-        if time.monotonic() < self.open_until:
+        key, window = f"rate:{self.name}:{caller}", self.window_seconds * 1000
+        answer = await self.redis.ask(lambda: self.script(keys=[key], args=[window]))
+        if answer is None:
             _OPEN.labels(self.name).inc()
             return
-        try:
-            async with asyncio.timeout(BUDGET_SECONDS):
-                key, window = f"rate:{self.name}:{caller}", self.window_seconds * 1000
-                count, left = await self.script(keys=[key], args=[window])
-        except (RedisError, OSError, TimeoutError):
-            self.open_until = time.monotonic() + COOL_DOWN_SECONDS
-            _OPEN.labels(self.name).inc()
-            return
+        count, left = answer
         if count > self.requests:
             _REFUSED.labels(self.name).inc()
             seconds = -(-left // 1000)

@@ -21,7 +21,7 @@ class StreamConsumer:
     def __init__(self, handler: StreamHandler, concurrency: int) -> None:
         self.handler, self.group, self.concurrency, self.is_stopping = handler, handler.group, concurrency, False
         self.under_way: dict[bytes, asyncio.Task[None]] = {}
-        self.sources = [self.group.new, self.group.left]
+        self.sources = [self.group.read, self.group.reclaim]
 
     async def run(self, grace_seconds: float) -> None:
         """Work. At the end, finish what is under way, and leave to others what takes longer."""
@@ -74,6 +74,6 @@ class StreamConsumer:
             await asyncio.sleep(BEAT_SECONDS)
             with contextlib.suppress(RedisError, OSError):
                 if self.under_way:
-                    await self.group.keep(self.under_way)
+                    await self.group.touch(self.under_way)
                 for state, number in (await self.group.waiting()).items():
                     _WAITING.labels(self.group.stream, state).set(number)

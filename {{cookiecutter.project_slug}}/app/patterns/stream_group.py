@@ -5,6 +5,7 @@ A message is pending until it is acknowledged. Who handles it sets its idle time
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -34,14 +35,15 @@ class StreamGroup:
         """Make the group, from the beginning of the stream, unless it is there."""
         with contextlib.suppress(ResponseError):  # another consumer was quicker
             await self.redis.xgroup_create(self.stream, self.group, id="0", mkstream=True)
+            logging.getLogger("app.stream").warning("%s had no group %s, and has one now", self.stream, self.group)
 
-    async def new(self, room: int) -> list[Message]:
+    async def read(self, room: int) -> list[Message]:
         """Take up to `room` messages that nobody has taken yet. Raises `ResponseError` without a group."""
         answer = await self.redis.xreadgroup(self.group, self.group, {self.stream: ">"}, count=room)
         return [Message(*entry) for _, entries in answer for entry in entries]
 
-    async def left(self, room: int) -> list[Message]:
-        """Take up to `room` messages that are idle, looking through all once in `SCAN_SECONDS`. Raises as `new`."""
+    async def reclaim(self, room: int) -> list[Message]:
+        """Take up to `room` messages that are idle, looking through all once in `SCAN_SECONDS`. Raises as `read`."""
         if time.monotonic() < self.scan_at:
             return []
         idle = int(RECLAIM_SECONDS * 1000)
@@ -51,7 +53,7 @@ class StreamGroup:
             self.scan_at = time.monotonic() + SCAN_SECONDS
         return [Message(*entry) for entry in entries]
 
-    async def keep(self, entries: Iterable[bytes]) -> None:
+    async def touch(self, entries: Iterable[bytes]) -> None:
         """Tell the others that these are being handled."""
         await self.redis.xclaim(self.stream, self.group, self.group, 0, list(entries), justid=True)
 
@@ -65,8 +67,9 @@ class StreamGroup:
         both = self.redis.pipeline().xadd(f"{self.stream}.dead", dead, maxlen=MAX_DEAD)
         await both.xack(self.stream, self.group, message.entry).execute()
 
-    async def waiting(self) -> dict[str, int]:
-        """Return how many messages are `unread`, and how many `pending`."""
+    async def waiting(self) -> dict[str, float]:
+        """Return how many messages are `unread`, NaN where Redis does not know, and how many `pending`."""
         groups = {group["name"]: group for group in await self.redis.xinfo_groups(self.stream)}
         group = groups.get(self.group.encode(), {})
-        return {"unread": group.get("lag") or 0, "pending": group.get("pending") or 0}
+        lag = group.get("lag")
+        return {"unread": float("nan") if lag is None else lag, "pending": group.get("pending") or 0}

@@ -6,7 +6,7 @@ from collections import Counter
 from prometheus_client import Counter as Total
 from redis.exceptions import RedisError
 
-from app.errors import ServiceError
+from app.errors import UnavailableError
 from app.patterns.stream_group import Message, StreamGroup
 
 MAX_FAULTS, MAX_REMEMBERED = 5, 10_000
@@ -48,7 +48,7 @@ class StreamHandler:
             except PoisonError as error:
                 reason = str(error)
                 await self.give_up(message)
-            except (LaterError, ServiceError, RedisError):
+            except (LaterError, UnavailableError, RedisError):
                 outcome = "later"
             except Exception as error:
                 outcome = "failed"
@@ -64,7 +64,7 @@ class StreamHandler:
                 logger.error("message %s is parked: %s", name, reason)
             elif outcome == "done":
                 await self.group.done(message)
-        except (ServiceError, RedisError, OSError):
+        except (UnavailableError, RedisError, OSError):
             outcome = "later"  # it comes again, and is found done
         except Exception:
             outcome = "failed"

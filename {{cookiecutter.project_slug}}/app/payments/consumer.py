@@ -26,13 +26,13 @@ from app.payments.schemas import Payment
 from app.payments.service import CACHE, CREATED, STREAM, announce
 from app.settings import Settings, load_settings
 
-FAILURES, REMIND_SECONDS, CLOSING_SECONDS, MAX_REMEMBERED = 5, 5, 5, 10_000
+FAILURES, ANNOUNCE_AGAIN_SECONDS, CLOSING_SECONDS, MAX_REMEMBERED = 5, 5, 5, 10_000
 #: What a gateway answers to a payment that it will never charge; any other 4xx may be a fault of ours, to be mended.
 REFUSALS = {402, 422}
 
 
-class Charges(StreamHandler):
-    """Charges each payment once, and settles it."""
+class ChargeHandler(StreamHandler):
+    """ChargeHandler each payment once, and settles it."""
 
     def __init__(self, database: Database, redis: Redis, gateway: Client) -> None:
         super().__init__(StreamGroup(redis, STREAM, "charges"))
@@ -88,8 +88,8 @@ class Charges(StreamHandler):
             raise LaterError from error
 
     async def begin(self) -> None:
-        """Have every pending payment announced again."""
-        await self.database.retry(repository.hurry)
+        """Have every pending payment announced again that is not given up."""
+        await self.database.retry(repository.make_due)
 
     async def give_up(self, message: Message) -> None:
         """Have the payment never announced again."""
@@ -98,7 +98,7 @@ class Charges(StreamHandler):
             await self.database.retry(lambda connection: repository.give_up(connection, payment_id))
 
 
-async def remind(connection: Connection, limit: int) -> int:
+async def announce_again(connection: Connection, limit: int) -> int:
     """Announce again what is pending for long, since its event may be lost with Redis' memory; return how many."""
     due = await repository.due(connection, limit)
     for payment in due:
@@ -121,8 +121,8 @@ async def consuming(settings: Settings, database: Database, redis: Redis) -> Asy
     breaker = Breaker("gateway", max(FAILURES, concurrency))
     gateway = Client("gateway", settings.gateway_url, breaker, concurrency)
     async with contextlib.aclosing(gateway.http):
-        consumer = StreamConsumer(Charges(database, redis, gateway), concurrency)
-        async with beside(repeat(database, REMIND_SECONDS, remind)):
+        consumer = StreamConsumer(ChargeHandler(database, redis, gateway), concurrency)
+        async with beside(repeat(database, ANNOUNCE_AGAIN_SECONDS, announce_again)):
             running = asyncio.create_task(consumer.run(settings.graceful_timeout_seconds - CLOSING_SECONDS))
             yield
             consumer.is_stopping = True

@@ -22,8 +22,10 @@ _DUE = f"""
         select payment_id from payments where status = 'pending' and announce_at < now() limit $1 for update skip locked
     )) returning {_COLUMNS}
 """  # noqa: S608
-_LATER = "select payment_id from payments where status = 'pending' and announce_at > 'epoch'"
-_HURRY = f"update payments set announce_at = 'epoch' where payment_id = any(array({_LATER} limit 1000))"  # noqa: S608
+_MAKE_DUE = """
+    update payments set announce_at = 'epoch' where payment_id = any(array(select payment_id from payments
+    where status = 'pending' and announce_at > 'epoch' and announce_at < 'infinity' limit 1000))
+"""
 
 
 async def insert(connection: Connection, payment: NewPayment, request_id: str) -> Payment:
@@ -53,12 +55,12 @@ async def due(connection: Connection, limit: int) -> list[Payment]:
     return [Payment(**row) for row in await connection.fetch(_DUE, limit)]
 
 
-async def hurry(connection: Connection) -> None:
-    """Make all pending payments due at once."""
-    while await connection.execute(_HURRY) != "UPDATE 0":
+async def make_due(connection: Connection) -> None:
+    """Make all pending payments due at once, except those that are given up."""
+    while await connection.execute(_MAKE_DUE) != "UPDATE 0":
         pass
 
 
 async def give_up(connection: Connection, payment_id: UUID) -> None:
-    """Never announce the payment again."""
+    """Never announce the payment again, whatever Redis loses."""
     await connection.execute("update payments set announce_at = 'infinity' where payment_id = $1", payment_id)

@@ -48,5 +48,4 @@ async def read(payment_id: UUID, payments: PaymentsDependency) -> Response:
     """Look a payment up."""
     if payment := await payments.find(payment_id):
         return Response(payment, headers={"Cache-Control": "no-store"}, media_type="application/json")
-    msg = "There is no such payment."
-    raise NotFoundError(msg)
+    raise NotFoundError("There is no such payment.")

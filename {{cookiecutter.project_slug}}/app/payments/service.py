@@ -65,9 +65,9 @@ class Payments:
         return Page(items=items[:limit], next_cursor=str(Cursor(last.created_at, last.payment_id)) if last else None)
 
     async def work(self) -> None:
-        """Publish events, and forget old keys and messages, until cancelled."""
-        forget = repeat(self.database, 60, idempotency.forget, inbox.forget)
-        await asyncio.gather(outbox.relay(self.database, self.redis, MAX_EVENTS), forget)
+        """Publish events, count those that wait, and forget old keys and messages, until cancelled."""
+        rest = repeat(self.database, 5, outbox.measure, idempotency.forget, inbox.forget)
+        await asyncio.gather(outbox.relay(self.database, self.redis, MAX_EVENTS), rest)
 
 
 async def _payments(request: Request) -> Payments:

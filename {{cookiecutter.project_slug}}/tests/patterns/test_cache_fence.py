@@ -6,7 +6,8 @@ import time
 import pytest
 from redis.asyncio import Redis
 
-from app.patterns.cache_fence import BUDGET_SECONDS, COOL_DOWN_SECONDS, Cache
+from app.patterns.cache_fence import BUDGET_SECONDS, Cache
+from app.patterns.fail_open import COOL_DOWN_SECONDS
 from scripts import services
 from tests.process import frozen
 

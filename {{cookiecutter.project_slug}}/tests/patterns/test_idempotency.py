@@ -25,8 +25,7 @@ class Effects:
     async def request(self, key: str, content: bytes = b"", fails: bool = False, scope: str = "test") -> httpx.Response:
         async def work(connection: Connection) -> Answer:
             self.tries += 1
-            query = "insert into outbox (topic, event_id, type, payload) values ($1, gen_random_uuid(), 'test', '')"
-            await connection.execute(query, f"{scope} {key}")
+            await connection.execute("insert into effects values ($1)", f"{scope} {key}")
             await asyncio.sleep(0)
             if fails:
                 raise KeyError(key)
@@ -38,12 +37,19 @@ class Effects:
 
     async def count(self) -> Counter[str]:
         async with self.database.acquire() as connection:
-            return Counter(row["topic"] for row in await connection.fetch("select topic from outbox"))
+            return Counter(row["name"] for row in await connection.fetch("select name from effects"))
+
+    async def clear(self) -> None:
+        async with self.database.acquire() as connection:
+            await connection.execute("create table if not exists effects (name text)")
+            await connection.execute("truncate idempotency_keys, effects")
 
 
 @pytest.fixture
-def effects(database: Database) -> Effects:
-    return Effects(database)
+async def effects(database: Database) -> Effects:
+    effects = Effects(database)
+    await effects.clear()
+    return effects
 
 
 async def test_a_second_request_gets_the_first_answer_and_has_no_effect(effects: Effects) -> None:
@@ -98,9 +104,8 @@ def test_any_mixture_at_once_has_each_effect_once_and_each_answer_is_that_of_its
 ) -> None:
     async def run() -> None:
         async with Database(settings, 11) as database:
-            async with database.acquire() as connection:
-                await connection.execute("truncate idempotency_keys, outbox")
             effects, done = Effects(database), dict[str, tuple[bytes, bytes]]()
+            await effects.clear()
             for wave in waves:
                 answers = await asyncio.gather(*(effects.request(*each) for each in wave), return_exceptions=True)
                 for (key, content, _), answer in zip(wave, answers, strict=True):

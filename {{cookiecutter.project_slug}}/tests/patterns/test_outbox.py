@@ -78,8 +78,8 @@ async def test_an_event_that_was_published_in_a_transaction_that_failed_comes_ag
         (event_id,) = await write(connection)
     execute: Any = Pipeline.execute
 
-    async def loses_the_answer(self: Pipeline) -> None:
-        await execute(self)
+    async def loses_the_answer(self: Pipeline, **options: bool) -> None:
+        await execute(self, **options)
         raise LostError
 
     with monkeypatch.context() as patch:
@@ -88,6 +88,31 @@ async def test_an_event_that_was_published_in_a_transaction_that_failed_comes_ag
             await outbox.publish(database, client, MAX_LENGTH)
     assert await outbox.publish(database, client, MAX_LENGTH) == 1
     assert await published(client) == 2 * [str(event_id)]  # which is how a consumer tells
+
+
+async def test_an_event_that_redis_refuses_waits_and_the_others_are_published_once(
+    database: Database, client: Redis
+) -> None:
+    await client.set("no stream", 1)
+    async with database.acquire() as connection, connection.transaction():
+        await outbox.write(connection, "no stream", uuid4(), "happened", "{}")
+        ids = await write(connection, 3)
+    for _ in range(3):
+        with pytest.raises(RedisError, match="WRONGTYPE"):
+            await outbox.publish(database, client, MAX_LENGTH)
+    assert await published(client) == [str(event_id) for event_id in ids]
+    await client.delete("no stream")
+    assert await outbox.publish(database, client, MAX_LENGTH) == 1
+
+
+async def test_metrics_tell_how_many_events_wait_and_how_long(database: Database) -> None:
+    async with database.acquire() as connection:
+        await write(connection, 3)
+        await connection.execute("update outbox set created_at = now() - interval '1 hour'")
+        assert await outbox.measure(connection, 0) == 0
+    (rows,), (age,) = ([sample.value for sample in each.collect()[0].samples] for each in (outbox._ROWS, outbox._AGE))
+    assert rows == 3
+    assert 3600 <= age < 3660
 
 
 async def test_a_stream_does_not_grow_for_ever(database: Database, client: Redis) -> None:

@@ -107,7 +107,7 @@ async def test_what_a_dead_consumer_left_is_taken_again(client: Redis) -> None:
     group = StreamGroup(client, "events", "group")
     await group.create()
     await send(client, "left")
-    assert len(await group.new(1)) == 1  # it dies now
+    assert len(await group.read(1)) == 1  # it dies now
     handler = Handler(client)
     async with consuming(handler):
         await eventually(lambda: handler.seen["left"] == 1)
@@ -211,4 +211,4 @@ async def test_a_frozen_redis_is_told_in_one_line_and_loses_nothing(
         await send(client, "after")
         await eventually(lambda: len(handler.seen) == 2)
     lines = [record.message.split(":")[0] for record in caplog.records if record.name == "app.stream"]
-    assert lines == ["no messages", "messages are taken again"]
+    assert lines == ["events had no group group, and has one now", "no messages", "messages are taken again"]

@@ -206,7 +206,12 @@ def test_what_can_never_be_charged_is_parked_with_the_reason_and_never_announced
         assert is_given_up(urls["DATABASE_URL"], refused)
         assert not is_given_up(urls["DATABASE_URL"], good)
         assert [line for line in consumer.lines if line["level"] == "error" and "is parked" in line["message"]]
-    reasons = sorted(fields[b"reason"] for _, fields in client.xrange("payment-events.dead"))
+        reasons = sorted(fields[b"reason"] for _, fields in client.xrange("payment-events.dead"))
+        client.flushall()  # all that is pending is announced again, and this one is not
+        late = pay(service)
+        settled(service, late)
+        time.sleep(1)
+        assert bank.calls[refused] == 1
     assert reasons == 3 * [b"it is no event of a payment"] + [
         b"the gateway refuses it: 402",
         b"there is no such payment",
