@@ -1,10 +1,11 @@
 """The example goes as one: by the hook, or later by the team, with the same result."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
-from tests.conftest import Bake, tree
+from tests.conftest import ROOT, Bake, tree
 
 
 def remove(project: Path) -> None:
@@ -31,6 +32,21 @@ def test_only_the_teams_own_project_is_touched(bake: Bake) -> None:
     remove(project)
     kept["docs/mine.md"] = "Mine.\nMine.\n"
     assert {name: (project / name).read_text() for name in kept} == kept
+
+
+def test_migrations_of_the_team_that_followed_the_examples_come_first_from_then_on(bake: Bake) -> None:
+    project = bake()
+    versions = project / "migrations/versions"
+    for name, before in (("0003_ours", "0002_patterns"), ("0004_ours", "0003_ours")):
+        text = f'from alembic import op\n\nrevision = "{name}"\ndown_revision = "{before}"\n'
+        (versions / f"{name}.py").write_text(text)
+    remove(project)
+    command = [Path(os.environ.get("SERVICE_BIN", ROOT / ".venv-service/bin")) / "alembic", "history"]
+    history = subprocess.run(command, cwd=project, check=True, stdout=subprocess.PIPE).stdout.decode()
+    assert [line.split(",")[0] for line in history.splitlines()] == [
+        "0003_ours -> 0004_ours (head)",
+        "<base> -> 0003_ours",
+    ]
 
 
 def test_updates_of_the_template_leave_the_example_out_from_then_on(bake: Bake) -> None:

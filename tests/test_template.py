@@ -18,8 +18,8 @@ from tests.conftest import JINJA_ALLOWED, ROOT, SOURCE, Bake, tracked, tree
 JINJA = re.compile(r"{{|{%|{#")
 ANSWERS = "{{ cookiecutter | tojson }}"
 PATTERNS = (
-    *("batches", "breaker", "cache_fence", "client", "idempotency", "inbox", "keyset", "outbox", "probed_process"),
-    *("rate_limit", "stream_consumer", "stream_group", "stream_handler", "unbroken"),
+    *("batches", "breaker", "cache_fence", "client", "fail_open", "idempotency", "inbox", "keyset", "outbox"),
+    *("probed_process", "rate_limit", "stream_consumer", "stream_group", "stream_handler", "unbroken"),
 )
 EXAMPLE_ONLY = {
     *(f"deploy/k8s/components/consumer/{name}.yaml" for name in ("deployment", "kustomization", "service")),
@@ -31,7 +31,7 @@ EXAMPLE_ONLY = {
     *(f"tests/patterns/{name}.py" for name in ("__init__", "conftest", "test_breaker", "test_cache_fence")),
     *(
         f"tests/patterns/test_{name}.py"
-        for name in ("client", "idempotency", "inbox", "outbox", "rate_limit", "stream")
+        for name in ("client", "fail_open", "idempotency", "inbox", "outbox", "rate_limit", "stream")
     ),
     *(f"tests/payments/{name}.py" for name in ("__init__", "test_consumer", "test_payments")),
 }

@@ -1,8 +1,13 @@
-"""A card gateway for development and tests; it charges each key once: `python -m scripts.gateway [PORT [HOST]]`."""
+"""A card gateway for development and tests; it charges each key once: `python -m scripts.gateway [PORT [HOST]]`.
+
+In the environment, `STATUS` is what it answers in place of charging, and `DELAY_SECONDS` how late it answers.
+"""
 
 import contextlib
 import json
 import os
+import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -11,9 +16,11 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from app.log import redact
 from scripts.services import free_port
 
 DEFAULT_PORT = 8090
+DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
 class Gateway(ThreadingHTTPServer):
@@ -92,19 +99,22 @@ def gateway(port: int = 0, host: str = "127.0.0.1") -> Iterator[Gateway]:
 
 @contextlib.contextmanager
 def consumer() -> Iterator[None]:
-    """Run the consumer beside the block, and a gateway for it unless `GATEWAY_URL` names another."""
-    metrics = f"127.0.0.1:{free_port()}"
-    own = {"METRICS_BIND": metrics, "ENVIRONMENT": "development"}
+    """Run the consumer beside the block. Where nobody listens at `GATEWAY_URL`'s default, a gateway runs too."""
+    environment = os.environ | {"METRICS_BIND": f"127.0.0.1:{free_port()}", "ENVIRONMENT": "development"}
+    environment.pop("PROMETHEUS_MULTIPROC_DIR", None)
     programs = [["app.payments.consumer"]]
-    default = f"http://127.0.0.1:{DEFAULT_PORT}"
-    if os.environ.get("GATEWAY_URL", default) == default:
-        port = str(free_port())
-        own["GATEWAY_URL"] = f"http://127.0.0.1:{port}"
-        programs.append(["scripts.gateway", port])
-    environment = {name: text for name, text in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"} | own
+    url = environment.setdefault("GATEWAY_URL", DEFAULT_URL)
+    if url == DEFAULT_URL and not _is_taken(DEFAULT_PORT):
+        programs.append(["scripts.gateway", port := str(free_port())])
+        environment["GATEWAY_URL"] = f"http://127.0.0.1:{port}"
     running = [subprocess.Popen([sys.executable, "-m", *program], env=environment) for program in programs]
+    names = ("ENVIRONMENT", "DATABASE_URL", "REDIS_URL", "GATEWAY_URL")
+    metrics = environment["METRICS_BIND"]
+    servers = {name: f"{name}={shlex.quote(redact(environment.get(name, '')))}" for name in names}
+    second = " ".join([*servers.values(), f"METRICS_BIND=127.0.0.1:{free_port()}"])
     sys.stdout.write(f"payments are charged beside it, by a consumer that is not reloaded: http://{metrics}/metrics\n")
-    sys.stdout.write(f"their events, in another terminal: REDIS_URL={os.environ.get('REDIS_URL', '')} make tail\n")
+    sys.stdout.write(f"  in another terminal, their events: {servers['REDIS_URL']} make tail\n")
+    sys.stdout.write(f"  and a second consumer: {second} make consume\n")
     sys.stdout.flush()
     try:
         yield
@@ -115,9 +125,34 @@ def consumer() -> Iterator[None]:
             process.wait()
 
 
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        sys.exit(f"{name}={text}: takes a number")
+
+
+def main() -> None:
+    """Run a gateway until Ctrl-C. Raises `SystemExit` for what is no number, and for a port that is taken."""
+    port, *host = sys.argv[1:] or [str(DEFAULT_PORT)]
+    status = int(_number("STATUS", os.environ.get("STATUS", "0")))
+    delay_seconds = _number("DELAY_SECONDS", os.environ.get("DELAY_SECONDS", "0"))
+    try:
+        with gateway(int(_number("PORT", port)), *host) as server:
+            server.status, server.delay_seconds = status, delay_seconds
+            does = f"answers {status} to" if status else "charges"
+            sys.stdout.write(f"a gateway that {does} everybody: {server.url}\n")
+            sys.stdout.flush()
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
+    except OSError as error:
+        sys.exit(f"{port}: {error.strerror}; end who listens there, or name another port")
+
+
 if __name__ == "__main__":
-    with gateway(int(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_PORT, *sys.argv[2:]) as running:
-        sys.stdout.write(f"a gateway that charges everybody: {running.url}\n")
-        sys.stdout.flush()
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+    main()

@@ -21,15 +21,13 @@ CURRENCIES = frozenset(_ISO_4217.split())
 
 def _currency(value: str) -> str:
     if value not in CURRENCIES:
-        msg = "takes an ISO 4217 code, such as EUR"
-        raise ValueError(msg)
+        raise ValueError("takes an ISO 4217 code, such as EUR")
     return value
 
 
 def _printable(value: str) -> str:
     if not value.isprintable():
-        msg = "takes printable characters"
-        raise ValueError(msg)
+        raise ValueError("takes printable characters")
     return value
 
 
