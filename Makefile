@@ -50,8 +50,7 @@ fast: lint ## the tests that run nothing: bakes, hooks, updates
 	@$(PYTEST) -m 'not slow'
 
 test: lint $(VENV)-audit/ready ## all tests that need no Docker, nginx or haproxy
-	@$(IN_SERVICE) test
-	@$(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder $(WITHOUT)
+	@$(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder $(WITHOUT)
 
 test-all: WITHOUT :=
 test-all: test attack ## all tests, with Docker, nginx and haproxy where one needs them

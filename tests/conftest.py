@@ -98,5 +98,7 @@ def interpreter(version: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let two processes share the work, file by file: the longest comes first, then what is quick."""
-    items.sort(key=lambda item: (item.path.name != "test_generated.py", bool(item.get_closest_marker("slow"))))
+    """Let processes share the work, file by file: the longest come first, then what is quick."""
+    longest = ["test_ordinary_user.py", "test_service.py", "test_generated.py"]
+    order = {name: place for place, name in enumerate(longest)}
+    items.sort(key=lambda item: (order.get(item.path.name, len(order)), bool(item.get_closest_marker("slow"))))

@@ -9,6 +9,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from app.lifespan import beside
 from app.patterns.stream_handler import StreamHandler
+from app.patterns.unbroken import unbroken
 
 BEAT_SECONDS, POLL_SECONDS, PAUSE_SECONDS = 1.0, 0.1, 1.0
 _WAITING = Gauge("stream_messages_waiting", "Messages by state: unread, or pending.", ["stream", "state"])
@@ -73,7 +74,6 @@ class StreamConsumer:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             with contextlib.suppress(RedisError, OSError):
-                if self.under_way:
-                    await self.group.touch(self.under_way)
-                for state, number in (await self.group.waiting()).items():
+                await unbroken(self.group.touch(self.under_way))
+                for state, number in (await unbroken(self.group.waiting())).items():
                     _WAITING.labels(self.group.stream, state).set(number)

@@ -55,7 +55,8 @@ class StreamGroup:
 
     async def touch(self, entries: Iterable[bytes]) -> None:
         """Tell the others that these are being handled."""
-        await self.redis.xclaim(self.stream, self.group, self.group, 0, list(entries), justid=True)
+        if found := list(entries):
+            await self.redis.xclaim(self.stream, self.group, self.group, 0, found, justid=True)
 
     async def done(self, message: Message) -> None:
         """Acknowledge a message."""

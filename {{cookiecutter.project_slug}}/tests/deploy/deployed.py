@@ -199,12 +199,13 @@ class Deployed:
         return [volume for volume in volumes if at(volume, "projected.sources.0.secret")]
 
     def secrets(self, document: Document) -> dict[str, str | None]:
-        """Return the secret files of a pod by name, each with its value where the overlay holds it."""
+        """Return the secret files that a pod needs by name, each with its value where the overlay holds it."""
         held = {secret["metadata"]["name"]: secret.get("data") or {} for secret in self.all("Secret")}
         found = {}
         for volume in self.secret_volumes(document):
             for source in volume["projected"]["sources"]:
-                for item in at(source, "secret.items") or []:
+                needed = source is volume["projected"]["sources"][0] or not at(source, "secret.optional")
+                for item in (at(source, "secret.items") or []) if needed else []:
                     value = held.get(source["secret"]["name"], {}).get(item["key"])
                     found[item["path"]] = base64.b64decode(value).decode() if value else None
         return found
