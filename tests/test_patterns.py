@@ -13,7 +13,7 @@ from tests.conftest import ROOT, SOURCE, Bake
 ROW = re.compile(r"^\| [^|]+ \| `(\w+)\.py` \|([^|]*)\|([^|]*)\|([^|]*)\|$", re.MULTILINE)
 ROWS = ROW.findall((ROOT / "docs/patterns.md").read_text())
 SQL = (ROOT / SOURCE / "migrations/versions/0002_patterns.py").read_text()
-PYTHON = Path(os.environ.get("SERVICE_BIN", ROOT / ".venv-service/bin")) / "python"
+PYTHON = str(Path(os.environ.get("SERVICE_BIN", ROOT / ".venv-service/bin")) / "python")
 
 
 def files(cell: str) -> list[str]:
