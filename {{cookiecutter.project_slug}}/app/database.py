@@ -98,15 +98,12 @@ class Database:
             try:
                 return await self.pool.acquire(timeout=self.settings.database_acquire_timeout_seconds)
             except TimeoutError as error:
-                msg = "No connection to the database was free in time."
-                raise UnavailableError(msg) from error
+                raise UnavailableError("No connection to the database was free in time.") from error
             except (*AWAY, OSError, asyncpg.InternalClientError) as error:
                 if not await self._pause(tries):
-                    msg = "The database is not available."
-                    raise ServerAwayError(msg) from error
+                    raise ServerAwayError("The database is not available.") from error
             except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # it does not want us
-                msg = "The database is not available."
-                raise UnavailableError(msg) from error
+                raise UnavailableError("The database is not available.") from error
             tries += 1
 
     async def _pause(self, tries: int) -> bool:

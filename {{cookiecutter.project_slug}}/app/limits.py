@@ -55,8 +55,7 @@ class Limits:
         if body_bytes > self.max_body_bytes:
             raise RefusedError(413)
         if len(self.in_flight) >= self.max_in_flight and not scope["path"].startswith(self.probes):
-            msg = "The service is busy."
-            raise UnavailableError(msg)
+            raise UnavailableError("The service is busy.")
         self.in_flight[exchange] = None
         if not self.is_sweeping:
             self.is_sweeping = True

@@ -22,6 +22,8 @@ AWAY = (
 #: What a lost connection raises, and bugs too. InternalClientError is what asyncpg 0.32 raises when the server closed
 #: an idle connection just before it was used.
 LOST = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+#: What a server says that answers, but takes no changes: a standby, or one whose disk is full.
+UNWRITABLE = (asyncpg.ReadOnlySQLTransactionError, asyncpg.InsufficientResourcesError)
 #: What a command raises that takes too long: for us, or for the server's own `statement_timeout`.
 SLOW = (TimeoutError, asyncpg.QueryCanceledError)
 
@@ -47,20 +49,21 @@ class ImpatientConnection(asyncpg.Connection):
 
 @contextlib.contextmanager
 def told_from_bugs(connection: asyncpg.pool.PoolConnectionProxy) -> Iterator[None]:
-    """Raise `ServerAwayError` for a lost connection, `UnavailableError` for a slow command; let all else pass."""
+    """Raise `ServerAwayError` for a lost connection, `UnavailableError` for a server that is slow or only reads."""
     try:
         yield
-    except (*AWAY, *LOST, *SLOW) as raised:
+    except (*AWAY, *LOST, *SLOW, *UNWRITABLE) as raised:
         error = _origin(raised)
         if isinstance(error, asyncio.CancelledError):
             raise error from None
         if isinstance(error, SLOW):
-            msg = "The database took too long."
-            raise UnavailableError(msg) from error
+            raise UnavailableError("The database took too long.") from error
+        if isinstance(error, UNWRITABLE):
+            connection.terminate()  # the next connection may be one to a new primary
+            raise UnavailableError("The database takes no changes.") from error
         if isinstance(error, LOST) and not _is_lost(connection):
             raise  # a bug, such as a wrong number of arguments, or another service's failure
-        msg = "The database did not answer."
-        raise ServerAwayError(msg) from error
+        raise ServerAwayError("The database did not answer.") from error
 
 
 def _origin(error: BaseException) -> BaseException:

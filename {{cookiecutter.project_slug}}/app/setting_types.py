@@ -18,8 +18,7 @@ def _matches(pattern: str, takes: str) -> AfterValidator:
         except ValueError:  # no port, or a part of a password that holds a slash; its text is not for the log
             valid = False
         if not valid:
-            msg = f"takes {takes}"
-            raise ValueError(msg)
+            raise ValueError(f"takes {takes}")
         return value
 
     return AfterValidator(check)
@@ -33,7 +32,11 @@ CommaSeparated = (NoDecode, BeforeValidator(_split))
 Address = Annotated[str, _matches(r"(\[[\da-fA-F:.]+\]|[^:/\s\[\]]+):\d{1,5}", "host:port, such as 127.0.0.1:8000")]
 PostgresUrl = Annotated[SecretStr, _matches(r"postgres(ql)?://\S+", "postgresql://user:password@host:port/database")]
 RedisUrl = Annotated[SecretStr, _matches(r"rediss?://\S+", "redis://:password@host:port/0")]
-HttpUrl = Annotated[str, _matches(r"https?://\S+", "https://gateway.example")]  # example
+_OCTET = r"(25[0-5]|2[0-4]\d|1?\d?\d)"  # example
+_IPV4, _IPV6 = _OCTET + r"(\." + _OCTET + r"){3}", r"\[[\da-fA-F:.]+\]"  # example
+_HOST = f"({_IPV4}|{_IPV6}" + r"|(?![\d.]+([:/]|$))\w[\w-]*(\.\w[\w-]*)*)"  # example
+_HTTP_URL = r"https?://([^\s/@?#]*@)?" + _HOST + r"(:\d{1,5})?(/[^\s?#]*)?"  # example
+HttpUrl = Annotated[str, _matches(_HTTP_URL, "https://gateway.example, without ? and #")]  # example
 Positive = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 NonNegative = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 Name = Annotated[str, _matches(r"[A-Za-z0-9][A-Za-z0-9._-]*", "a name without spaces, such as orders-api")]

@@ -1,12 +1,12 @@
 """Print the events of payments as they are published, one JSON object per line: `python -m scripts.events [STREAM]`."""
 
-import contextlib
 import json
 import sys
 import time
 from typing import Any
 
 from redis import Redis
+from redis.exceptions import RedisError
 
 from app.payments.service import STREAM
 from app.settings import load_settings
@@ -25,5 +25,9 @@ def tail(stream: str) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         tail(*(sys.argv[1:] or [STREAM]))
+    except KeyboardInterrupt:
+        pass
+    except RedisError as error:
+        sys.exit(f"REDIS_URL: {error}")

@@ -235,6 +235,22 @@ async def test_readiness_tells_how_old_an_outage_is(database: Database, postgres
     assert database.away_since is None
 
 
+async def test_a_server_that_takes_no_changes_is_left_for_the_next_connection(database: Database) -> None:
+    """Such as the old primary after a failover: a pool that kept its connections would stay with it."""
+    servers: list[int] = []
+
+    async def change() -> None:
+        async with database.acquire() as connection:
+            servers.append(connection.get_server_pid())
+            await connection.execute("set default_transaction_read_only = on")
+            await connection.execute("create table changes (n int)")
+
+    with pytest.raises(UnavailableError, match="changes"):
+        await change()
+    async with database.acquire() as connection:
+        assert connection.get_server_pid() not in servers
+
+
 async def test_a_server_that_is_full_is_not_waited_for(settings: Settings, admin: asyncpg.Connection) -> None:
     await admin.execute("create role crowd login password 'crowd' connection limit 0")
     url = settings.database_url.get_secret_value().split("@")[1]

@@ -24,14 +24,15 @@ _STORE = """
     return 1
 """
 _READS = Counter("cache_reads", "Reads of the cache: a hit, a miss, or no answer of Redis.", ["cache", "result"])
-Load = Callable[[], Awaitable[bytes | None]]
+#: Returns a value, and for how many seconds at most it may be kept; or None.
+Load = Callable[[], Awaitable[tuple[bytes, float] | None]]
 
 
 class Cache:
-    """Bytes by key, each for `seconds` at most, which bounds what a lost deletion can do."""
+    """Bytes by key, each for a time, which bounds what a deletion that comes late can do."""
 
-    def __init__(self, redis: Redis, name: str, seconds: float = 30) -> None:
-        self.redis, self.name, self.milliseconds = redis, name, int(seconds * 1000)
+    def __init__(self, redis: Redis, name: str) -> None:
+        self.redis, self.name = redis, name
         self.script = redis.register_script(_STORE)
         self.fail_open = FailOpen(BUDGET_SECONDS)
         self.loads: dict[tuple[str, bytes], asyncio.Task[bytes | None]] = {}
@@ -41,7 +42,8 @@ class Cache:
         found: Any = await self.fail_open.ask(lambda: self.redis.mget(self._names(key)))
         if found is None:
             _READS.labels(self.name, "unavailable").inc()
-            return await load()
+            loaded = await load()
+            return loaded and loaded[0]
         value, fence = found
         _READS.labels(self.name, "miss" if value is None else "hit").inc()
         if value is not None:
@@ -54,7 +56,7 @@ class Cache:
 
     async def delete(self, key: str) -> bool:
         """Forget a value, after the change of it is committed; return whether Redis has confirmed that."""
-        (value, fence), both = self._names(key), cast("Any", self.redis.pipeline())
+        (value, fence), both = self._names(key), cast("Any", self.redis.pipeline(transaction=False))
         both.set(fence, secrets.token_hex(8), ex=FENCE_SECONDS).delete(value)
         return await self.fail_open.insist(both.execute) is not None
 
@@ -62,10 +64,11 @@ class Cache:
         return f"cache:{{{self.name}:{key}}}", f"fence:{{{self.name}:{key}}}"  # braces: on one node of a cluster
 
     async def _load(self, key: str, fence: bytes, load: Load) -> bytes | None:
-        value = await load()
-        if value is not None:
-            milliseconds = int(self.milliseconds * random.uniform(0.9, 1))  # noqa: S311 - so that not all end at once
-            await self.fail_open.insist(lambda: self.script(keys=self._names(key), args=[value, milliseconds, fence]))
+        if (loaded := await load()) is None:
+            return None
+        value, seconds = loaded
+        milliseconds = int(seconds * random.uniform(900, 1000))  # noqa: S311 - so that not all end at once
+        await self.fail_open.insist(lambda: self.script(keys=self._names(key), args=[value, milliseconds, fence]))
         return value
 
     def _loaded(self, look: tuple[str, bytes], load: asyncio.Task[bytes | None]) -> None:

@@ -6,6 +6,7 @@ It follows no redirects and takes no proxy from the environment: both could send
 import asyncio
 import logging
 import time
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple
 
 import httpx
@@ -18,8 +19,7 @@ from app.patterns.breaker import Breaker
 MAX_ANSWER_BYTES = 1 << 20
 ATTEMPTS, ATTEMPT_SECONDS, DEADLINE_SECONDS = 3, 2.0, 5.0
 _SAFE = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}  # to do twice (RFC 9110, section 9.2.2)
-_NAME, _LABELS = "http_client_request_duration_seconds", ["upstream", "outcome"]
-_SECONDS = Histogram(_NAME, "Duration of each try, by status or error.", _LABELS)
+_SECONDS = Histogram("http_client_request_duration_seconds", "Each try, by its outcome.", ["upstream", "outcome"])
 logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
 
 
@@ -41,6 +41,7 @@ class Client:
         self.upstream, self.breaker = upstream, breaker
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
         self.http = httpx.AsyncClient(base_url=url, timeout=ATTEMPT_SECONDS, limits=limits, trust_env=False)
+        self.http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # it keeps none
         self.http.headers["Accept-Encoding"] = "identity"  # what is small when packed may be large
 
     async def request(self, method: str, path: str, headers: dict[str, str], **content: Any) -> Answer:

@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 
 
 async def _key(request: Request) -> str:
-    if found := _KEY.fullmatch(request.headers.get("idempotency-key", "")):
+    if found := _KEY.fullmatch("\n".join(request.headers.getlist("idempotency-key"))):  # which refuses two
         return found[1] or found[2]
     raise IdempotencyError(400, "The header field Idempotency-Key takes 1 to 255 printable characters.")
 

@@ -26,10 +26,10 @@ logger = logging.getLogger("app.outbox")
 
 
 async def write(connection: Connection, topic: str, event_id: UUID, kind: str, payload: str) -> None:
-    """Store an event; `payload` is JSON. Raises `RuntimeError` outside of a transaction, where it might be alone."""
+    """Store an event, unless it waits already; `payload` is JSON. Raises `RuntimeError` outside of a transaction."""
     if not connection.is_in_transaction():
         raise RuntimeError("an event belongs into the transaction of the change that it reports")
-    query = "insert into outbox (topic, event_id, type, payload) values ($1, $2, $3, $4)"
+    query = "insert into outbox (topic, event_id, type, payload) values ($1, $2, $3, $4) on conflict do nothing"
     await connection.execute(query, topic, event_id, kind, payload)
 
 

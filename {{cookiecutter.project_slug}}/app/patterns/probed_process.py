@@ -4,6 +4,8 @@ It is an application whose routes are the probes and `/metrics`, on `METRICS_BIN
 """
 
 import contextlib
+import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from types import FrameType
@@ -31,7 +33,7 @@ class _Server(uvicorn.Server):
 def run(settings: Settings, work: Work) -> None:
     """Work until SIGTERM or SIGINT. `work` is entered with connections to Postgres and Redis, and left at the end.
 
-    It is ready while both answer; neither has to at the start.
+    It is ready while both answer; neither has to at the start. Raises `SystemExit` if `METRICS_BIND` is taken.
     """
     app = FastAPI(lifespan=lambda _: _open(settings, work), openapi_url=None)
     app.include_router(health.router)
@@ -41,8 +43,13 @@ def run(settings: Settings, work: Work) -> None:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     host, _, port = settings.metrics_bind.rpartition(":")
+    family = socket.AF_INET6 if "[" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host.strip("[]"), int(port)), family=family)
+    except OSError as error:
+        sys.exit(f"configuration error: METRICS_BIND={settings.metrics_bind}: {error.strerror}")
     options: dict[str, Any] = {"log_config": log.config(settings), "access_log": False, "server_header": False}
-    _Server(uvicorn.Config(app, host.strip("[]"), int(port), lifespan="on", **options)).run()
+    _Server(uvicorn.Config(app, lifespan="on", **options)).run(sockets=[listener])
 
 
 @contextlib.asynccontextmanager

@@ -1,10 +1,13 @@
 """Rate limit: so many requests of a caller in a window of time, counted in Redis for all workers and pods.
 
 One round trip of 61 us. It fails open: while Redis is away, everybody is let through, and one in a second waits for it
-a little. The window is fixed, so that around its end a caller may have twice the limit.
+a little. Who is over the limit is remembered here, or a flood would delay Redis' answers, and so let itself through.
+The window is fixed, so that around its end a caller may have twice the limit.
 """
 
 import ipaddress
+import math
+import time
 
 from fastapi import Request
 from prometheus_client import Counter
@@ -13,7 +16,7 @@ from redis.asyncio import Redis
 from app.errors import ServiceError
 from app.patterns.fail_open import FailOpen
 
-BUDGET_SECONDS = 0.05
+BUDGET_SECONDS, MAX_REMEMBERED = 0.2, 10_000
 _COUNT = """
     local count, left = redis.call('INCR', KEYS[1]), redis.call('PTTL', KEYS[1])
     if left < 0 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) left = tonumber(ARGV[1]) end
@@ -36,22 +39,27 @@ class RateLimit:
         self.script = redis.register_script(_COUNT)
         self.name, self.requests, self.window_seconds = name, requests, window_seconds
         self.redis = FailOpen(BUDGET_SECONDS)
+        self.refused_until: dict[str, float] = {}
 
     async def check(self, caller: str) -> None:
         """Count a request. Raises `TooManyError` over the limit; takes no longer than `BUDGET_SECONDS`."""
+        if (left := self.refused_until.get(caller, 0.0) - time.monotonic()) > 0:
+            raise self._refusal(left)
         key, window = f"rate:{self.name}:{caller}", self.window_seconds * 1000
         answer = await self.redis.ask(lambda: self.script(keys=[key], args=[window]))
         if answer is None:
             _OPEN.labels(self.name).inc()
-            return
-        count, left = answer
-        if count > self.requests:
-            _REFUSED.labels(self.name).inc()
-            seconds = -(-left // 1000)
-            policy = f'"{self.name}";q={self.requests};w={self.window_seconds}'
-            fields = {"RateLimit-Policy": policy, "RateLimit": f'"{self.name}";r=0;t={seconds}'}
-            msg = "Too many requests."
-            raise TooManyError(msg, {"Retry-After": str(seconds), **fields})
+        elif answer[0] > self.requests:
+            if len(self.refused_until) >= MAX_REMEMBERED:
+                self.refused_until.clear()
+            self.refused_until[caller] = time.monotonic() + answer[1] / 1000
+            raise self._refusal(answer[1] / 1000)
+
+    def _refusal(self, left_seconds: float) -> TooManyError:
+        _REFUSED.labels(self.name).inc()
+        seconds, policy = math.ceil(left_seconds), f'"{self.name}";q={self.requests};w={self.window_seconds}'
+        fields = {"RateLimit-Policy": policy, "RateLimit": f'"{self.name}";r=0;t={seconds}'}
+        return TooManyError("Too many requests.", {"Retry-After": str(seconds), **fields})
 
 
 def caller(request: Request) -> str:

@@ -4,7 +4,6 @@ A message is pending until it is acknowledged. Who handles it sets its idle time
 `RECLAIM_SECONDS` has failed, or its consumer has died. All consumers have one name: those of the dead would pile up.
 """
 
-import contextlib
 import logging
 import time
 from collections.abc import Iterable
@@ -33,8 +32,12 @@ class StreamGroup:
 
     async def create(self) -> None:
         """Make the group, from the beginning of the stream, unless it is there."""
-        with contextlib.suppress(ResponseError):  # another consumer was quicker
+        try:
             await self.redis.xgroup_create(self.stream, self.group, id="0", mkstream=True)
+        except ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
+        else:  # no other consumer was quicker
             logging.getLogger("app.stream").warning("%s had no group %s, and has one now", self.stream, self.group)
 
     async def read(self, room: int) -> list[Message]:
@@ -65,8 +68,8 @@ class StreamGroup:
     async def park(self, message: Message, reason: str) -> None:
         """Move a message to the dead-letter stream, where an operator finds it with the reason."""
         dead = message.fields | {b"reason": reason.encode(), b"entry": message.entry}
-        both = self.redis.pipeline().xadd(f"{self.stream}.dead", dead, maxlen=MAX_DEAD)
-        await both.xack(self.stream, self.group, message.entry).execute()
+        await self.redis.xadd(f"{self.stream}.dead", dead, maxlen=MAX_DEAD)  # rather twice than never
+        await self.done(message)
 
     async def waiting(self) -> dict[str, float]:
         """Return how many messages are `unread`, NaN where Redis does not know, and how many `pending`."""

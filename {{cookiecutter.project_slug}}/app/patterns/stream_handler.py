@@ -1,5 +1,6 @@
 """What becomes of a message: acknowledged when it is done, tried again when it failed, parked when it is poison."""
 
+import asyncio
 import logging
 from collections import Counter
 
@@ -9,7 +10,7 @@ from redis.exceptions import RedisError
 from app.errors import UnavailableError
 from app.patterns.stream_group import Message, StreamGroup
 
-MAX_FAULTS, MAX_REMEMBERED = 5, 10_000
+MAX_FAULTS, MAX_REMEMBERED, LATER_SECONDS = 5, 10_000, 0.5
 _HANDLED = Total("stream_messages_handled", "Messages by outcome: done, later, failed, parked.", ["stream", "outcome"])
 logger = logging.getLogger("app.stream")
 
@@ -50,6 +51,7 @@ class StreamHandler:
                 await self.give_up(message)
             except (LaterError, UnavailableError, RedisError):
                 outcome = "later"
+                await asyncio.sleep(LATER_SECONDS)  # or all that waits would be tried as fast as it fails
             except Exception as error:
                 outcome = "failed"
                 if len(self.faults) > MAX_REMEMBERED:

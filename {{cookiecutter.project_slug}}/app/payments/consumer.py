@@ -72,7 +72,8 @@ class ChargeHandler(StreamHandler):
         if status in REFUSALS:
             raise PoisonError(f"the gateway refuses it: {status}")
         if not 200 <= status < 300:
-            await asyncio.sleep(self.gateway.breaker.reset_seconds)  # the breaker takes it for an answer
+            if time.monotonic() - self.charged_at > self.gateway.breaker.reset_seconds:  # it may fail for all
+                await asyncio.sleep(self.gateway.breaker.reset_seconds)  # the breaker takes it for an answer
             self._blame(payment.payment_id, fault := UpstreamError("gateway", status))
             raise fault
         self.charged_at = time.monotonic()
@@ -118,8 +119,7 @@ def _ids(message: Message) -> tuple[UUID, UUID]:
 async def consuming(settings: Settings, database: Database, redis: Redis) -> AsyncIterator[None]:
     """Charge payments from here to the end of the block, then finish what is under way."""
     concurrency = settings.message_concurrency_per_worker
-    breaker = Breaker("gateway", max(FAILURES, concurrency))
-    gateway = Client("gateway", settings.gateway_url, breaker, concurrency)
+    gateway = Client("gateway", settings.gateway_url, Breaker("gateway", max(FAILURES, concurrency)), concurrency)
     async with contextlib.aclosing(gateway.http):
         consumer = StreamConsumer(ChargeHandler(database, redis, gateway), concurrency)
         async with beside(repeat(database, ANNOUNCE_AGAIN_SECONDS, announce_again)):

@@ -1,7 +1,7 @@
 """What a worker does for payments: takes each once, announces it with an event, and finds it again."""
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, cast
 from uuid import UUID, uuid5
 
 from fastapi import Depends, Request, Response
@@ -19,6 +19,7 @@ from app.payments.schemas import NewPayment, Page, Payment
 from app.settings import Settings
 
 STREAM, CREATED, CACHE = "payment-events", "payment.created", "payments"
+KEPT_SECONDS = {"pending": 1.0, "settled": 30.0}  # in the cache: Redis may be away when a payment changes
 #: About which the stream is trimmed. An event that is cut off unread is announced again while its payment is pending.
 MAX_EVENTS = 100_000
 
@@ -52,9 +53,9 @@ class Payments:
     async def find(self, payment_id: UUID) -> bytes | None:
         """Return the payment as JSON, or None."""
 
-        async def load() -> bytes | None:
+        async def load() -> tuple[bytes, float] | None:
             found = await self.database.retry(lambda connection: repository.find(connection, payment_id))
-            return found[0].model_dump_json().encode() if found else None
+            return (found[0].model_dump_json().encode(), KEPT_SECONDS[found[0].status]) if found else None
 
         return await self.cache.get(str(payment_id), load)
 
@@ -66,13 +67,13 @@ class Payments:
 
     async def work(self) -> None:
         """Publish events, count those that wait, and forget old keys and messages, until cancelled."""
-        rest = repeat(self.database, 5, outbox.measure, idempotency.forget, inbox.forget)
-        await asyncio.gather(outbox.relay(self.database, self.redis, MAX_EVENTS), rest)
+        async with asyncio.TaskGroup() as both:  # whose end is the end of both, which gather's is not
+            both.create_task(outbox.relay(self.database, self.redis, MAX_EVENTS))
+            both.create_task(repeat(self.database, 5, outbox.measure, idempotency.forget, inbox.forget))
 
 
 async def _payments(request: Request) -> Payments:
-    payments: Payments = request.state.payments
-    return payments
+    return cast("Payments", request.state.payments)
 
 
 #: The type of a route's parameter.

@@ -31,6 +31,7 @@ def upgrade() -> None:
             created_at timestamptz not null default now()
         )
     """)
+    op.execute("create unique index on outbox (topic, event_id)")
     op.execute("create table inbox (message_id uuid primary key, received_at timestamptz not null default now())")
     op.execute("create index on inbox (received_at)")
     op.execute("""

@@ -17,14 +17,15 @@ class Source:
 
     def __init__(self) -> None:
         self.value: bytes | None = b"old"
+        self.seconds = 30.0
         self.loads, self.go = 0, asyncio.Event()
         self.go.set()
 
-    async def load(self) -> bytes | None:
+    async def load(self) -> tuple[bytes, float] | None:
         self.loads += 1
         value = self.value
         await self.go.wait()
-        return value
+        return None if value is None else (value, self.seconds)
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ async def test_what_does_not_exist_and_what_fails_is_not_kept(client: Redis, sou
     source.value = None
     assert await cache.get("a", source.load) is None
 
-    async def fail() -> bytes:
+    async def fail() -> tuple[bytes, float]:
         raise KeyError
 
     with pytest.raises(KeyError):
@@ -87,7 +88,8 @@ async def test_what_does_not_exist_and_what_fails_is_not_kept(client: Redis, sou
 
 
 async def test_a_value_ends_by_itself(client: Redis, source: Source) -> None:
-    await Cache(client, "test", seconds=20).get("a", source.load)
+    source.seconds = 20
+    await Cache(client, "test").get("a", source.load)
     assert 17_000 < await client.pttl("cache:{test:a}") <= 20_000
 
 

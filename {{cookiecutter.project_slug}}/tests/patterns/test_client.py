@@ -139,6 +139,20 @@ async def test_an_upstream_that_does_not_finish_costs_bounded_time_and_counts_as
     assert client.breaker.failed >= 2
 
 
+async def test_cookies_of_the_upstream_are_not_kept(upstream: Upstream, client: Client) -> None:
+    def set_a_cookie(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Set-Cookie", "session=1; Path=/")
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    upstream.answer = set_a_cookie
+    for _ in range(2):
+        await client.request("GET", "/", {})
+    assert len(upstream.requests) == 2
+    assert not any("Cookie" in request.headers for request in upstream.requests)
+
+
 async def test_an_answer_that_is_too_large_is_not_read(
     upstream: Upstream, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,7 @@ async def test_old_keys_are_purged_in_batches_and_young_ones_stay(effects: Effec
         ("x" * 256, None),
         ("caf\u00e9", None),
         ("a\tb", None),
+        ("a\nb", None),  # stands for two fields
     ],
 )
 async def test_a_key_has_1_to_255_printable_characters_with_or_without_quotes(
@@ -157,7 +158,8 @@ async def test_a_key_has_1_to_255_printable_characters_with_or_without_quotes(
     async def route(key: IdempotencyKey) -> str:
         return key
 
-    headers = {b"Idempotency-Key": field.encode("latin-1")} if field is not None else {}
+    fields = [] if field is None else field.encode("latin-1").split(b"\n")
+    headers = [(b"Idempotency-Key", each) for each in fields]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         answer = await client.post("/", headers=headers)
     if key is None:

@@ -212,3 +212,35 @@ async def test_a_frozen_redis_is_told_in_one_line_and_loses_nothing(
         await eventually(lambda: len(handler.seen) == 2)
     lines = [record.message.split(":")[0] for record in caplog.records if record.name == "app.stream"]
     assert lines == ["events had no group group, and has one now", "no messages", "messages are taken again"]
+
+
+async def test_a_group_that_cannot_be_made_is_told_in_one_line_and_not_tried_all_the_time(
+    client: Redis, redis: services.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    if redis.program == "fakeredis":
+        pytest.skip("the imitation of Redis has no limit of memory")
+    await client.config_set("maxmemory", 1)
+    handler = Handler(client)
+    try:
+        async with consuming(handler):
+            await asyncio.sleep(1)
+    finally:
+        await client.config_set("maxmemory", 0)
+    assert 1 < handler.begun < 15
+    (line,) = [record.message for record in caplog.records if record.name == "app.stream"]
+    assert "OutOfMemoryError" in line
+
+
+async def test_a_dead_letter_that_redis_refuses_is_not_lost(client: Redis) -> None:
+    async def refuse(_: Message) -> None:
+        raise PoisonError("it is poison")
+
+    await client.set("events.dead", "of another type")
+    await send(client, "bad")
+    handler = Handler(client, refuse)
+    async with consuming(handler):
+        await eventually(lambda: handler.given_up > 1)
+        await client.delete("events.dead")
+        again = handler.given_up
+        await eventually(lambda: handler.given_up > again)
+    assert [fields[b"reason"] for fields in await entries(client, "events.dead")] == [b"it is poison"]

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import httpx
 import pytest
 from redis import Redis as Client
 
+from app.settings import load_settings
 from scripts import services
 from scripts.gateway import Gateway, gateway
 from scripts.services import free_port
@@ -218,6 +220,20 @@ def test_what_is_refused_is_parked_with_the_reason_and_announced_again_only_when
     ]
 
 
+def test_payments_that_the_gateway_does_not_take_hold_up_no_others(
+    urls: dict[str, str], service: Service, bank: Gateway
+) -> None:
+    first, bad, good = pay(service), [pay(service) for _ in range(40)], [pay(service) for _ in range(10)]
+    bank.refused.update(dict.fromkeys(bad, 400))
+    with consuming(**urls):
+        start = time.monotonic()
+        settled(service, first, *good)
+        assert time.monotonic() - start < 10  # 40 pauses of 3 s in 8 places would take 15 s
+    bank.refused.clear()
+    with consuming(**urls):
+        settled(service, *bad)
+
+
 def test_one_payment_that_the_gateway_chokes_on_is_parked_while_others_are_charged(
     urls: dict[str, str], service: Service, bank: Gateway
 ) -> None:
@@ -276,6 +292,49 @@ def test_what_a_killed_consumer_left_is_charged_once_by_the_next(
     with consuming(**urls):
         settled(service, *payment_ids)
     assert [bank.charges[payment_id] for payment_id in payment_ids] == [1] * 20
+
+
+def test_a_pending_payment_is_kept_in_the_cache_for_a_second_only(urls: dict[str, str], service: Service) -> None:
+    """So that it is soon read as settled, also if Redis is away when it is settled."""
+    client: Any = Client.from_url(urls["REDIS_URL"])
+    payment_id = pay(service)
+    key = f"cache:{{payments:{payment_id}}}"
+    assert status(service, payment_id) == "pending"
+    assert 0 < client.pttl(key) <= 1000
+    with consuming(**urls):
+        settled(service, payment_id)
+        assert client.pttl(key) > 20_000
+
+
+@pytest.mark.parametrize(
+    "url", ["https:///charges", "https://:443", "https://gw/v1?x=1", "https://256.1.1.1", "https://[v1.x]", "ftp://gw"]
+)
+def test_a_url_that_no_charge_can_be_sent_to_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_URL", url)
+    with pytest.raises(SystemExit) as refused:
+        load_settings()
+    assert f"GATEWAY_URL={url}: takes https://gateway.example" in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8090", "https://user:p%40ss@gw.example:443/v1", "https://[::1]:1/"])
+def test_a_url_may_have_an_address_a_user_and_a_path(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_URL", url)
+    assert load_settings().gateway_url == url
+
+
+@pytest.mark.parametrize("module", ["app.payments.consumer", "scripts.events"])
+def test_what_is_in_the_way_is_told_in_one_line(module: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        settings = os.environ | {"ENVIRONMENT": "development", "METRICS_BIND": address}
+        settings |= {"REDIS_URL": f"redis://:hunter2@127.0.0.1:{free_port()}/0"}
+        done = subprocess.run(
+            [sys.executable, "-m", module], cwd=PROJECT, env=settings, capture_output=True, check=False
+        )
+    assert done.returncode == 1
+    (line,) = done.stderr.decode().splitlines()
+    assert ("REDIS_URL" if module == "scripts.events" else f"METRICS_BIND={address}") in line
+    assert "hunter2" not in line
 
 
 @pytest.mark.parametrize("environment", ["production", "staging"])
