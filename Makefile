@@ -50,6 +50,7 @@ fast: lint ## the tests that run nothing: bakes, hooks, updates
 	@$(PYTEST) -m 'not slow'
 
 test: lint $(VENV)-audit/ready ## all tests that need no Docker, nginx or haproxy
+	@echo 'Three projects run all their own tests first, in silence: some minutes.'
 	@$(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder $(WITHOUT)
 
 test-all: WITHOUT :=

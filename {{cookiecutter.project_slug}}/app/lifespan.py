@@ -63,7 +63,8 @@ async def open_state(
         await stack.enter_async_context(beside(health.watch()))
         await stack.enter_async_context(beside(_measure(metrics, state)))
         await stack.enter_async_context(beside(_warm_up(state, warm_ups)))
-        await stack.enter_async_context(beside(state["payments"].work()))  # example
+        for work in state["payments"].work():  # example
+            await stack.enter_async_context(beside(work))  # example
         yield state
 
 

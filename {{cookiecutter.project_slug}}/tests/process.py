@@ -49,8 +49,31 @@ def frozen(pid: int) -> Iterator[None]:
                 process.resume()
 
 
-class Service:
-    """A running gunicorn with the service; `lines` are what it printed."""
+class Running:
+    """A process that runs, and what it has printed."""
+
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = DEADLINE_SECONDS) -> int:
+        """Signal it and return its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+    @property
+    def text(self) -> str:
+        """Everything printed so far."""
+        self.output.seek(0)
+        return self.output.read().decode()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Everything printed so far; fails on a line that is not JSON."""
+        return [json.loads(line) for line in self.text.splitlines()]
+
+
+class Service(Running):
+    """A running gunicorn with the service."""
 
     def __init__(self, app: str | None, port: int, stdout: IO[bytes] | None, /, **settings: str) -> None:
         self.port, self.metrics_port = port or free_port(), free_port()
@@ -84,22 +107,6 @@ class Service:
             return self.get(path).status_code == status
 
         eventually(answers, seconds)
-
-    def stop(self, number: int = signal.SIGTERM, seconds: float = DEADLINE_SECONDS) -> int:
-        """Signal the master and return its exit code."""
-        self.process.send_signal(number)
-        return self.process.wait(seconds)
-
-    @property
-    def text(self) -> str:
-        """Everything printed so far."""
-        self.output.seek(0)
-        return self.output.read().decode()
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        """Everything printed so far; fails on a line that is not JSON."""
-        return [json.loads(line) for line in self.text.splitlines()]
 
 
 @contextlib.contextmanager

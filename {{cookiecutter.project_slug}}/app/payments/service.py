@@ -1,7 +1,7 @@
 """What a worker does for payments: takes each once, announces it with an event, and finds it again."""
 
-import asyncio
-from typing import Annotated, cast
+from collections.abc import Coroutine
+from typing import Annotated, Any, cast
 from uuid import UUID, uuid5
 
 from fastapi import Depends, Request, Response
@@ -19,6 +19,7 @@ from app.payments.schemas import NewPayment, Page, Payment
 from app.settings import Settings
 
 STREAM, CREATED, CACHE = "payment-events", "payment.created", "payments"
+Work = Coroutine[Any, Any, None]
 KEPT_SECONDS = {"pending": 1.0, "settled": 30.0}  # in the cache: Redis may be away when a payment changes
 #: About which the stream is trimmed. An event that is cut off unread is announced again while its payment is pending.
 MAX_EVENTS = 100_000
@@ -65,11 +66,10 @@ class Payments:
         last = items[limit - 1] if len(items) > limit else None
         return Page(items=items[:limit], next_cursor=str(Cursor(last.created_at, last.payment_id)) if last else None)
 
-    async def work(self) -> None:
-        """Publish events, count those that wait, and forget old keys and messages, until cancelled."""
-        async with asyncio.TaskGroup() as both:  # whose end is the end of both, which gather's is not
-            both.create_task(outbox.relay(self.database, self.redis, MAX_EVENTS))
-            both.create_task(repeat(self.database, 5, outbox.measure, idempotency.forget, inbox.forget))
+    def work(self) -> tuple[Work, Work]:
+        """Return what goes on beside the requests: publishing events; counting what waits, and forgetting old keys."""
+        rest = repeat(self.database, 5, outbox.measure, idempotency.forget, inbox.forget)
+        return outbox.relay(self.database, self.redis, MAX_EVENTS), rest
 
 
 async def _payments(request: Request) -> Payments:

@@ -23,12 +23,12 @@ from app.settings import load_settings
 from scripts import services
 from scripts.gateway import Gateway, gateway
 from scripts.services import free_port
-from tests.process import PROJECT, Service, eventually, serving
+from tests.process import PROJECT, Running, Service, eventually, serving
 
 SETTLED_SECONDS = 15
 
 
-class Consumer:
+class Consumer(Running):
     """A running consumer."""
 
     def __init__(self, **settings: str) -> None:
@@ -43,19 +43,6 @@ class Consumer:
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(f"http://127.0.0.1:{self.port}{path}")
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(20)
-
-    @property
-    def text(self) -> str:
-        self.output.seek(0)
-        return self.output.read().decode()
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.text.splitlines()]
 
 
 @contextlib.contextmanager
