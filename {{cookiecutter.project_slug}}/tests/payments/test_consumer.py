@@ -23,7 +23,7 @@ from app.settings import load_settings
 from scripts import services
 from scripts.gateway import Gateway, gateway
 from scripts.services import free_port
-from tests.process import PROJECT, Running, Service, eventually, serving
+from tests.process import PROJECT, Running, Service, eventually, frozen, serving
 
 SETTLED_SECONDS = 15
 
@@ -210,14 +210,15 @@ def test_what_is_refused_is_parked_with_the_reason_and_announced_again_only_when
 def test_payments_that_the_gateway_does_not_take_hold_up_no_others(
     urls: dict[str, str], service: Service, bank: Gateway
 ) -> None:
-    first, bad, good = pay(service), [pay(service) for _ in range(40)], [pay(service) for _ in range(10)]
-    bank.refused.update(dict.fromkeys(bad, 400))
-    with consuming(**urls):
+    with consuming(**urls) as consumer:
+        settled(service, pay(service))
+        with frozen(consumer.process.pid):
+            bad, good = [pay(service) for _ in range(40)], [pay(service) for _ in range(10)]
+            bank.refused.update(dict.fromkeys(bad, 400))
         start = time.monotonic()
-        settled(service, first, *good)
+        settled(service, *good)
         assert time.monotonic() - start < 10  # 40 pauses of 3 s in 8 places would take 15 s
-    bank.refused.clear()
-    with consuming(**urls):
+        bank.refused.clear()
         settled(service, *bad)
 
 
