@@ -59,7 +59,7 @@ test-all: test attack ## all tests, with Docker, nginx and haproxy where one nee
 audit: setup $(VENV)-audit/ready ## hadolint, checkov, zizmor and others over all that a project is deployed with
 	@$(PYTEST) tests/test_audit.py
 
-attack: setup ## floods, faults, restarts behind nginx and haproxy, rolling updates; every request accounted for; 9 minutes
+attack: setup ## floods, faults, payments under fire, restarts behind nginx and haproxy, rolling updates; 12 minutes
 	@$(IN_SERVICE) setup
 	@$(SERVICE_BIN)/python -m pytest attack
 

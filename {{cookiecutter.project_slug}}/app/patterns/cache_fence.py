@@ -61,7 +61,8 @@ class Cache:
         return await self.fail_open.insist(both.execute) is not None
 
     def _names(self, key: str) -> tuple[str, str]:
-        return f"cache:{{{self.name}:{key}}}", f"fence:{{{self.name}:{key}}}"  # braces: on one node of a cluster
+        tag = "{" + f"{self.name}:{key}" + "}"  # in braces, so that both are on one node of a cluster
+        return f"cache:{tag}", f"fence:{tag}"
 
     async def _load(self, key: str, fence: bytes, load: Load) -> bytes | None:
         if (loaded := await load()) is None:

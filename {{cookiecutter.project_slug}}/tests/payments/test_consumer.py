@@ -286,7 +286,7 @@ def test_a_pending_payment_is_kept_in_the_cache_for_a_second_only(urls: dict[str
     """So that it is soon read as settled, also if Redis is away when it is settled."""
     client: Any = Client.from_url(urls["REDIS_URL"])
     payment_id = pay(service)
-    key = f"cache:{{payments:{payment_id}}}"
+    key = "cache:{payments:" + payment_id + "}"
     assert status(service, payment_id) == "pending"
     assert 0 < client.pttl(key) <= 1000
     with consuming(**urls):
