@@ -19,6 +19,8 @@ SOURCE = "{{cookiecutter.project_slug}}"
 JINJA_ALLOWED = re.compile(
     rf"{re.escape(SOURCE)}/(README\.md|docs/runbook\.md|deploy/.*)|hooks/.*\.py|cookiecutter\.json"
 )
+#: The programs of the service's environment.
+SERVICE_BIN = Path(os.environ.get("SERVICE_BIN", ROOT / ".venv-service/bin"))
 PYTHONS = ("3.11", "3.12", "3.13")
 CI = os.environ.get("CI") == "true"
 

@@ -1,11 +1,10 @@
 """The example goes as one: by the hook, or later by the team, with the same result."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
-from tests.conftest import ROOT, Bake, tree
+from tests.conftest import SERVICE_BIN, Bake, tree
 
 
 def remove(project: Path) -> None:
@@ -41,7 +40,7 @@ def test_migrations_of_the_team_that_followed_the_examples_come_first_from_then_
         text = f'from alembic import op\n\nrevision = "{name}"\ndown_revision = "{before}"\n'
         (versions / f"{name}.py").write_text(text)
     remove(project)
-    command = [str(Path(os.environ.get("SERVICE_BIN", ROOT / ".venv-service/bin")) / "alembic"), "history"]
+    command = [str(SERVICE_BIN / "alembic"), "history"]
     history = subprocess.run(command, cwd=project, check=True, stdout=subprocess.PIPE).stdout.decode()
     assert [line.split(",")[0] for line in history.splitlines()] == [
         "0003_ours -> 0004_ours (head)",

@@ -4,11 +4,10 @@ import json
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SOURCE, missing
+from tests.conftest import ROOT, SERVICE_BIN, SOURCE, missing
 from tests.mutations import MUTATIONS, NOTHING, Mutation
 
 pytestmark = pytest.mark.slow
@@ -23,7 +22,7 @@ def is_caught(mutation: Mutation, faults: Faults) -> bool:
 @pytest.fixture(scope="module")
 def faults() -> Faults:
     """What the contract says of each mutation, in one run of the service's own interpreter."""
-    python = Path(os.environ.get("SERVICE_BIN", ROOT / ".venv-service/bin")) / "python"
+    python = SERVICE_BIN / "python"
     if not python.exists():
         missing(f"{python}, which `make test` makes,")
     if not shutil.which("kustomize") and not shutil.which("kubectl"):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SOURCE, Bake
+from tests.conftest import ROOT, SERVICE_BIN, SOURCE, Bake
 
 ROW = re.compile(r"^\| [^|]+ \| `(\w+)\.py` \|([^|]*)\|([^|]*)\|([^|]*)\|$", re.MULTILINE)
 ROWS = ROW.findall((ROOT / "docs/patterns.md").read_text())
 SQL = (ROOT / SOURCE / "migrations/versions/0002_patterns.py").read_text()
-PYTHON = str(Path(os.environ.get("SERVICE_BIN", ROOT / ".venv-service/bin")) / "python")
+PYTHON = str(SERVICE_BIN / "python")
 
 
 def files(cell: str) -> list[str]:
