@@ -16,7 +16,7 @@ from benchmarks import BenchError, load, report
 from benchmarks.servers import Server
 from benchmarks.site import free_port
 from tests.conftest import ROOT, missing
-from tests.test_readme import left_over, terminal
+from tests.test_readme import terminal
 
 RESULTS = ROOT / "benchmarks"
 QUICK = ["make", "bench", "QUICK=1", f"VENV={sys.prefix}", f"TOOLS={os.environ.get('TOOLS', ROOT / '.tools')}"]
@@ -112,13 +112,14 @@ def test_ctrl_c_ends_a_run_in_one_line_and_leaves_nothing() -> None:
         end = time.monotonic() + 60
         while "small JSON" not in running.read() and time.monotonic() < end:
             time.sleep(0.1)
-        family = psutil.Process(running.process.pid).children(recursive=True)
-        folders = left_over()
+        family = running.family()
+        folders = running.folders(family)
+        assert folders  # its Postgres at least
         assert len(family) > 5  # make, the run, Postgres, Redis, servers
         running.interrupt()
         _, alive = psutil.wait_procs(family, 2)
         assert alive == []
-        assert len(folders - left_over()) >= 1  # its Postgres
+        assert not any(path.exists() for path in [*folders, *running.folders(family)])
         assert running.process.returncode != 0
         assert "benchmark failed: interrupted by SIGINT" in running.read()
         assert "Traceback" not in running.text

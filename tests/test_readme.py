@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,13 +63,14 @@ def test_nothing_speaks_of_the_machine_it_was_made_on() -> None:
 class Terminal:
     """A command in a terminal of its own: Ctrl-C reaches all of its processes, and output is for people."""
 
-    def __init__(self, command: list[str], folder: Path = ROOT, **settings: str) -> None:
+    def __init__(self, command: list[str], folder: Path, temporary: Path, **settings: str) -> None:
+        self.temporary = temporary
         self.master, slave = pty.openpty()
         environment = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS"}}
         self.process = subprocess.Popen(
             command,
             cwd=folder,
-            env=environment | settings,
+            env=environment | {"TMPDIR": str(temporary)} | settings,
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -110,27 +112,28 @@ class Terminal:
             time.sleep(0.02)
         return time.monotonic() - start
 
+    def family(self) -> list[psutil.Process]:
+        """Return the processes that it has started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def folders(self, family: list[psutil.Process]) -> list[Path]:
+        """Return the folders of its throw-away Postgres and of its metrics."""
+        names = ["postgres-*", *(f"metrics-{process.pid}-*" for process in family)]
+        return [path for place in (self.temporary, Path("/dev/shm")) for name in names for path in place.glob(name)]
+
 
 @contextlib.contextmanager
 def terminal(command: list[str], folder: Path = ROOT, **settings: str) -> Iterator[Terminal]:
-    """Run a command in a terminal and end it, whatever happens."""
-    running = Terminal(command, folder, **settings)
-    try:
-        yield running
-    finally:
-        if running.process.poll() is None:
-            running.interrupt()
-        os.close(running.master)
-
-
-def left_over() -> set[Path]:
-    """Return what throw-away servers and metrics keep on this machine while they run."""
-    return {
-        path
-        for place in ("/tmp", "/dev/shm")
-        for name in ("postgres-*", "metrics-*")
-        for path in Path(place).glob(name)
-    }
+    """Run a command in a terminal, with a temporary folder of its own, and end it, whatever happens."""
+    with tempfile.TemporaryDirectory() as temporary:
+        Path(temporary).chmod(0o755)  # for the user of a throw-away Postgres, whom pytest's folders keep out
+        running = Terminal(command, folder, Path(temporary), **settings)
+        try:
+            yield running
+        finally:
+            if running.process.poll() is None:
+                running.interrupt()
+            os.close(running.master)
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +161,13 @@ def test_the_demo_answers_what_the_readme_asks(demo: Terminal) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_demo_within_two_seconds_and_leaves_nothing(demo: Terminal) -> None:
-    family = psutil.Process(demo.process.pid).children(recursive=True)
-    folders = left_over()
+    family = demo.family()
+    folders = demo.folders(family)
+    assert len(folders) == 2  # its Postgres and its metrics
     assert demo.interrupt() < 2
     _, alive = psutil.wait_procs(family, 2)
     assert alive == []
-    assert len(folders - left_over()) == 2  # its Postgres and its metrics
+    assert not any(path.exists() for path in [*folders, *demo.folders(family)])
     assert "Traceback" not in demo.text
     assert not (CI and "fakeredis" in demo.text)
 
