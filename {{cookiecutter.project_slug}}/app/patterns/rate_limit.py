@@ -19,6 +19,7 @@ from app.patterns.fail_open import FailOpen
 BUDGET_SECONDS, MAX_REMEMBERED = 0.2, 10_000
 _COUNT = """
     local count, left = redis.call('INCR', KEYS[1]), redis.call('PTTL', KEYS[1])
+    if left == 0 then redis.call('SET', KEYS[1], 1) count, left = 1, -1 end -- Redis keeps it for this millisecond
     if left < 0 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) left = tonumber(ARGV[1]) end
     return {count, left}
 """

@@ -1,7 +1,8 @@
 """Fixtures: the pools that a worker has, on empty tables and an empty Redis."""
 
+import asyncio
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))  # else a fol
 
 
 @pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """On a busy machine a dozen connections at once may take more than a second to be made."""
+    return settings.model_copy(update={"database_acquire_timeout_seconds": 30.0})
+
+
+@pytest.fixture
 async def database(settings: Settings) -> AsyncIterator[Database]:
     async with Database(settings, 21) as database:
         async with database.acquire() as connection:
@@ -27,10 +34,28 @@ async def database(settings: Settings) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-async def client(settings: Settings) -> AsyncIterator[Redis]:
-    async with cache.connect(settings) as client:
-        await client.flushall()
-        yield client
+async def client(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Redis]:
+    """One that waits for a busy machine, where an answer may take longer than a worker has for it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "TIMEOUT_SECONDS", 10.0)
+        patient = cache.connect(settings)
+    async with patient:
+        await patient.flushall()
+        yield patient
+
+
+@pytest.fixture
+async def hasty(client: Redis, settings: Settings) -> AsyncIterator[Redis]:
+    """One with the timeouts of a worker, on the Redis that `client` has emptied."""
+    async with cache.connect(settings) as hasty:
+        yield hasty
+
+
+async def eventually(look: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until `look` returns true."""
+    async with asyncio.timeout(seconds):
+        while not look():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 async def entries(client: Redis, stream: str) -> list[dict[bytes, bytes]]:

@@ -7,7 +7,23 @@ import pytest
 
 from app.patterns.breaker import Breaker, OpenError
 
-RESET = 0.2
+RESET = 3.0
+
+
+class Clock:
+    """The time of a breaker: it goes by when a test says so, not while a busy machine does something else."""
+
+    seconds = 1000.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("app.patterns.breaker.time", clock)
+    return clock
 
 
 class Upstream:
@@ -28,14 +44,14 @@ class Upstream:
         return await asyncio.gather(*(self.call() for _ in range(number)), return_exceptions=True)
 
 
-async def test_a_dead_upstream_is_called_a_few_times_and_then_once_in_each_period() -> None:
+async def test_a_dead_upstream_is_called_a_few_times_and_then_once_in_each_period(clock: Clock) -> None:
     upstream = Upstream()
     for _ in range(20):
         with contextlib.suppress(ConnectionError, OpenError):
             await upstream.call()
     assert upstream.calls == 5
     for probes in range(1, 4):
-        await asyncio.sleep(RESET)
+        clock.seconds += RESET
         answers = await upstream.calls_of(50)
         assert upstream.calls == 5 + probes
         assert sum(isinstance(answer, OpenError) for answer in answers) == 49
@@ -49,7 +65,7 @@ async def test_of_many_calls_at_once_no_more_get_through_than_may_fail() -> None
     assert upstream.calls == 5
 
 
-async def test_one_success_closes_the_circuit_for_all() -> None:
+async def test_one_success_closes_the_circuit_for_all(clock: Clock) -> None:
     upstream = Upstream(1)
     with pytest.raises(ConnectionError):
         await upstream.call()
@@ -57,7 +73,7 @@ async def test_one_success_closes_the_circuit_for_all() -> None:
     with pytest.raises(OpenError) as error:
         await upstream.call()
     assert 0 < error.value.retry_in <= RESET
-    await asyncio.sleep(RESET)
+    clock.seconds += RESET
     assert await upstream.call() == "ok"
     assert await upstream.calls_of(50) == ["ok"] * 50
 
@@ -71,11 +87,11 @@ async def test_failures_count_in_a_row_only() -> None:
     assert upstream.calls == 4
 
 
-async def test_a_probe_that_is_cancelled_says_nothing_and_the_next_one_looks() -> None:
+async def test_a_probe_that_is_cancelled_says_nothing_and_the_next_one_looks(clock: Clock) -> None:
     upstream = Upstream(1)
     with contextlib.suppress(ConnectionError):
         await upstream.call()
-    await asyncio.sleep(RESET)
+    clock.seconds += RESET
     probe = asyncio.create_task(upstream.call(60))
     await asyncio.sleep(0)
     probe.cancel()
@@ -85,14 +101,15 @@ async def test_a_probe_that_is_cancelled_says_nothing_and_the_next_one_looks() -
     assert await upstream.call() == "ok"
 
 
-async def test_a_late_failure_of_before_does_not_keep_the_circuit_open() -> None:
+async def test_a_late_failure_of_before_does_not_keep_the_circuit_open(clock: Clock) -> None:
     upstream = Upstream(1)
-    late = asyncio.create_task(upstream.call(RESET * 0.9))
+    late = asyncio.create_task(upstream.call(0.05))
     await asyncio.sleep(0)
     with contextlib.suppress(ConnectionError):
         await upstream.call(0)
+    clock.seconds += RESET * 0.9
     with contextlib.suppress(ConnectionError):
         await late
-    await asyncio.sleep(RESET * 0.2)
+    clock.seconds += RESET * 0.2
     upstream.is_down = False
     assert await upstream.call() == "ok"

@@ -4,12 +4,23 @@ import asyncio
 import time
 
 import pytest
+from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
+from app.patterns import cache_fence
 from app.patterns.cache_fence import BUDGET_SECONDS, Cache
 from app.patterns.fail_open import COOL_DOWN_SECONDS
 from scripts import services
+from tests.patterns.conftest import eventually
 from tests.process import frozen
+
+PATIENT_SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine Redis may take longer than the budget, and then nothing is kept."""
+    monkeypatch.setattr(cache_fence, "BUDGET_SECONDS", PATIENT_SECONDS)
 
 
 class Source:
@@ -45,14 +56,14 @@ async def test_what_was_loaded_once_comes_from_the_cache(client: Redis, source: 
 async def test_a_reader_that_looked_before_a_change_does_not_store_what_it_read(client: Redis, source: Source) -> None:
     cache = Cache(client, "test")
     for _ in range(2):  # without a fence, and with an earlier one
-        source.value = b"old"
+        source.value, source.loads = b"old", 0
         source.go.clear()
         slow = asyncio.create_task(cache.get("a", source.load))
-        await asyncio.sleep(0.05)
+        await eventually(lambda: source.loads == 1)
         source.value = b"new"
         await Cache(client, "test").delete("a")  # from another process
         fresh = asyncio.create_task(cache.get("a", source.load))  # it must not wait for what the slow one reads
-        await asyncio.sleep(0.05)
+        await eventually(lambda: source.loads == 2)
         source.go.set()
         assert await slow == b"old"
         assert await fresh == b"new"
@@ -61,10 +72,10 @@ async def test_a_reader_that_looked_before_a_change_does_not_store_what_it_read(
 
 
 async def test_many_readers_cost_one_load_and_one_that_leaves_takes_nobody_along(client: Redis, source: Source) -> None:
-    cache = Cache(client, "test")
+    cache, misses = Cache(client, "many"), {"cache": "many", "result": "miss"}
     source.go.clear()
     readers = [asyncio.create_task(cache.get("a", source.load)) for _ in range(20)]
-    await asyncio.sleep(0.05)
+    await eventually(lambda: REGISTRY.get_sample_value("cache_reads_total", misses) == 20)
     readers[0].cancel()
     await asyncio.sleep(0)
     source.go.set()
@@ -90,7 +101,7 @@ async def test_what_does_not_exist_and_what_fails_is_not_kept(client: Redis, sou
 async def test_a_value_ends_by_itself(client: Redis, source: Source) -> None:
     source.seconds = 20
     await Cache(client, "test").get("a", source.load)
-    assert 17_000 < await client.pttl("cache:{test:a}") <= 20_000
+    assert 10_000 < await client.pttl("cache:{test:a}") <= 20_000
 
 
 async def test_a_frozen_redis_costs_one_read_its_budget_and_the_others_nothing(
@@ -100,11 +111,17 @@ async def test_a_frozen_redis_costs_one_read_its_budget_and_the_others_nothing(
         pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
     cache = Cache(client, "test")
     await cache.get("a", source.load)
+    cache.fail_open.budget_seconds = BUDGET_SECONDS
     with frozen(redis.pid):
         start = time.monotonic()
-        assert [await cache.get("a", source.load) for _ in range(5)] == [b"old"] * 5
-        assert time.monotonic() - start < BUDGET_SECONDS + 0.2
+        assert await cache.get("a", source.load) == b"old"
+        assert time.monotonic() - start < PATIENT_SECONDS / 2
+        others = [asyncio.create_task(cache.get("a", source.load)) for _ in range(4)]
+        await asyncio.sleep(0)
+        assert [task.done() for task in others] == [True] * 4  # at the first step: they have waited for nothing
+        assert [task.result() for task in others] == [b"old"] * 4
         assert not await cache.delete("a")
+    cache.fail_open.budget_seconds = PATIENT_SECONDS
     source.value = b"new"
     await asyncio.sleep(COOL_DOWN_SECONDS)
     assert await cache.delete("a")

@@ -10,26 +10,27 @@ from app.patterns.fail_open import COOL_DOWN_SECONDS, FailOpen
 from scripts import services
 from tests.process import frozen
 
-BUDGET_SECONDS = 0.2
+#: The second is for a Redis that is there, on a busy machine: as long as the fixture's client waits.
+BUDGET_SECONDS, PATIENT_SECONDS = 0.2, 10.0
 
 
 async def test_of_those_who_come_at_once_while_redis_is_away_one_waits(client: Redis, redis: services.Redis) -> None:
     if redis.program == "fakeredis":
         pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
-    fail_open = FailOpen(BUDGET_SECONDS)
-
-    async def ask() -> tuple[int | None, float]:
-        start = time.monotonic()
-        return await fail_open.ask(client.dbsize), time.monotonic() - start
-
+    fail_open = FailOpen(PATIENT_SECONDS)
     assert await fail_open.ask(client.dbsize) == 0
+    fail_open.budget_seconds = BUDGET_SECONDS
     with frozen(redis.pid):
-        assert (await ask())[0] is None  # so it is known
+        start = time.monotonic()
+        assert await fail_open.ask(client.dbsize) is None  # so it is known
+        assert time.monotonic() - start < PATIENT_SECONDS / 2
         for _ in range(2):
             await asyncio.sleep(COOL_DOWN_SECONDS)
-            waits = [seconds for answer, seconds in await asyncio.gather(*(ask() for _ in range(20))) if answer is None]
-            assert len(waits) == 20
-            assert sum(seconds > BUDGET_SECONDS / 2 for seconds in waits) == 1
+            asking = [asyncio.create_task(fail_open.ask(client.dbsize)) for _ in range(20)]
+            await asyncio.sleep(0)
+            assert sum(task.done() for task in asking) == 19  # who waits for nothing is done at the first step
+            assert await asyncio.gather(*asking) == [None] * 20
+    fail_open.budget_seconds = PATIENT_SECONDS
     await asyncio.sleep(COOL_DOWN_SECONDS)
     assert await fail_open.ask(client.dbsize) == 0
-    assert {answer for answer, _ in await asyncio.gather(*(ask() for _ in range(3)))} == {0}  # nobody is passed over
+    assert await asyncio.gather(*(fail_open.ask(client.dbsize) for _ in range(3))) == [0] * 3  # nobody is passed over

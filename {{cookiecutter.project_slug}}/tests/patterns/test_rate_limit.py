@@ -13,31 +13,35 @@ from scripts import services
 from tests.process import frozen
 
 
-@pytest.fixture
+PATIENT_SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine Redis may take longer than the budget, and its imitation does."""
-    monkeypatch.setattr(rate_limit, "BUDGET_SECONDS", 5)
+    monkeypatch.setattr(rate_limit, "BUDGET_SECONDS", PATIENT_SECONDS)
 
 
-@pytest.mark.usefixtures("patient")
 async def test_requests_over_the_limit_are_refused_until_the_window_ends(client: Redis) -> None:
     limit = RateLimit(client, "test", 2, 60)
     for _ in range(2):
         await limit.check("one")
     with pytest.raises(TooManyError) as refused:
         await limit.check("one")
-    assert refused.value.headers == {
-        "Retry-After": "60",
+    headers = refused.value.headers or {}
+    left = headers["Retry-After"]
+    assert 50 < int(left) <= 60
+    assert headers == {
+        "Retry-After": left,
         "RateLimit-Policy": '"test";q=2;w=60',
-        "RateLimit": '"test";r=0;t=60',
+        "RateLimit": f'"test";r=0;t={left}',
     }
     await limit.check("other")
     await RateLimit(client, "another", 2).check("one")
 
 
-@pytest.mark.usefixtures("patient")
 async def test_a_new_window_begins_when_the_old_one_has_ended(client: Redis) -> None:
-    limit = RateLimit(client, "test", 2, 1)
+    limit = RateLimit(client, "test", 2, 2)
     for _ in range(2):
         for _ in range(2):
             await limit.check("one")
@@ -48,7 +52,6 @@ async def test_a_new_window_begins_when_the_old_one_has_ended(client: Redis) -> 
 
 async def test_a_caller_over_the_limit_stays_so_while_redis_is_away(client: Redis) -> None:
     limit = RateLimit(client, "test", 2)
-    limit.redis.budget_seconds = 5
     for _ in range(2):
         await limit.check("one")
     with pytest.raises(TooManyError):
@@ -59,7 +62,6 @@ async def test_a_caller_over_the_limit_stays_so_while_redis_is_away(client: Redi
     await limit.check("other")
 
 
-@pytest.mark.usefixtures("patient")
 async def test_a_counter_that_lost_its_end_gets_one(client: Redis) -> None:
     await client.set("rate:test:one", 5)
     with pytest.raises(TooManyError):
@@ -74,14 +76,16 @@ async def test_a_frozen_redis_lets_everybody_through_and_only_the_first_one_wait
         pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
     limit = RateLimit(client, "test", 1)
     await limit.check("one")
+    limit.redis.budget_seconds = BUDGET_SECONDS
     with frozen(redis.pid):
-        waits = []
-        for _ in range(20):
-            start = time.monotonic()
-            await limit.check("one")
-            waits.append(time.monotonic() - start)
-    assert max(waits) < BUDGET_SECONDS + 0.2
-    assert sum(wait > BUDGET_SECONDS / 2 for wait in waits) == 1
+        start = time.monotonic()
+        await limit.check("one")
+        assert time.monotonic() - start < PATIENT_SECONDS / 2
+        others = [asyncio.create_task(limit.check("one")) for _ in range(19)]
+        await asyncio.sleep(0)
+        assert [task.done() for task in others] == [True] * 19  # at the first step: they have waited for nothing
+        await asyncio.gather(*others)
+    limit.redis.budget_seconds = PATIENT_SECONDS
     await asyncio.sleep(fail_open.COOL_DOWN_SECONDS)
     with pytest.raises(TooManyError):
         await limit.check("one")
