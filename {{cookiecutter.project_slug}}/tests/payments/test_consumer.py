@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 from uuid import uuid4
 
@@ -25,7 +26,8 @@ from scripts.gateway import Gateway, gateway
 from scripts.services import free_port
 from tests.process import PROJECT, Running, Service, eventually, frozen, serving
 
-SETTLED_SECONDS = 15
+#: Twice what a busy machine takes, and less than the minute after which everything pending is announced again.
+SETTLED_SECONDS = 40
 
 
 class Consumer(Running):
@@ -116,11 +118,12 @@ def test_a_payment_is_charged_once_and_settled_and_the_requests_id_goes_with_it(
         settled(service, payment_id)
         (headers,) = [headers for _, headers in bank.requests if headers["Idempotency-Key"] == payment_id]
         assert headers["X-Request-ID"] == "from-the-client"
-        metrics = consumer.get("/metrics").text
-        assert 'http_client_request_duration_seconds_count{outcome="201",upstream="gateway"}' in metrics
-        assert 'stream_messages_handled_total{outcome="done",stream="payment-events"}' in metrics
+        done = 'stream_messages_handled_total{outcome="done",stream="payment-events"}'
+        eventually(lambda: done in consumer.get("/metrics").text)  # counted when Redis has been told, after the commit
+        call = 'http_client_request_duration_seconds_count{outcome="201",upstream="gateway"}'
+        assert call in consumer.get("/metrics").text
         for probe in ("live", "startup", "ready"):
-            assert consumer.get(f"/health/{probe}").status_code == 200
+            eventually(lambda probe=probe: consumer.get(f"/health/{probe}").status_code == 200)
         assert consumer.stop() == 0
     assert bank.charges[payment_id] == 1
     assert bank.calls[payment_id] == 1
@@ -133,11 +136,10 @@ def test_a_gateway_that_is_down_delays_payments_and_nothing_else(
     with consuming(**urls) as consumer:
         payment_ids = [pay(service) for _ in range(20)]
         eventually(lambda: 'circuit_breaker_open{upstream="gateway"} 1.0' in consumer.get("/metrics").text)
-        calls, begin = bank.calls.total(), time.monotonic()
-        assert calls <= 8
-        time.sleep(3.5)
-        assert bank.calls.total() - calls <= 1 + (time.monotonic() - begin) / 3
-        assert consumer.get("/health/ready").status_code == service.get("/health/ready").status_code == 200
+        eventually(lambda: len(bank.requests) > 8)
+        # At most 8 calls until it is left alone, and then one in 3 s.
+        assert all(later - earlier >= 3 for (earlier, _), (later, _) in pairwise(bank.requests[7:]))
+        eventually(lambda: consumer.get("/health/ready").status_code == service.get("/health/ready").status_code == 200)
         assert {status(service, payment_id) for payment_id in payment_ids} == {"pending"}
         bank.status = 0
         settled(service, *payment_ids)
@@ -192,11 +194,15 @@ def test_what_is_refused_is_parked_with_the_reason_and_announced_again_only_when
         assert status(service, refused) == "pending"
         query = "select announce_at = 'infinity' from payments where payment_id = $1"
         assert [ask(urls["DATABASE_URL"], query, each) for each in (refused, good)] == [True, False]
-        assert [line for line in consumer.lines if line["level"] == "error" and "is parked" in line["message"]]
+        eventually(lambda: [line for line in consumer.lines if "is parked" in line["message"]])
+        assert {line["level"] for line in consumer.lines if "is parked" in line["message"]} == {"error"}
         reasons = sorted(fields[b"reason"] for _, fields in client.xrange("payment-events.dead"))
-        client.flushall()  # all that is pending is announced again, and this one is not
-        late = pay(service)
-        settled(service, late)
+        with frozen(consumer.process.pid):
+            length = client.xlen("payment-events")
+            lost = pay(service)
+            eventually(lambda: client.xlen("payment-events") > length)
+            client.flushall()
+        settled(service, lost)  # all that is pending is announced again, and the other one is not
         time.sleep(1)
         assert bank.calls[refused] == 1
         ask(urls["DATABASE_URL"], "update payments set announce_at = now() where payment_id = $1", refused)
@@ -211,13 +217,15 @@ def test_payments_that_the_gateway_does_not_take_hold_up_no_others(
     urls: dict[str, str], service: Service, bank: Gateway
 ) -> None:
     with consuming(**urls) as consumer:
-        settled(service, pay(service))
         with frozen(consumer.process.pid):
-            bad, good = [pay(service) for _ in range(40)], [pay(service) for _ in range(10)]
+            mixed = [pay(service) for _ in range(60)]
+            good = mixed[::4]
+            bad = [payment_id for payment_id in mixed if payment_id not in good]
             bank.refused.update(dict.fromkeys(bad, 400))
         start = time.monotonic()
         settled(service, *good)
-        assert time.monotonic() - start < 10  # 40 pauses of 3 s in 8 places would take 15 s
+        end = max(at for at, headers in bank.requests if headers["Idempotency-Key"] in good)
+        assert end - start < 12  # 45 pauses of 3.5 s in 8 places would take 20 s; the first ones do, until one is charged
         bank.refused.clear()
         settled(service, *bad)
 
@@ -232,7 +240,7 @@ def test_one_payment_that_the_gateway_chokes_on_is_parked_while_others_are_charg
         bad = pay(service)
         eventually(lambda: bank.calls[bad] > 0)
         bank.refused[bad], bank.status = 500, 0
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while not client.xlen("payment-events.dead") and time.monotonic() < end:
             settled(service, pay(service))
             time.sleep(0.5)
@@ -254,11 +262,13 @@ def test_a_redis_that_lost_everything_loses_no_payment(urls: dict[str, str], ser
 def test_sigterm_finishes_what_is_under_way_and_leaves_the_rest(
     urls: dict[str, str], service: Service, bank: Gateway
 ) -> None:
-    bank.delay_seconds = 1
+    bank.delay_seconds = 10  # so that none is done before the signal
     with consuming(**urls, MESSAGE_CONCURRENCY_PER_WORKER="2") as consumer:
         payment_ids = [pay(service) for _ in range(4)]
         eventually(lambda: len([each for each in payment_ids if bank.calls[each]]) == 2)
-        assert consumer.stop() == 0
+        consumer.process.send_signal(signal.SIGTERM)
+        bank.delay_seconds = 1  # for the second try, after 2 s
+        assert consumer.process.wait(20) == 0
         assert "Traceback" not in consumer.text
     found = sorted(status(service, payment_id) for payment_id in payment_ids)
     assert found == ["pending", "pending", "settled", "settled"]
@@ -287,8 +297,8 @@ def test_a_pending_payment_is_kept_in_the_cache_for_a_second_only(urls: dict[str
     client: Any = Client.from_url(urls["REDIS_URL"])
     payment_id = pay(service)
     key = "cache:{payments:" + payment_id + "}"
-    assert status(service, payment_id) == "pending"
-    assert 0 < client.pttl(key) <= 1000
+    # Not kept where Redis is slower than the cache's budget; one that is kept for longer would stay so.
+    eventually(lambda: status(service, payment_id) == "pending" and 0 < client.pttl(key) <= 1000)
     with consuming(**urls):
         settled(service, payment_id)
         # The consumer forgets the payment after it has settled it, maybe after it was read so: the next read keeps it.
@@ -316,7 +326,7 @@ def test_what_is_in_the_way_is_told_in_one_line(module: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         settings = os.environ | {"ENVIRONMENT": "development", "METRICS_BIND": address}
-        settings |= {"REDIS_URL": f"redis://:hunter2@127.0.0.1:{free_port()}/0"}
+        settings |= {"REDIS_URL": "redis://:hunter2@127.0.0.1:1/0"}
         done = subprocess.run(
             [sys.executable, "-m", module], cwd=PROJECT, env=settings, capture_output=True, check=False
         )
