@@ -131,7 +131,10 @@ def cut(request: BaseHTTPRequestHandler) -> None:
 
 @pytest.mark.parametrize("answer", [hang, drip, cut])
 async def test_an_upstream_that_does_not_finish_costs_bounded_time_and_counts_as_down(
-    upstream: Upstream, client: Client, answer: Callable[[BaseHTTPRequestHandler], None], monkeypatch: pytest.MonkeyPatch
+    upstream: Upstream,
+    client: Client,
+    answer: Callable[[BaseHTTPRequestHandler], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(clients, "ATTEMPT_SECONDS", 0.3)
     upstream.answer = answer
@@ -144,7 +147,10 @@ async def test_an_upstream_that_does_not_finish_costs_bounded_time_and_counts_as
 
 @pytest.mark.parametrize("answer", [hang, drip])
 async def test_all_tries_together_cost_bounded_time(
-    upstream: Upstream, client: Client, answer: Callable[[BaseHTTPRequestHandler], None], monkeypatch: pytest.MonkeyPatch
+    upstream: Upstream,
+    client: Client,
+    answer: Callable[[BaseHTTPRequestHandler], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(clients, "DEADLINE_SECONDS", 0.5)
     upstream.answer = answer

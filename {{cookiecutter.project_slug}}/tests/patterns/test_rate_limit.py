@@ -12,7 +12,6 @@ from app.patterns.rate_limit import BUDGET_SECONDS, RateLimit, TooManyError, cal
 from scripts import services
 from tests.process import frozen
 
-
 PATIENT_SECONDS = 10.0
 
 
@@ -31,11 +30,7 @@ async def test_requests_over_the_limit_are_refused_until_the_window_ends(client:
     headers = refused.value.headers or {}
     left = headers["Retry-After"]
     assert 50 < int(left) <= 60
-    assert headers == {
-        "Retry-After": left,
-        "RateLimit-Policy": '"test";q=2;w=60',
-        "RateLimit": f'"test";r=0;t={left}',
-    }
+    assert headers == {"Retry-After": left, "RateLimit-Policy": '"test";q=2;w=60', "RateLimit": f'"test";r=0;t={left}'}
     await limit.check("other")
     await RateLimit(client, "another", 2).check("one")
 

@@ -122,8 +122,8 @@ def test_a_payment_is_charged_once_and_settled_and_the_requests_id_goes_with_it(
         eventually(lambda: done in consumer.get("/metrics").text)  # counted when Redis has been told, after the commit
         call = 'http_client_request_duration_seconds_count{outcome="201",upstream="gateway"}'
         assert call in consumer.get("/metrics").text
-        for probe in ("live", "startup", "ready"):
-            eventually(lambda probe=probe: consumer.get(f"/health/{probe}").status_code == 200)
+        probes = [f"/health/{name}" for name in ("live", "startup", "ready")]
+        eventually(lambda: {consumer.get(probe).status_code for probe in probes} == {200})
         assert consumer.stop() == 0
     assert bank.charges[payment_id] == 1
     assert bank.calls[payment_id] == 1
@@ -225,7 +225,9 @@ def test_payments_that_the_gateway_does_not_take_hold_up_no_others(
         start = time.monotonic()
         settled(service, *good)
         end = max(at for at, headers in bank.requests if headers["Idempotency-Key"] in good)
-        assert end - start < 12  # 45 pauses of 3.5 s in 8 places would take 20 s; the first ones do, until one is charged
+        assert (
+            end - start < 12
+        )  # 45 pauses of 3.5 s in 8 places would take 20 s; until the first is charged, they pause
         bank.refused.clear()
         settled(service, *bad)
 
