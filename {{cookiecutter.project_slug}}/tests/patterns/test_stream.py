@@ -128,9 +128,11 @@ async def test_what_takes_long_is_left_to_the_one_that_handles_it(
 
     handlers = [Handler(client, long), Handler(client, long)]
     await send(client, "long")
-    async with consuming(handlers[0]), consuming(handlers[1]):
-        await eventually(lambda: any(handler.seen for handler in handlers))
-        await eventually(lambda: not any(handler.under_way for handler in handlers))
+    async with consuming(handlers[0]) as first:
+        first.sources = [first.group.read]  # to find its own message idle would set the idle time back too
+        await eventually(lambda: handlers[0].under_way == 1)
+        async with consuming(handlers[1]):
+            await eventually(lambda: not any(handler.under_way for handler in handlers))
     assert handlers[0].seen + handlers[1].seen == {"long": 1}
 
 
