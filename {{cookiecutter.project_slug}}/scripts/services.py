@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-START_SECONDS = 30
+START_SECONDS = 60
 POSTGRES_SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
@@ -33,10 +33,18 @@ POSTGRES_SETTINGS = {
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """Return a TCP port of the loopback interface that nobody listens on.
+
+    A connection that has just been closed keeps it for a minute: a server that names it may listen there, but the
+    system gives it to nobody else who asks for any port.
+    """
+    with socket.socket() as listener, socket.socket() as client:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        client.connect(listener.getsockname())
+        listener.accept()[0].close()  # first, so that it is this end that waits
+        port: int = listener.getsockname()[1]
     return port
 
 
