@@ -18,7 +18,7 @@ import psutil
 from scripts.services import free_port
 
 PROJECT = Path(__file__).parent.parent
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 30.0  # a start takes 10 where others run their tests too; under GRACEFUL_TIMEOUT_SECONDS
 
 
 def eventually(look: Callable[[], object], seconds: float = DEADLINE_SECONDS) -> None:
@@ -37,7 +37,8 @@ def eventually(look: Callable[[], object], seconds: float = DEADLINE_SECONDS) ->
 def frozen(pid: int) -> Iterator[None]:
     """Stop a process and its children, as a machine does that swaps or a network that drops everything."""
     parent = psutil.Process(pid)
-    family = [parent, *parent.children(recursive=True)]
+    parent.suspend()  # first, or it has another child meanwhile
+    family = [*parent.children(recursive=True), parent]
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.suspend()
@@ -62,14 +63,14 @@ class Running:
 
     @property
     def text(self) -> str:
-        """Everything printed so far."""
-        self.output.seek(0)
-        return self.output.read().decode()
+        """Everything printed so far; a seek would move the place where the process writes, too."""
+        number = self.output.fileno()
+        return os.pread(number, os.fstat(number).st_size, 0).decode()
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """Everything printed so far; fails on a line that is not JSON."""
-        return [json.loads(line) for line in self.text.splitlines()]
+        """All whole lines printed so far; fails on one that is not JSON."""
+        return [json.loads(line) for line in self.text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 class Service(Running):
@@ -89,7 +90,8 @@ class Service(Running):
         # A new connection each time, so that any worker may answer. Not by a limit of idle ones: with threads, httpx
         # can close a connection just when it gives it to the next request.
         every_one_new = {"Connection": "close"}
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=10, headers=every_one_new)
+        address = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=address, timeout=DEADLINE_SECONDS, headers=every_one_new)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
         """Ask over a connection of its own."""
@@ -98,6 +100,10 @@ class Service(Running):
     def metrics(self) -> str:
         """Scrape the metrics."""
         return self.http.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
+
+    def wait_for_workers(self, number: int = 2) -> None:
+        """Wait until so many workers have started, those that have ended included."""
+        eventually(lambda: self.text.count("Application startup complete.") == number)
 
     def wait(self, path: str = "/health/ready", status: int = 200, seconds: float = DEADLINE_SECONDS) -> None:
         """Wait until a path answers with a status, or fail."""
