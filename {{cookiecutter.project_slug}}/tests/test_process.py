@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import pytest
 from app import healthcheck
 from app.settings import Settings
 from scripts.services import Redis, free_port, postgres
-from tests.process import PROJECT, Service, eventually, frozen, serving
+from tests.process import DEADLINE_SECONDS, PROJECT, Service, eventually, frozen, serving
 
 SHARED_MEMORY = Path("/dev/shm")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gunicorn does not run on Windows")
@@ -35,6 +36,7 @@ def service(urls: dict[str, str]) -> Iterator[Service]:
     """One service for tests that only ask."""
     with serving("tests.faulty:app", **urls) as service:
         service.wait()
+        service.wait_for_workers()
         yield service
 
 
@@ -73,13 +75,13 @@ def test_the_health_check_of_the_image_tells_200_from_the_rest(
 
 
 def test_requests_over_all_workers_are_all_counted(service: Service) -> None:
-    before = count(service, "/")
+    # Of no other test: what these have asked may be counted only now.
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
-        answers = list(pool.map(lambda _: service.get("/"), range(300)))
+        answers = list(pool.map(lambda _: service.get("/slow?seconds=0", **{"X-Request-ID": "many"}), range(300)))
     assert {answer.status_code for answer in answers} == {200}
-    eventually(lambda: count(service, "/") - before == 300, 2)
-    pids = {line["pid"] for line in service.lines if line["logger"] == "access" and line["route"] == "/"}
-    assert len(pids) == 2
+    eventually(lambda: count(service, "/slow") == 300)
+    eventually(lambda: len(of_request(service, "many")) == 300)
+    assert len({line["pid"] for line in of_request(service, "many")}) == 2
     assert "http_server_active_requests 0.0" in service.metrics()
 
 
@@ -103,20 +105,22 @@ def test_an_answer_that_breaks_off_is_seen_as_broken_off(service: Service) -> No
 @pytest.mark.parametrize("forged", ['a"b', "x" * 8000, "a b"])
 def test_a_forged_request_id_appears_nowhere(service: Service, forged: str) -> None:
     answer = service.get("/nowhere", **{"X-Request-ID": forged})
-    assert forged not in answer.text + answer.headers["x-request-id"]
-    assert forged not in service.text
+    made = answer.headers["x-request-id"]
+    assert forged not in answer.text + made
+    eventually(lambda: of_request(service, made))  # the line of this request is written
+    assert forged not in str(service.lines)
 
 
 def test_a_killed_worker_is_replaced_and_stays_counted(service: Service) -> None:
-    before = count(service, "/")
     for _ in range(20):
-        service.get("/")
-    eventually(lambda: count(service, "/") - before == 20, 2)
-    victims = [line["pid"] for line in service.lines if line["logger"] == "access"]
-    os.kill(victims[-1], signal.SIGKILL)
-    eventually(lambda: f"Worker (pid:{victims[-1]}) was sent SIGKILL" in service.text)
-    service.wait()
-    assert count(service, "/") - before == 20
+        service.get("/events?seconds=0", **{"X-Request-ID": "few"})
+    eventually(lambda: count(service, "/events") == 20)  # of no other test
+    eventually(lambda: of_request(service, "few"))
+    victim = of_request(service, "few")[-1]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    eventually(lambda: f"Worker (pid:{victim}) was sent SIGKILL" in service.text)
+    service.wait_for_workers(3)
+    assert count(service, "/events") == 20
 
 
 def test_a_broken_file_of_a_killed_worker_does_not_end_the_master(
@@ -128,10 +132,11 @@ def test_a_broken_file_of_a_killed_worker_does_not_end_the_master(
         service.get("/")
         eventually(lambda: list(folder.glob("histogram_*.db")))
         broken = next(folder.glob("histogram_*.db"))  # of a worker; the other may have one too
+        worker = psutil.Process(int(broken.stem.split("_")[1]))
+        worker.suspend()  # or it writes this number again
         with broken.open("r+b") as file:
             file.write(b"\xff\xff\xff\x7f")  # the number of bytes in use
-        pid = int(broken.stem.split("_")[1])
-        os.kill(pid, signal.SIGKILL)
+        worker.kill()
         eventually(lambda: f"the counts in {broken.name} are lost" in service.text)
         service.wait()
         answer = service.http.get(f"http://127.0.0.1:{service.metrics_port}/metrics")
@@ -151,12 +156,16 @@ def test_the_start_says_how_it_is_sized(service: Service) -> None:
 def test_a_term_lets_requests_finish_and_ends_cleanly(urls: dict[str, str]) -> None:
     with serving("tests.faulty:app", **urls) as service:
         service.wait()
-        eventually(lambda: service.text.count("Application startup complete.") == 2)
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            slow = pool.submit(service.get, "/slow?seconds=1")
+        service.wait_for_workers()
+        with socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS) as slow:
+            slow.sendall(b"POST /length HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n")
             eventually(lambda: "http_server_active_requests 1.0" in service.metrics())
-            assert service.stop(signal.SIGTERM) == 0
-            assert slow.result().json() == "done"
+            service.process.send_signal(signal.SIGTERM)
+            eventually(lambda: "Shutting down" in service.text)  # the other worker
+            slow.sendall(b"abc")
+            answer = slow.recv(4096)
+            assert (answer[:12], answer[-1:]) == (b"HTTP/1.1 200", b"3")
+            assert service.process.wait(DEADLINE_SECONDS) == 0
         messages = [line["message"] for line in service.lines]
         assert messages.count("Application shutdown complete.") == 2
         assert messages.count("atexit ran") >= 2
@@ -164,16 +173,16 @@ def test_a_term_lets_requests_finish_and_ends_cleanly(urls: dict[str, str]) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
-def test_an_interrupt_ends_within_two_seconds(urls: dict[str, str], number: int) -> None:
-    with serving("tests.faulty:app", **urls) as service:
+def test_an_interrupt_waits_for_no_request(urls: dict[str, str], number: int) -> None:
+    with serving("tests.faulty:app", RETIRE_SECONDS="20", **urls) as service:
         service.wait()
-        eventually(lambda: service.text.count("Application startup complete.") == 2)
+        service.wait_for_workers()
         with concurrent.futures.ThreadPoolExecutor() as pool:
             pool.submit(service.get, "/slow?seconds=30")
             eventually(lambda: "http_server_active_requests 1.0" in service.metrics())
             start = time.monotonic()
             assert service.stop(number) == 0
-            assert time.monotonic() - start < 2.5  # and the 0.1 s steps of the master
+            assert time.monotonic() - start < 10  # 2 where the machine has time; 20 if it retired
         assert [line["message"] for line in service.lines].count("Application shutdown complete.") == 2
 
 
@@ -184,7 +193,7 @@ def test_nothing_is_left_behind(urls: dict[str, str]) -> None:
         eventually(lambda: len(master.children()) == 3)  # two workers and the metrics process
         children = master.children()
         assert service.stop() == 0
-        _, alive = psutil.wait_procs(children, 3)
+        _, alive = psutil.wait_procs(children, DEADLINE_SECONDS)
         assert alive == []
         assert list(SHARED_MEMORY.glob(f"metrics-{service.process.pid}-*")) == []
 
@@ -195,7 +204,7 @@ def test_all_processes_end_with_a_killed_master(urls: dict[str, str]) -> None:
         children = psutil.Process(service.process.pid).children(recursive=True)
         service.process.kill()
         service.process.wait()
-        _, alive = psutil.wait_procs(children, 5)
+        _, alive = psutil.wait_procs(children, DEADLINE_SECONDS)
         for process in alive:
             process.kill()
         assert alive == []
@@ -206,7 +215,8 @@ def test_all_processes_end_with_a_killed_master(urls: dict[str, str]) -> None:
 def test_with_nothing_there_it_starts_is_live_and_recovers(redis: Redis) -> None:
     with postgres() as server:
         server.stop()
-        with serving(DATABASE_URL=server.url, REDIS_URL=f"redis://127.0.0.1:{free_port()}") as service:
+        urls = {"DATABASE_URL": server.url, "REDIS_URL": f"redis://127.0.0.1:{free_port()}"}
+        with serving(READINESS_TIMEOUT_SECONDS="10", **urls) as service:  # Postgres may be slow when it is back
             service.wait("/health/startup")
             assert service.get("/health/live").status_code == 200
             ready = service.get("/health/ready")
@@ -214,7 +224,7 @@ def test_with_nothing_there_it_starts_is_live_and_recovers(redis: Redis) -> None
             assert {check["status"] for check in ready.json()["checks"].values()} == {"unhealthy"}
             server.start()
             recovered = {"postgres": "healthy", "redis": "unhealthy"}
-            eventually(lambda: states(service) == recovered, 3)  # another worker may know it up to a second later
+            eventually(lambda: states(service) == recovered)  # another worker may know it up to a second later
             lines = [line["message"] for line in service.lines if line["logger"] == "app.health"]
             for text in ("postgres is unhealthy", "redis is unhealthy"):
                 assert 1 <= lines.count(text) <= 2  # one for each worker, not one for each try
@@ -229,33 +239,33 @@ def test_a_postgres_that_stops_or_freezes_makes_it_unready_and_nothing_else(redi
             assert service.get("/health/startup").status_code == 200
 
         with frozen(server.pid):
-            service.wait("/health/ready", 503, seconds=3)
+            service.wait("/health/ready", 503)
             others_are_well()
-        service.wait("/health/ready", 200, seconds=3)
+        service.wait("/health/ready", 200)
         server.stop()
-        service.wait("/health/ready", 503, seconds=3)
+        service.wait("/health/ready", 503)
         others_are_well()
         server.start()
-        service.wait("/health/ready", 200, seconds=3)
+        service.wait("/health/ready", 200)
         assert "Traceback" not in service.text
 
 
 def test_a_redis_that_freezes_is_reported_only(urls: dict[str, str], redis: Redis) -> None:
-    with serving(**urls) as service:
+    with serving(READINESS_TIMEOUT_SECONDS="10", **urls) as service:  # Postgres may be slow; the cache has its own
         service.wait()
         with frozen(redis.pid):
-            eventually(lambda: states(service)["redis"] == "unhealthy", 3)
+            eventually(lambda: states(service)["redis"] == "unhealthy")
             assert service.get("/health/ready").status_code == 200
-        eventually(lambda: states(service)["redis"] == "healthy", 3)
+        eventually(lambda: states(service)["redis"] == "healthy")
 
 
 def test_a_hangup_replaces_the_workers_and_reads_nothing_anew(
     urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     secrets = tmp_path_factory.mktemp("secrets")
-    with serving(SECRETS_DIR=str(secrets), **urls) as service:
+    with serving(SECRETS_DIR=str(secrets), READINESS_TIMEOUT_SECONDS="10", **urls) as service:
         service.wait()
-        eventually(lambda: service.text.count("Application startup complete.") == 2)
+        service.wait_for_workers()
         for _ in range(10):
             service.get("/")
         eventually(lambda: count(service, "/") == 10)
@@ -275,13 +285,13 @@ def test_a_killed_metrics_process_is_replaced(service: Service) -> None:
     workers = {line["pid"] for line in service.lines if line["message"].startswith("Started server process")}
     (victim,) = (c for c in psutil.Process(service.process.pid).children() if c.pid not in workers)
     victim.kill()
-    eventually(lambda: not victim.is_running(), 3)
-    eventually(lambda: count(service, "/health/live") == before, 5)
+    eventually(lambda: not victim.is_running())
+    eventually(lambda: count(service, "/health/live") == before)
 
 
 def test_usr2_is_one_line(service: Service) -> None:
     service.process.send_signal(signal.SIGUSR2)
-    eventually(lambda: "SIGUSR2 is ignored" in service.text, 3)
+    eventually(lambda: "SIGUSR2 is ignored" in service.text)
     assert service.get("/").status_code == 200
 
 
@@ -294,7 +304,7 @@ def test_a_start_that_fails_leaves_nothing_behind(urls: dict[str, str]) -> None:
     environment = os.environ | urls | {"BIND": "192.0.2.1:80", "METRICS_BIND": f"127.0.0.1:{free_port()}"}
     run = [sys.executable, "-m", "gunicorn"]
     process = subprocess.Popen(run, cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert process.wait(30) == 1
+    assert process.wait(60) == 1
     assert list(SHARED_MEMORY.glob(f"metrics-{process.pid}-*")) == []
 
 
@@ -318,7 +328,7 @@ def refusal(**settings: str) -> str:
     addresses = {"BIND": f"127.0.0.1:{free_port()}", "METRICS_BIND": f"127.0.0.1:{free_port()}"}
     environment = os.environ | addresses | settings
     done = subprocess.run(
-        [sys.executable, "-m", "gunicorn"], cwd=PROJECT, env=environment, capture_output=True, check=False, timeout=30
+        [sys.executable, "-m", "gunicorn"], cwd=PROJECT, env=environment, capture_output=True, check=False, timeout=60
     )
     assert done.returncode == 1
     line = done.stderr.decode()
