@@ -15,7 +15,7 @@ from websockets.sync.client import connect
 from websockets.sync.connection import Connection
 
 from scripts.services import Redis
-from tests.process import Service, eventually, serving
+from tests.process import DEADLINE_SECONDS, Service, eventually, serving
 
 DRAIN = {"DRAIN_SECONDS": "2", "RETIRE_SECONDS": "1", "WEB_CONCURRENCY": "1"}
 
@@ -32,7 +32,7 @@ def websocket(service: Service) -> Iterator[Connection]:
     """Open a WebSocket that has answered once."""
     with connect(f"ws://127.0.0.1:{service.port}/echo") as connection:
         connection.send("hello")
-        assert connection.recv(5) == "hello"
+        assert connection.recv(DEADLINE_SECONDS) == "hello"
         yield connection
 
 
@@ -49,19 +49,22 @@ def messages(service: Service) -> list[str]:
     return [line["message"] for line in service.lines]
 
 
-def test_it_drains_before_it_ends(service: Service) -> None:
-    service.process.send_signal(signal.SIGTERM)
-    service.wait("/health/ready", 503, seconds=0.5)
-    assert service.get("/health/ready").json()["status"] == "draining"
-    start = time.monotonic()
-    while time.monotonic() - start < 1:
-        answer = service.get("/", Connection="keep-alive")
-        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
-    service.process.send_signal(signal.SIGTERM)  # a second one changes nothing
-    assert service.get("/health/live").status_code == 200
-    assert service.process.wait(10) == 0
-    assert time.monotonic() - start > 1.5
-    assert messages(service).count("Application shutdown complete.") == 1
+def test_it_drains_before_it_ends(database_url: str, redis: Redis) -> None:
+    urls = {"DATABASE_URL": database_url, "REDIS_URL": redis.url, "DRAIN_SECONDS": "5"}
+    with serving("tests.faulty:app", **DRAIN | urls) as service:
+        service.wait()
+        start = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        service.wait("/health/ready", 503)
+        assert service.get("/health/ready").json()["status"] == "draining"
+        for _ in range(50):
+            answer = service.get("/", Connection="keep-alive")
+            assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        service.process.send_signal(signal.SIGTERM)  # a second one changes nothing
+        assert service.get("/health/live").status_code == 200
+        assert service.process.wait(DEADLINE_SECONDS) == 0
+        assert time.monotonic() - start > 5
+        assert messages(service).count("Application shutdown complete.") == 1
 
 
 def test_a_websocket_is_told_to_come_back_and_a_stream_ends(service: Service) -> None:
@@ -69,20 +72,20 @@ def test_a_websocket_is_told_to_come_back_and_a_stream_ends(service: Service) ->
         start = time.monotonic()
         service.process.send_signal(signal.SIGTERM)
         with pytest.raises(ConnectionClosed) as closed:
-            connection.recv(10)
+            connection.recv(DEADLINE_SECONDS)
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1012
         assert time.monotonic() - start > 2  # not before the drain is over
         with pytest.raises(httpx.RemoteProtocolError):
             list(events)
         assert time.monotonic() - start > 3
-        assert service.process.wait(10) == 0
+        assert service.process.wait(DEADLINE_SECONDS) == 0
     assert "Application shutdown complete." in messages(service)
 
 
 def test_work_in_the_background_is_waited_for(service: Service) -> None:
-    service.get("/background?seconds=5")
     service.get("/background-task?seconds=4")
+    service.get("/background?seconds=7")  # goes on when the other, which the server itself waits for, is done
     assert service.stop() == 0
     said = messages(service)
     assert {"background done", "task done", "1 tasks finished, 0 cancelled"} <= set(said)
@@ -118,7 +121,7 @@ def test_a_quick_end_cuts_everything_off(service: Service, number: int, draining
             time.sleep(0.5)
         start = time.monotonic()
         assert service.stop(number) == 0
-        assert time.monotonic() - start < 5  # 2 where the machine has time
+        assert time.monotonic() - start < 10  # 2 where the machine has time; 47 if it waited
         with contextlib.suppress(httpx.TransportError):
             assert slow.result().status_code == 503
     assert "Application shutdown complete." in messages(service)
@@ -137,7 +140,7 @@ def test_a_connection_in_the_kernels_queue_is_served(service: Service) -> None:
     (worker,) = {line["pid"] for line in service.lines if line["message"].startswith("Started server process")}
     process = psutil.Process(worker)
     process.suspend()
-    clients = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(20)]
+    clients = [socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS) for _ in range(20)]
     for client in clients:
         client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
     service.process.send_signal(signal.SIGQUIT)
@@ -146,16 +149,16 @@ def test_a_connection_in_the_kernels_queue_is_served(service: Service) -> None:
     for client in clients:
         with client:
             assert client.recv(4096).startswith(b"HTTP/1.1 200")
-    assert service.process.wait(10) == 0
+    assert service.process.wait(DEADLINE_SECONDS) == 0
 
 
 def test_a_worker_that_is_stuck_leaves_its_stack(database_url: str, redis: Redis) -> None:
-    settings = DRAIN | {"DATABASE_URL": database_url, "REDIS_URL": redis.url, "WORKER_TIMEOUT_SECONDS": "2"}
+    settings = DRAIN | {"DATABASE_URL": database_url, "REDIS_URL": redis.url, "WORKER_TIMEOUT_SECONDS": "4"}
     with serving("tests.faulty:app", **settings) as service:
         service.wait()
         with concurrent.futures.ThreadPoolExecutor() as pool:
             pool.submit(lambda: contextlib.suppress(httpx.TransportError).__enter__() or service.get("/stuck"))
-            eventually(lambda: "was stuck, or has crashed" in service.text, 10)
+            eventually(lambda: "was stuck, or has crashed" in service.text)
         service.wait()
         (line,) = [line for line in service.lines if line["logger"] == "app.worker"]
         assert "faulty.py" in line["stacks"]
@@ -163,13 +166,13 @@ def test_a_worker_that_is_stuck_leaves_its_stack(database_url: str, redis: Redis
 
 
 def test_the_last_worker_that_is_recycled_is_replaced_before_it_ends(database_url: str, redis: Redis) -> None:
-    recycling = {"MAX_REQUESTS": "50", "MAX_REQUESTS_JITTER": "0", "RETIRE_SECONDS": "3"}
+    recycling = {"MAX_REQUESTS": "50", "MAX_REQUESTS_JITTER": "0", "RETIRE_SECONDS": "9"}
     urls = {"DATABASE_URL": database_url, "REDIS_URL": redis.url}
     with serving(**DRAIN | recycling | urls) as service:
         service.wait()
         with socket.create_connection(("127.0.0.1", service.port)):  # keeps the worker for RETIRE_SECONDS
-            longest, end = 0.0, time.monotonic() + 6
-            while time.monotonic() < end:
+            longest, end = 0.0, time.monotonic() + 60
+            while service.text.count("Shutting down") < 3 and time.monotonic() < end:  # its successors have none
                 start = time.monotonic()
                 assert service.get("/").status_code == 200
                 longest = max(longest, time.monotonic() - start)
@@ -177,4 +180,4 @@ def test_the_last_worker_that_is_recycled_is_replaced_before_it_ends(database_ur
         asked = next(place for place, text in enumerate(said) if text.endswith("asking for a successor"))
         after = said[asked:]
         assert after.index("Application startup complete.") < after.index("Shutting down")
-        assert longest < 2.5  # and not the three seconds of retirement
+        assert longest < 8  # and not the nine seconds of retirement

@@ -7,22 +7,23 @@ import socket
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from starlette.types import Message
 
 from app.limits import Limits, RefusedError
 from app.settings import Settings
 from scripts.services import Redis
-from tests.process import Service, eventually, serving
+from tests.process import DEADLINE_SECONDS, Service, eventually, serving
 
 LIMITS = {
     "WEB_CONCURRENCY": "1",
     "MAX_HEADER_BYTES": "4096",
     "MAX_BODY_BYTES": "100000",
     "MAX_IN_FLIGHT": "4",
-    "HEADER_TIMEOUT_SECONDS": "1",
-    "REQUEST_BODY_TIMEOUT_SECONDS": "1",
-    "REQUEST_TIMEOUT_SECONDS": "2",
+    "HEADER_TIMEOUT_SECONDS": "3",  # over the pauses of the tests, by far
+    "REQUEST_BODY_TIMEOUT_SECONDS": "2",
+    "REQUEST_TIMEOUT_SECONDS": "4",
     "KEEPALIVE_SECONDS": "1",
 }
 BIG = b"POST /length HTTP/1.1\r\nHost: a\r\nX-Request-ID: %s\r\n"
@@ -37,7 +38,7 @@ def service(database_url: str, redis: Redis) -> Iterator[Service]:
 
 def send(service: Service, *parts: bytes, pause_seconds: float = 0.0) -> bytes:
     """Send parts of a request over a connection of its own; return all that comes back until it is closed."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS) as connection:
         for part in parts:
             try:
                 connection.sendall(part)
@@ -58,13 +59,13 @@ def assert_refused(service: Service, answer: bytes, status: int) -> None:
     assert b"connection: close" in lines
     problem = json.loads(body)
     assert (problem["status"], f"x-request-id: {problem['request_id']}".encode() in lines) == (status, True)
-    eventually(lambda: problem["request_id"] in service.text, 2)
+    eventually(lambda: problem["request_id"] in service.text)
     access = [line for line in service.lines if line.get("request_id") == problem["request_id"]]
     assert [line["status"] for line in access] == [status]
-    assert f'http_response_status_code="{status}"' in service.metrics()
+    eventually(lambda: f'http_response_status_code="{status}"' in service.metrics())
 
 
-@pytest.mark.parametrize("pieces", [1, 50], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("pieces", [1, 20], ids=["at once", "in pieces"])
 def test_a_head_that_is_too_large_is_431(service: Service, pieces: int) -> None:
     parts = [b"GET / HTTP/1.1\r\nHost: a\r\n", *[b"X-Long: " + b"a" * (6000 // pieces) + b"\r\n"] * pieces, b"\r\n"]
     if pieces == 1:
@@ -110,29 +111,32 @@ def test_a_body_that_breaks_its_encoding_is_400(service: Service) -> None:
     assert_refused(service, answer, 400)
 
 
-@pytest.mark.parametrize("path", ["/slow?seconds=20", "/slow-thread?seconds=4"])
+@pytest.mark.parametrize("path", ["/slow?seconds=20", "/slow-thread?seconds=9"])
 def test_a_request_that_takes_too_long_is_504(service: Service, path: str) -> None:
     start = time.monotonic()
     answer = service.get(path)
     assert (answer.status_code, answer.json()["request_id"]) == (504, answer.headers["x-request-id"])
-    assert time.monotonic() - start < 3.5  # also where a thread goes on
+    assert time.monotonic() - start < 8  # also where a thread goes on
     assert service.get("/").status_code == 200
 
 
 def test_a_stream_may_take_longer(service: Service) -> None:
-    answer = service.get("/events?seconds=3")
-    assert answer.text.count("data:") == 30
+    answer = service.get("/events?seconds=5")
+    assert answer.text.count("data:") == 50
 
 
 def test_too_many_requests_are_shed_and_probes_answered(service: Service) -> None:
-    with concurrent.futures.ThreadPoolExecutor(20) as pool:
-        answers = [pool.submit(service.get, "/slow?seconds=1") for _ in range(20)]
-        eventually(lambda: any(answer.done() for answer in answers), 2)
+    with contextlib.ExitStack() as streams:  # they last until the end of the block
+        for _ in range(4):
+            stream = streams.enter_context(service.http.stream("GET", "/events?seconds=60"))
+            assert stream.status_code == 200
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            results = list(pool.map(lambda _: service.get("/"), range(16)))
         assert service.get("/health/live").status_code == 200
-        results = [answer.result() for answer in answers]
-    assert sorted(answer.status_code for answer in results) == [200] * 4 + [503] * 16
-    shed = next(answer for answer in results if answer.status_code == 503)
-    assert (shed.headers["retry-after"], shed.json()["detail"]) == ("1", "The service is busy.")
+    for shed in results:
+        assert (shed.status_code, shed.headers["retry-after"]) == (503, "1")
+        assert shed.json()["detail"] == "The service is busy."
+    eventually(lambda: service.get("/").status_code == 200)
 
 
 def test_pipelined_requests_are_answered_in_order(service: Service) -> None:
@@ -209,10 +213,11 @@ def test_fields_behind_a_body_are_ignored(service: Service) -> None:
 
 
 def test_an_answer_that_nobody_reads_is_cut_off(service: Service) -> None:
-    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+    (worker,) = {line["pid"] for line in service.lines if line["message"].startswith("Started server process")}
+    with socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS) as connection:
         connection.sendall(b"GET /large?megabytes=20 HTTP/1.1\r\nHost: a\r\n\r\n")
-        time.sleep(4)  # longer than KEEPALIVE_SECONDS
-        size = 0
+        size, address = len(connection.recv(1)), connection.getsockname()
+        eventually(lambda: address not in {each.raddr for each in psutil.Process(worker).net_connections()})
         with contextlib.suppress(ConnectionError):
             while data := connection.recv(1 << 20):
                 size += len(data)
