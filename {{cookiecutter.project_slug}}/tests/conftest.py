@@ -53,7 +53,12 @@ def database_url(postgres: services.Postgres) -> str:
 @pytest.fixture
 def settings(database_url: str, redis: services.Redis) -> Settings:
     return Settings(
-        database_url=SecretStr(database_url), redis_url=SecretStr(redis.url), log_format="json", access_log_flush_ms=0
+        database_url=SecretStr(database_url),
+        redis_url=SecretStr(redis.url),
+        log_format="json",
+        access_log_flush_ms=0,
+        readiness_timeout_seconds=10,  # connecting may take over a second where other tests run beside this one
+        database_acquire_timeout_seconds=10,
     )
 
 

@@ -16,6 +16,7 @@ from scripts.services import Postgres
 from tests.process import frozen
 
 CONNECTIONS = 4  # one of them is readiness'
+TIMEOUT_SECONDS = 2.0
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +26,7 @@ def anyio_backend() -> tuple[str, dict[str, bool]]:
 
 @pytest.fixture
 async def database(settings: Settings) -> AsyncIterator[Database]:
-    quick = {"database_command_timeout_seconds": 1, "database_retry_seconds": 0.6}
+    quick = {"database_command_timeout_seconds": TIMEOUT_SECONDS, "database_retry_seconds": 1.2}
     async with Database(settings.model_copy(update=quick), CONNECTIONS) as database:
         yield database
 
@@ -50,7 +51,7 @@ async def one(connection: Connection) -> int:
 
 async def assert_nothing_leaked(database: Database) -> None:
     """Assert that every connection of the pool can be lent, and works."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         lent = [database.acquire() for _ in range(CONNECTIONS - 1)]
         assert [await one(await each.__aenter__()) for each in lent] == [1] * len(lent)
         for each in lent:
@@ -78,7 +79,9 @@ async def test_a_command_that_takes_too_long_ends_at_the_server_too(
     with pytest.raises(asyncio.CancelledError if leaves else UnavailableError):
         await request
     active = "select count(*) from pg_stat_activity where query like 'select pg_sleep%' and state = 'active'"
-    assert await admin.fetchval(active) == 0
+    async with asyncio.timeout(20):
+        while await admin.fetchval(active):  # noqa: ASYNC110 - the server may learn of it after we have given up
+            await asyncio.sleep(0.05)
     await assert_nothing_leaked(database)
 
 
@@ -109,7 +112,8 @@ async def test_a_server_that_freezes_in_a_command_costs_its_timeout_once(
             request.cancel()
         with pytest.raises(asyncio.CancelledError if leaves else UnavailableError):
             await request
-        assert time.monotonic() - begin < 2  # the timeout, and half a second for the cancellation
+        # The timeout, and half a second for the cancellation; a rollback would take the timeout once more.
+        assert time.monotonic() - begin < 2 * TIMEOUT_SECONDS
     await assert_nothing_leaked(database)
 
 
@@ -208,9 +212,9 @@ async def test_an_outage_is_waited_for_only_while_it_is_young(database: Database
     try:
         young, *old = [await seconds_of_a_read(database) for _ in range(3)]
         assert young >= budget
-        assert max(old) < budget / 2
+        assert max(old) < budget
         await asyncio.sleep(budget * 2)
-        assert await seconds_of_a_read(database) < budget / 2  # also when nobody has asked for a while
+        assert await seconds_of_a_read(database) < budget  # also when nobody has asked for a while
     finally:
         postgres.start()
     assert await database.retry(one) == 1
@@ -228,7 +232,7 @@ async def test_readiness_tells_how_old_an_outage_is(database: Database, postgres
         with pytest.raises(ConnectionError):
             await database.check()
         await asyncio.sleep(budget)
-        assert await seconds_of_a_read(database) < budget / 2
+        assert await seconds_of_a_read(database) < budget
     finally:
         postgres.start()
     await database.check()
@@ -256,7 +260,7 @@ async def test_a_server_that_is_full_is_not_waited_for(settings: Settings, admin
     url = settings.database_url.get_secret_value().split("@")[1]
     crowded = settings.model_copy(update={"database_url": SecretStr(f"postgresql://crowd:crowd@{url}")})
     async with Database(crowded, CONNECTIONS) as database:
-        assert await seconds_of_a_read(database) < database.settings.database_retry_seconds / 2
+        assert await seconds_of_a_read(database) < database.settings.database_retry_seconds
     await admin.execute("drop role crowd")
 
 

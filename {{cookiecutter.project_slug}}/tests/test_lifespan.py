@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from app import cache
-from app.database import Connection, Database
+from app.database import Database
 from app.errors import UnavailableError
 from app.lifespan import open_state
 from app.settings import Settings
@@ -74,7 +74,7 @@ async def test_an_exhausted_pool_sheds_requests_and_stays_ready(settings: Settin
     tight = settings.model_copy(update={"database_acquire_timeout_seconds": 0.1, "web_concurrency": 4})
     async with open_state(tight) as state:
         await asyncio.sleep(0)
-        async with state["database"].acquire():
+        async with state["database"].pool.acquire():  # the only one; connecting may take longer than 0.1 s
             with pytest.raises(UnavailableError) as error:
                 async with state["database"].acquire():
                     pass
@@ -91,21 +91,17 @@ async def test_a_slow_query_is_cut_off(settings: Settings) -> None:
                 await connection.execute("select pg_sleep(5)")
 
 
-async def frozen_query(connection: Connection, postgres: Postgres) -> None:
-    with frozen(postgres.pid):
-        await connection.execute("select")
-
-
 async def test_a_query_on_a_server_that_freezes_ends_in_time(settings: Settings, postgres: Postgres) -> None:
     loop = asyncio.get_running_loop()
-    async with open_state(settings.model_copy(update={"database_command_timeout_seconds": 0.5})) as state:
+    async with open_state(settings.model_copy(update={"database_command_timeout_seconds": 2})) as state:
         async with state["database"].acquire() as connection:
             await connection.execute("select")
-        start = loop.time()
-        with pytest.raises(UnavailableError):
-            async with state["database"].acquire() as connection:
-                await frozen_query(connection, postgres)
-        assert loop.time() - start < 1.5
+        with frozen(postgres.pid):
+            start = loop.time()
+            with pytest.raises(UnavailableError):
+                async with state["database"].acquire() as connection:
+                    await connection.execute("select")
+            assert loop.time() - start < 4  # 2.5 where the machine has time
 
 
 async def test_a_bug_in_a_query_is_no_outage(settings: Settings) -> None:
@@ -136,11 +132,11 @@ async def test_requests_while_the_server_restarts_are_refused_and_then_served(
 async def test_closing_does_not_wait_for_a_connection_that_hangs(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.database.CONNECT_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("app.database.CLOSE_TIMEOUT_SECONDS", 0.2)
     async with open_state(settings) as state:
         held = await state["database"].pool.acquire()
         start = asyncio.get_running_loop().time()
-    assert asyncio.get_running_loop().time() - start < 2
+    assert asyncio.get_running_loop().time() - start < 5  # it is held for ever
     with pytest.raises(asyncpg.InterfaceError):
         await held.execute("select")
 

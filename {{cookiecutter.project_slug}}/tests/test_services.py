@@ -54,7 +54,7 @@ def test_ctrl_c_while_it_starts_leaves_nothing(seconds: float) -> None:
         eventually(lambda: list(folder.iterdir()))
         time.sleep(seconds)
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=90)
         assert process.returncode != 0
         assert b"Traceback" not in errors
         assert list(folder.iterdir()) == []
