@@ -49,6 +49,11 @@ def healthy(name: str) -> bool:
     return bool(inspect(name)["State"]["Health"]["Status"] == "healthy")
 
 
+def is_asked(name: str) -> bool:
+    """Tell whether a container has served payments since it was started last."""
+    return "/payments" in docker("logs", "--since", inspect(name)["State"]["StartedAt"], name)
+
+
 @pytest.fixture(scope="module")
 def up(project: Path, ports: dict[str, str]) -> str:
     """The address of the service, once `make up` has returned."""
@@ -134,7 +139,7 @@ def test_an_instance_that_is_stopped_under_load_costs_no_request(edge: int) -> N
             assert inspect(name)["State"]["OOMKilled"] is False
             docker("start", name)
             eventually(functools.partial(healthy, name))
-            time.sleep(2)  # nginx asks for the names once a second
+            eventually(functools.partial(is_asked, name))  # so nginx knows it again
     assert result.failures == [], str(result)
     print(f"docker stop under load behind nginx: {result}")
 

@@ -1,6 +1,7 @@
 """The image of a baked project, as it is built, and as a pod runs it: restricted, with one CPU and 256 MB."""
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -127,6 +128,24 @@ def test_it_says_what_it_is_and_how_it_is_run(image: str) -> None:
     assert config["Entrypoint"] is None
 
 
+def processes(name: str, file: str) -> str:
+    """Return what a file of /proc says of all processes in a container; one may end just when it is read."""
+    return docker("exec", name, "sh", "-c", f"cat /proc/[0-9]*/{file}; true")
+
+
+def cpu(name: str) -> float:
+    """Return the seconds of CPU that a container's processes have taken, which a busy machine hardly changes."""
+    fields = [line.rpartition(")")[2].split() for line in processes(name, "stat").splitlines()]
+    return sum(float(ticks) for process in fields for ticks in process[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
+def counted(port: int) -> float:
+    """Return how many POSTs of payments the metrics have counted."""
+    metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    found = re.search(r'_count.*http_request_method="POST".*http_route="/payments".* (.+)$', metrics, re.MULTILINE)
+    return float(found[1]) if found else 0
+
+
 @pytest.mark.parametrize("user", USERS)
 def test_it_serves_and_migrates_restricted_as_any_user(image: str, dependencies: list[str], user: str) -> None:
     restricted = [*RESTRICTED, f"--user={user}", *dependencies]
@@ -135,8 +154,8 @@ def test_it_serves_and_migrates_restricted_as_any_user(image: str, dependencies:
     with container(*restricted, "--publish=127.0.0.1::8000", "--publish=127.0.0.1::9464", image) as name:
         port = published(name, 8000)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
-            eventually(lambda: http.get("/health/ready").status_code == 200, 10)
-            seconds = time.monotonic() - begin
+            eventually(lambda: http.get("/health/ready").status_code == 200)
+            seconds, cpu_seconds = time.monotonic() - begin, cpu(name)
             for probe in ("live", "startup", "ready"):
                 assert http.get(f"/health/{probe}").status_code == 200
             assert http.get("/").json() == {"service": "my-service", "version": VERSION}
@@ -147,13 +166,8 @@ def test_it_serves_and_migrates_restricted_as_any_user(image: str, dependencies:
             time.sleep(3)
             docker("exec", name, "python", "-m", "app.healthcheck", "/health/ready")
         assert result.failures == [], str(result)
-        metrics = httpx.get(f"http://127.0.0.1:{published(name, 9464)}/metrics").text
-        counted = re.search(
-            r'_count.*http_request_method="POST".*http_route="/payments".* (.+)$', metrics, re.MULTILINE
-        )
-        assert counted
-        assert float(counted[1]) > result.answered["POST", 201]
-        status = docker("exec", name, "sh", "-c", "cat /proc/[0-9]*/status")
+        eventually(lambda: counted(published(name, 9464)) > result.answered["POST", 201])
+        status = processes(name, "status")
         assert set(re.findall(r"^Cap(?:Eff|Prm|Bnd):\s*(\w+)$", status, re.MULTILINE)) == {"0" * 16}
         assert set(re.findall(r"^Uid:\s*(\d+)", status, re.MULTILINE)) == {user.partition(":")[0]}
         assert inspect(name)["State"]["OOMKilled"] is False
@@ -161,8 +175,8 @@ def test_it_serves_and_migrates_restricted_as_any_user(image: str, dependencies:
         docker("stop", name)
         assert inspect(name)["State"]["ExitCode"] == 0
         assert time.monotonic() - begin < 30
-    assert seconds < 3
-    print(f"as {user}: ready {seconds:.1f} s after `docker run`; {result}")
+    assert cpu_seconds < 1  # 1.3 where modules are not compiled
+    print(f"as {user}: ready {seconds:.1f} s after `docker run`, with {cpu_seconds:.1f} s of CPU; {result}")
 
 
 def test_nothing_is_written_outside_of_memory(image: str, dependencies: list[str]) -> None:
@@ -175,8 +189,10 @@ def test_nothing_is_written_outside_of_memory(image: str, dependencies: list[str
         httpx.post(f"http://127.0.0.1:{port}/payments", json=PAYMENT, headers={"Idempotency-Key": "written"})
         docker("exec", name, "alembic", "upgrade", "head")
         eventually(lambda: inspect(name)["State"]["Health"]["Status"] == "healthy")
+        started = logs(name).count("Application startup complete")
         docker("kill", "--signal=HUP", name)
-        time.sleep(2)
+        eventually(lambda: logs(name).count("Application startup complete") == 2 * started)
+        eventually(lambda: logs(name).count("Application shutdown complete") == started)
         written = {line.split()[1] for line in docker("diff", name).splitlines()}
         assert {path for path in written if not path.startswith("/tmp")} == set()
         docker("stop", "--time=30", name)
