@@ -24,7 +24,7 @@ MEGABYTE = 1 << 20
 PIECE = b"x" * 65_536
 SLOW_CLIENTS = 200
 TIMEOUT_SECONDS = 2  # for heads and for bodies
-SLACK_SECONDS = 2  # timeouts are looked at once a second
+SLACK_SECONDS = 5  # timeouts are looked at once a second, on a busy machine; without ours they take 10
 BUSY_SECONDS = 5  # no other request may take longer, on a machine that has much to do
 
 
@@ -161,6 +161,7 @@ def test_300_connections_against_a_small_cap_are_refused_at_once_and_on_the_reco
             assert answer.headers["retry-after"] == "1"
             assert answer.headers["content-type"] == "application/problem+json"
             assert (answer.json()["status"], answer.json()["request_id"]) == (503, answer.headers["x-request-id"])
+        eventually(lambda: counted(service, 'http_response_status_code="503"') >= len(refused))
         assert counted(service, 'http_response_status_code="503"') == len(refused)
         assert service.stop() == 0
         logged = {line["request_id"] for line in service.lines if line["logger"] == "access" and line["status"] == 503}

@@ -68,12 +68,13 @@ def test_pgbouncer_in_transaction_mode_takes_one_setting(
 ) -> None:
     with pgbouncer(postgres, folder) as url:
         through = {"DATABASE_URL": url, "DATABASE_MAX_CONNECTIONS": "40", "DATABASE_STATEMENT_CACHE_SIZE": cache_size}
-        with serving("dependent:app", **urls | through) as service:
+        patient = {"DATABASE_ACQUIRE_TIMEOUT_SECONDS": "10"}  # 40 clients wait for 4 connections
+        with serving("dependent:app", **urls | through | patient) as service:
             service.wait()
             new = {"amount": 1, "currency": "EUR", "reference": "pgbouncer"}
             writes, reads = post("/payments", new, keeps_alive=False), get("/transaction", keeps_alive=False)
             with load(service.port, 20 * [writes, reads]) as result:
-                eventually(lambda: result.total >= 800)
+                eventually(lambda: result.total >= 800, 60)
             print(result)
             assert bool(result.failures) == fails
 

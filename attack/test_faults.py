@@ -137,7 +137,7 @@ def test_no_read_fails_and_no_write_is_lost(
 
 
 def test_a_frozen_postgres_bounds_every_request(urls: dict[str, str], postgres: Postgres) -> None:
-    command_timeout = 2
+    command_timeout = 3
     settings = urls | {"DATABASE_COMMAND_TIMEOUT_SECONDS": str(command_timeout), "DATABASE_MAX_CONNECTIONS": "12"}
     with serving("dependent:app", **settings) as service:
         service.wait()
@@ -146,17 +146,18 @@ def test_a_frozen_postgres_bounds_every_request(urls: dict[str, str], postgres: 
         with load(service.port, 8 * reads, 2 * [LIVE]) as result, writing(service) as writes:
             time.sleep(0.5)
             with frozen(postgres.pid):
-                service.wait("/health/ready", 503, 3)
+                service.wait("/health/ready", 503)
                 eventually(lambda: sample(service, 'dependency_up{dependency="postgres"}') == [0])
                 time.sleep(2 * command_timeout)
-            service.wait("/health/ready", 200, 3)
+            service.wait("/health/ready", 200)
             thawed = len(writes)
             time.sleep(1)
         print(result, result.slowest_seconds)
         assert result.failures == []
-        assert result.slowest_seconds.pop("live") < 1
-        assert max(result.slowest_seconds.values()) < command_timeout + 1
-        assert max(write.answer.elapsed.total_seconds() for write in writes) < command_timeout + 1
+        assert result.slowest_seconds.pop("live") < 2
+        longest = command_timeout + 2  # half a second to cancel, and slack; not the timeout a second time
+        assert max(result.slowest_seconds.values()) < longest
+        assert max(write.answer.elapsed.total_seconds() for write in writes) < longest
         assert {write.answer.status_code for write in writes[thawed + 4 :]} == {201}
         assert_nothing_lost(writes, postgres.url)
         assert_quiet(service)
@@ -168,12 +169,13 @@ def test_an_exhausted_pool_sheds_what_does_not_fit(urls: dict[str, str]) -> None
     with serving("dependent:app", **settings) as service:
         service.wait()
         with ThreadPoolExecutor(16) as threads:
-            answers = list(threads.map(lambda _: service.get("/sleep?seconds=2"), range(16)))
+            answers = list(threads.map(lambda _: service.get("/sleep?seconds=4"), range(16)))
             assert service.get("/health/ready").status_code == 200
         shed = [answer for answer in answers if answer.status_code == 503]
         print(sorted((answer.status_code, answer.elapsed.total_seconds()) for answer in answers))
         assert {answer.status_code for answer in answers} == {200, 503}
-        assert all(answer.headers["retry-after"] and answer.elapsed.total_seconds() < 1.5 for answer in shed)
+        # none has waited for one that was served
+        assert all(answer.headers["retry-after"] and answer.elapsed.total_seconds() < 3 for answer in shed)
         assert_quiet(service)
 
 
@@ -187,7 +189,7 @@ def test_a_slow_query_is_cut_off_at_the_server_too(urls: dict[str, str], postgre
     with serving("dependent:app", **settings | {"DATABASE_COMMAND_TIMEOUT_SECONDS": "60"}) as service:
         service.wait()
         assert service.get("/sleep?seconds=60").status_code == 504
-        eventually(lambda: sql(postgres.url, running) == [], 2)
+        eventually(lambda: sql(postgres.url, running) == [])
         assert_quiet(service)
 
 
@@ -195,8 +197,8 @@ def test_a_long_outage_is_answered_at_once_and_costs_little(urls: dict[str, str]
     with serving("dependent:app", **urls) as service:
         service.wait()
         path = "/read"
+        eventually(lambda: len(workers(service)) == 2)
         processes = workers(service)
-        assert len(processes) == 2
         postgres.stop()
         try:
             begin, used = time.monotonic(), sum(sum(each.cpu_times()[:2]) for each in processes)
@@ -211,7 +213,7 @@ def test_a_long_outage_is_answered_at_once_and_costs_little(urls: dict[str, str]
         assert {answer.status_code for answer in young + old} == {503}
         assert max(answer.elapsed.total_seconds() for answer in young) > 2
         assert max(answer.elapsed.total_seconds() for answer in old) < 1
-        eventually(lambda: service.get(path).status_code == 200, 3)
+        eventually(lambda: service.get(path).status_code == 200)
         assert_quiet(service)
 
 
