@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -16,7 +15,8 @@ from benchmarks import BenchError, load, report
 from benchmarks.servers import Server
 from benchmarks.site import free_port
 from tests.conftest import ROOT, missing
-from tests.test_readme import terminal
+from tests.containers import eventually
+from tests.test_readme import READY_SECONDS, terminal
 
 RESULTS = ROOT / "benchmarks"
 QUICK = ["make", "bench", "QUICK=1", f"VENV={sys.prefix}", f"TOOLS={os.environ.get('TOOLS', ROOT / '.tools')}"]
@@ -109,15 +109,13 @@ def test_a_quick_run_measures_everything_and_overwrites_nothing() -> None:
 def test_ctrl_c_ends_a_run_in_one_line_and_leaves_nothing() -> None:
     needs_wrk()
     with terminal(QUICK) as running:
-        end = time.monotonic() + 60
-        while "small JSON" not in running.read() and time.monotonic() < end:
-            time.sleep(0.1)
+        eventually(lambda: "small JSON" in running.read(), READY_SECONDS)
         family = running.family()
         folders = running.folders(family)
         assert folders  # its Postgres at least
         assert len(family) > 5  # make, the run, Postgres, Redis, servers
         running.interrupt()
-        _, alive = psutil.wait_procs(family, 2)
+        _, alive = psutil.wait_procs(family, 10)
         assert alive == []
         assert not any(path.exists() for path in [*folders, *running.folders(family)])
         assert running.process.returncode != 0
