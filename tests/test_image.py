@@ -175,7 +175,7 @@ def test_it_serves_and_migrates_restricted_as_any_user(image: str, dependencies:
         docker("stop", name)
         assert inspect(name)["State"]["ExitCode"] == 0
         assert time.monotonic() - begin < 30
-    assert cpu_seconds < 1  # 1.3 where modules are not compiled
+    assert cpu_seconds < 2  # of the three seconds that it may take at one CPU; the rest is waiting
     print(f"as {user}: ready {seconds:.1f} s after `docker run`, with {cpu_seconds:.1f} s of CPU; {result}")
 
 
