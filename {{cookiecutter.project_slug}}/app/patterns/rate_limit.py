@@ -19,9 +19,8 @@ from app.patterns.fail_open import FailOpen
 BUDGET_SECONDS, MAX_REMEMBERED = 0.2, 10_000
 _COUNT = """
     local count, left = redis.call('INCR', KEYS[1]), redis.call('PTTL', KEYS[1])
-    if left == 0 then redis.call('SET', KEYS[1], 1) count, left = 1, -1 end -- Redis keeps it for this millisecond
-    if left < 0 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) left = tonumber(ARGV[1]) end
-    return {count, left}
+    if left < 1 then count, left = 1, ARGV[1] redis.call('SET', KEYS[1], 1, 'PX', left) end -- new, or just about to end
+    return {count, tonumber(left)}
 """
 _OPEN = Counter("rate_limit_unchecked_requests", "Requests let through since Redis did not answer.", ["limit"])
 _REFUSED = Counter("rate_limit_refused_requests", "Requests over the limit.", ["limit"])
