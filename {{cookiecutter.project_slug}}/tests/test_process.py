@@ -154,14 +154,14 @@ def test_the_start_says_how_it_is_sized(service: Service) -> None:
 
 
 def test_a_term_lets_requests_finish_and_ends_cleanly(urls: dict[str, str]) -> None:
-    with serving("tests.faulty:app", **urls) as service:
+    with serving("tests.faulty:app", RETIRE_SECONDS="0", **urls) as service:
         service.wait()
         service.wait_for_workers()
         with socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS) as slow:
             slow.sendall(b"POST /length HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n")
             eventually(lambda: "http_server_active_requests 1.0" in service.metrics())
             service.process.send_signal(signal.SIGTERM)
-            eventually(lambda: "Shutting down" in service.text)  # the other worker
+            eventually(lambda: "Waiting for connections to close" in service.text)
             slow.sendall(b"abc")
             answer = slow.recv(4096)
             assert (answer[:12], answer[-1:]) == (b"HTTP/1.1 200", b"3")
