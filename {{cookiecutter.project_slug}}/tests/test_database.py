@@ -270,5 +270,6 @@ async def test_requests_that_leave_at_any_moment_leak_no_connection(database: Da
             assert await connection.fetchval("select $1::int from pg_sleep(0.002)", number) == number
 
     for _ in range(20):
-        await asyncio.gather(*(read(number) for number in range(20)), return_exceptions=True)
+        ended = await asyncio.gather(*(read(number) for number in range(20)), return_exceptions=True)
+        assert all(each is None or isinstance(each, (TimeoutError, UnavailableError)) for each in ended), ended
     await assert_nothing_leaked(database)
