@@ -5,6 +5,7 @@ So a scrape costs no worker any time, and no public route shows them.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -29,10 +30,15 @@ def _listen(address: str, folder: Path) -> WSGIServer:
     metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        status, text = "404 Not Found", b"metrics are at /metrics\n"
         if environ["PATH_INFO"] == "/metrics":
-            return metrics(environ, start_response)
-        start_response("404 Not Found", [("Content-Type", "text/plain")])
-        return [b"metrics are at /metrics\n"]
+            try:
+                return metrics(environ, start_response)
+            except Exception:  # wsgiref would print the traceback, which is no line of the log
+                logging.getLogger("app.metrics").exception("a scrape failed")
+                status, text = "500 Internal Server Error", b"the scrape failed; the log says why\n"
+        start_response(status, [("Content-Type", "text/plain")])
+        return [text]
 
     host, _, port = address.rpartition(":")
     family = {"address_family": AF_INET6 if "[" in host else AF_INET}

@@ -48,6 +48,13 @@ def test_the_dead_keep_their_counts_in_one_file(tmp_path: Path) -> None:
     assert left == archives | {f"{kind}_{living}.db" for kind in files}
 
 
+def test_a_file_that_a_worker_has_just_made_is_passed_over(tmp_path: Path) -> None:
+    worker(tmp_path)
+    before = counted(tmp_path)
+    (tmp_path / "histogram_1.db").touch()
+    assert counted(tmp_path) == before
+
+
 def test_an_earlier_run_is_forgotten(tmp_path: Path) -> None:
     worker(tmp_path)
     metrics_folder.prepare(tmp_path).close()

@@ -136,8 +136,11 @@ def test_a_broken_file_of_a_killed_worker_does_not_end_the_master(
         worker.suspend()  # or it writes this number again
         with broken.open("r+b") as file:
             file.write(b"\xff\xff\xff\x7f")  # the number of bytes in use
+        answer = service.http.get(f"http://127.0.0.1:{service.metrics_port}/metrics")
+        assert (answer.status_code, answer.text) == (500, "the scrape failed; the log says why\n")
         worker.kill()
         eventually(lambda: f"the counts in {broken.name} are lost" in service.text)
+        assert "a scrape failed" in {line["message"] for line in service.lines}
         service.wait()
         answer = service.http.get(f"http://127.0.0.1:{service.metrics_port}/metrics")
         assert answer.status_code == 200, service.text
