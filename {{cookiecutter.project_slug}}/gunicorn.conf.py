@@ -1,9 +1,6 @@
 """What `gunicorn` reads when it is started in this folder. Everything comes from the environment: app/settings.py."""
 
 import atexit
-import contextlib
-import ctypes
-import gc
 import os
 import secrets
 import shutil
@@ -15,13 +12,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from app import log, machine
-from app.plan import make_plan
 from app.settings import load_settings
+from app.sizing.plan import make_plan
+from app.sizing.resources import detect
+from app.telemetry import logs
 
 settings = load_settings()
-log.configure(settings)
-plan = make_plan(settings, machine.detect())
+logs.configure(settings)
+plan = make_plan(settings, detect())
 
 # prometheus_client chooses between files and memory when it is imported, so the folder must be known before that.
 shared_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - files that never touch a disk
@@ -29,10 +27,12 @@ own_folder = Path(shared_memory or tempfile.gettempdir(), f"metrics-{os.getpid()
 folder = settings.prometheus_multiproc_dir or own_folder
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
 
-from app import master, metrics_folder, metrics_server  # noqa: E402
+from app.serving import arbiter as arbiter_module  # noqa: E402
+from app.serving import memory  # noqa: E402
+from app.telemetry import metrics_server, multiprocess  # noqa: E402
 
 wsgi_app = "app.main:app"
-worker_class = "app.worker.ServiceWorker"
+worker_class = "app.serving.gunicorn_worker.ServiceWorker"
 workers = plan.workers
 bind = settings.bind
 preload_app = True  # shares 15-18 MB per worker
@@ -44,14 +44,14 @@ max_requests = settings.max_requests
 max_requests_jitter = settings.max_requests_jitter
 forwarded_allow_ips = settings.forwarded_allow_ips
 control_socket_disable = True  # a thread in a master that forks, and it needs a home that can be written to
-logconfig_dict = log.config(settings)
+logconfig_dict = logs.config(settings)
 errorlog = None
 proc_name = settings.service_name
 
 
 def on_starting(arbiter: Any) -> None:
     """Start the metrics process, and say how the pod is sized."""
-    settle()
+    memory.settle()
     arbiter.metrics = metrics_server.MetricsProcess(settings.metrics_bind, folder)
     arbiter.metrics.ensure()
     atexit.register(clean_up, os.getpid(), arbiter.metrics)
@@ -61,28 +61,19 @@ def on_starting(arbiter: Any) -> None:
 
 def when_ready(arbiter: Any) -> None:
     """Make the master ours once it listens."""
-    master.take_over(arbiter)
+    arbiter_module.take_over(arbiter)
 
 
 def pre_fork(arbiter: Any, worker: Any) -> None:
     """Share with the workers what is loaded."""
-    settle()
-
-
-def settle() -> None:
-    """Take what is loaded out of the collector's sight, so that processes forked from here go on sharing it."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 20)  # by default the collector runs for every few requests, and finds nothing
-    with contextlib.suppress(AttributeError):  # not in every C library
-        ctypes.CDLL(None).malloc_trim(0)  # gives back 10 MB, where the modules have just been compiled
+    memory.settle()
 
 
 def child_exit(arbiter: Any, worker: Any) -> None:
     """Keep the counts of a worker that ended, and say what it was doing if it was stuck."""
     try:
         worker.report()
-        metrics_folder.fold(folder, worker.pid)
+        multiprocess.fold(folder, worker.pid)
     except Exception:  # it would end the master, and the service with it
         getLogger("app.metrics").exception("what worker %s has counted is lost", worker.pid)
 

@@ -8,14 +8,16 @@ from typing import Any, TypedDict
 
 from redis.asyncio import Redis
 
-from app import cache, machine, master
-from app.background import Background
-from app.database import Database
-from app.health import Check, Health
-from app.metrics import WorkerMetrics
+from app.web.health import Check, Health
+from app.lifecycle import Lifecycle
 from app.payments.service import Payments  # example
-from app.plan import make_plan
 from app.settings import Settings
+from app.sizing.plan import make_plan
+from app.sizing.resources import detect
+from app.storage import redis as redis_client
+from app.storage.postgres import Database
+from app.tasks import Background, beside
+from app.telemetry.process_metrics import WorkerMetrics
 
 
 class State(TypedDict):
@@ -37,21 +39,22 @@ logger = logging.getLogger("app.lifespan")
 
 @contextlib.asynccontextmanager
 async def open_state(
-    settings: Settings, warm_ups: Sequence[WarmUp] = (), seconds_left: Callable[[], float] = lambda: 1.0
+    settings: Settings, warm_ups: Sequence[WarmUp] = (), lifecycle: Lifecycle | None = None
 ) -> AsyncIterator[State]:
     """Yield the state. No connection is made here: a process starts, and is live, while a dependency is away.
 
-    `seconds_left` says, at the end, how long work in the background may still take.
+    `lifecycle` says whether the pod drains, and how long work in the background may still take.
     """
+    lifecycle = lifecycle or Lifecycle()
     async with contextlib.AsyncExitStack() as stack:
-        share = make_plan(settings, machine.detect()).connections_per_worker
+        share = make_plan(settings, detect()).connections_per_worker
         database = await stack.enter_async_context(Database(settings, share))
-        redis = await stack.enter_async_context(cache.connect(settings))
-        probe = await stack.enter_async_context(cache.connect(settings, max_connections=1))  # readiness' own
-        background = await stack.enter_async_context(Background(seconds_left))
+        redis = await stack.enter_async_context(redis_client.connect(settings))
+        probe = await stack.enter_async_context(redis_client.connect(settings, max_connections=1))  # readiness' own
+        background = await stack.enter_async_context(Background(lifecycle.seconds_left))
         checks: dict[str, Check] = {"postgres": database.check, "redis": probe.ping}
         metrics = WorkerMetrics()
-        health = Health(settings, checks, master.is_draining, metrics.up)
+        health = Health(settings, checks, lambda: lifecycle.is_draining(), metrics.up)
         state: State = {
             "settings": settings,
             "database": database,
@@ -83,21 +86,3 @@ async def _warm_up(state: State, warm_ups: Sequence[WarmUp]) -> None:
         state["health"].started = True
     except Exception:
         logger.exception("a warm-up failed, so this process stays in `starting`")
-
-
-@contextlib.asynccontextmanager
-async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run something beside the requests; cancel it at the end."""
-    task = asyncio.create_task(work)
-    task.add_done_callback(_report)
-    try:
-        yield
-    finally:
-        while not task.done():  # Python 3.11's wait_for, which redis-py uses, can lose a cancellation
-            task.cancel()
-            await asyncio.wait([task], timeout=1)
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()):
-        logger.error("what ran beside the requests has failed", exc_info=error)

@@ -1,19 +1,18 @@
 """The application: its middleware, its error handlers, its routes. `app.main:app` is what the server runs."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
-from redis.exceptions import RedisError
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp
 
-from app import cache, errors, health
+from app.web import health, problems
+from app.web.middleware import Observe
+from app.lifecycle import Lifecycle
 from app.lifespan import WarmUp, open_state
-from app.observe import Observe
 from app.payments.router import router as payments_router  # example
 from app.settings import Settings, load_settings
 
@@ -38,15 +37,14 @@ def create_app(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> FastAPI:
     app = Service(
         title=settings.service_name,
         version=settings.service_version,
-        lifespan=lambda app: open_state(settings, warm_ups, lambda: app.state.closing_deadline - time.monotonic()),
+        lifespan=lambda app: open_state(settings, warm_ups, app.state.lifecycle),
         middleware=middleware,
-        responses=errors.responses(408, 413, 431, 500, 503, 504),  # of any route: see app/limits.py
+        responses=problems.responses(408, 413, 431, 500, 503, 504),  # of any route: see app/web/limits.py
         openapi_url="/openapi.json" if settings.docs_enabled else None,  # /docs and /redoc go with it
         telemetry={"tracing": False, "metrics": False, "logs": False},  # else looked for on every request
     )
-    app.state.settings, app.state.closing_deadline = settings, 0.0  # shared with the server
-    errors.install(app)
-    app.add_exception_handler(RedisError, cache.unavailable)
+    app.state.settings, app.state.lifecycle = settings, Lifecycle()  # shared with the server
+    problems.install(app)
 
     @app.get("/", tags=["service"])
     async def describe() -> dict[str, str]:

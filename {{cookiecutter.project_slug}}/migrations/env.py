@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from app import log
+from app.telemetry import logs as log
 from app.settings import load_settings
 
 #: Any number, the same for every run: whoever holds this lock migrates, another run waits for it.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import uvicorn
 
-from app import log
+from app.telemetry import logs as log
 from app.settings import load_settings
 from scripts.gateway import consumer  # example
 
@@ -24,7 +24,7 @@ def main() -> None:
 
 def serve(folder: Path) -> None:
     """Run uvicorn with reload, and the metrics process on this folder."""
-    from app import metrics_server  # prometheus_client looks for the folder when it is imported
+    from app.telemetry import metrics_server  # prometheus_client looks for the folder when it is imported
 
     settings = load_settings()
     metrics = metrics_server.MetricsProcess(settings.metrics_bind, folder)

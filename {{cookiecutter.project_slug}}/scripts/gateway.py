@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from app.log import redact
+from app.telemetry.logs import redact
 from scripts.services import free_port
 
 DEFAULT_PORT = 8090

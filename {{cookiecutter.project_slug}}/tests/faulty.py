@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from fastapi import BackgroundTasks, Request, Response, WebSocket
 from fastapi.responses import StreamingResponse
 
-from app.background import BackgroundDependency
+from app.tasks import BackgroundDependency
 from app.main import create_app
 from app.settings import load_settings
 

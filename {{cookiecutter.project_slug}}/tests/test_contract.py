@@ -74,7 +74,7 @@ def test_what_we_lean_on_is_as_we_read_it(function: Callable[..., Any]) -> None:
 
 def test_the_master_can_be_ours() -> None:
     arbiter = Arbiter.__new__(Arbiter)
-    from app.master import ServiceArbiter
+    from app.serving.arbiter import ServiceArbiter
 
     arbiter.__class__ = ServiceArbiter
     assert arbiter.handle_usr2.__func__ is ServiceArbiter.handle_usr2

@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
-from app.database import Connection, Database
+from app.storage.postgres import Connection, Database
 from app.errors import UnavailableError
 from app.settings import Settings
 from scripts.services import Postgres

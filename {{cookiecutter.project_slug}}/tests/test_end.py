@@ -160,7 +160,7 @@ def test_a_worker_that_is_stuck_leaves_its_stack(database_url: str, redis: Redis
             pool.submit(lambda: contextlib.suppress(httpx.TransportError).__enter__() or service.get("/stuck"))
             eventually(lambda: "was stuck, or has crashed" in service.text)
         service.wait()
-        (line,) = [line for line in service.lines if line["logger"] == "app.worker"]
+        (line,) = [line for line in service.lines if line["logger"] == "app.serving.gunicorn_worker"]
         assert "faulty.py" in line["stacks"]
         assert "in stuck" in line["stacks"]
 

@@ -6,8 +6,8 @@ import logging
 import pytest
 from prometheus_client import Gauge
 
-from app import health
-from app.health import Health
+from app.web import health
+from app.web.health import Health
 from app.lifespan import State, open_state
 from app.main import create_app
 from app.settings import Settings
@@ -102,7 +102,7 @@ async def test_a_probe_that_leaves_does_not_take_the_check_along() -> None:
 
 
 async def test_a_change_of_state_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "app.health")
+    caplog.set_level(logging.INFO, "app.web.health")
     state = [broken, broken, well, well, broken]
     found = checker(lambda: state[0]())
     while state:

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from app.cache import CacheDependency
+from app.storage.redis import CacheDependency
 from app.errors import ServiceError
 from app.main import create_app
-from app.observe import Observe
+from app.web.middleware import Observe
 from app.settings import Settings
 from scripts.services import free_port
 from tests.conftest import InProcess

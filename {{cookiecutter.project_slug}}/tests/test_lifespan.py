@@ -11,8 +11,8 @@ from pydantic import SecretStr
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from app import cache
-from app.database import Database
+from app.storage import redis as cache
+from app.storage.postgres import Database
 from app.errors import UnavailableError
 from app.lifespan import open_state
 from app.settings import Settings
@@ -63,7 +63,7 @@ async def test_a_start_that_fails_half_way_closes_what_it_opened(
         raise RuntimeError("half-way")
 
     monkeypatch.setattr(Database, "__aenter__", remembered)
-    monkeypatch.setattr("app.cache.connect", fail)
+    monkeypatch.setattr("app.storage.redis.connect", fail)
     with pytest.raises(RuntimeError, match="half-way"):
         async with open_state(settings):
             pass
@@ -132,7 +132,7 @@ async def test_requests_while_the_server_restarts_are_refused_and_then_served(
 async def test_closing_does_not_wait_for_a_connection_that_hangs(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.database.CLOSE_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("app.storage.postgres.CLOSE_TIMEOUT_SECONDS", 0.2)
     async with open_state(settings) as state:
         held = await state["database"].pool.acquire()
         start = asyncio.get_running_loop().time()

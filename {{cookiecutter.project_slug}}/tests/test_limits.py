@@ -11,7 +11,7 @@ import psutil
 import pytest
 from starlette.types import Message
 
-from app.limits import Limits, RefusedError
+from app.web.limits import Limits, RefusedError
 from app.settings import Settings
 from scripts.services import Redis
 from tests.process import DEADLINE_SECONDS, Service, eventually, serving

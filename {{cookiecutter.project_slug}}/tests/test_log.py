@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from app import log
-from app.access_log import AccessLog
+from app.telemetry import logs as log
+from app.telemetry.context import request_context
+from app.telemetry.access_log import AccessLog
 from app.settings import Settings
 
 Read = Callable[[], list[dict[str, object]]]
@@ -116,9 +117,9 @@ def test_the_password_of_a_url_is_hidden(lines: Read, text: str) -> None:
 
 
 def test_a_line_of_a_request_carries_its_id(lines: Read) -> None:
-    token = log.request_context.set({"request_id": "abc"})
+    token = request_context.set({"request_id": "abc"})
     logging.getLogger("app").info("inside")
-    log.request_context.reset(token)
+    request_context.reset(token)
     logging.getLogger("app").info("outside")
     assert [line.get("request_id") for line in lines()] == ["abc", None]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from app import metrics_folder
+from app.telemetry import multiprocess as metrics_folder
 from tests.process import PROJECT
 
 COUNT = """
-from app.metrics import HttpMetrics
+from app.telemetry.http_metrics import HttpMetrics
 metrics = HttpMetrics(in_flight=["one request"])
 metrics.is_scheduled = True
 metrics.record(("GET", "/", 200), 1)

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from app import healthcheck
+from app.serving import healthcheck
 from app.settings import Settings
 from scripts.services import Redis, free_port, postgres
 from tests.process import DEADLINE_SECONDS, PROJECT, Service, eventually, frozen, serving
@@ -92,7 +92,7 @@ def test_a_bug_is_a_problem_outside_and_one_line_with_traceback_inside(service: 
     assert "41111111" not in answer.text
     eventually(lambda: len(of_request(service, "bug-1")) == 2)  # the access line follows the answer
     lines = of_request(service, "bug-1")
-    assert [(line["logger"], line["level"]) for line in lines] == [("app.observe", "error"), ("access", "info")]
+    assert [(line["logger"], line["level"]) for line in lines] == [("app.web.middleware", "error"), ("access", "info")]
     assert lines[0]["exception"]["type"] == "RuntimeError"
     assert "in bug" in lines[0]["exception"]["traceback"]
 
@@ -228,7 +228,7 @@ def test_with_nothing_there_it_starts_is_live_and_recovers(redis: Redis) -> None
             server.start()
             recovered = {"postgres": "healthy", "redis": "unhealthy"}
             eventually(lambda: states(service) == recovered)  # another worker may know it up to a second later
-            lines = [line["message"] for line in service.lines if line["logger"] == "app.health"]
+            lines = [line["message"] for line in service.lines if line["logger"] == "app.web.health"]
             for text in ("postgres is unhealthy", "redis is unhealthy"):
                 assert 1 <= lines.count(text) <= 2  # one for each worker, not one for each try
 

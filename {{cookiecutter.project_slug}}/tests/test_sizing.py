@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from app.machine import Machine, detect
-from app.plan import make_plan
+from app.sizing.resources import Machine, detect
+from app.sizing.plan import make_plan
 from app.settings import Settings
-from app.sizing import findings
+from app.sizing.checks import findings
 from tests.process import PROJECT
 
 MB = 1 << 20

@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 
 from fastapi import Depends, Request, Response
 
-from app.database import Connection
+from app.storage.postgres import Connection
 from app.errors import ServiceError
 
 _KEY = re.compile(r'"([ -~]{1,255})"|(?!"")([ -~]{1,255})')  # quoted, as the draft wants it, or bare, as most send it

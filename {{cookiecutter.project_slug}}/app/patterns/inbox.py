@@ -5,7 +5,7 @@ The row and the effect are committed in one transaction, so that either both are
 
 from uuid import UUID
 
-from app.database import Connection
+from app.storage.postgres import Connection
 
 
 async def is_new(connection: Connection, message_id: UUID) -> bool:

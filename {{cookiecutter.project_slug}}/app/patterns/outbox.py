@@ -14,8 +14,8 @@ from prometheus_client import Gauge
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from app.database import Connection, Database
-from app.patterns.unbroken import unbroken
+from app.storage.postgres import Connection, Database
+from app.tasks import unbroken
 
 BATCH, POLL_SECONDS, PUBLISH_SECONDS, MAX_PAUSE_SECONDS = 200, 0.2, 1.0, 5.0
 _TAKE = "select id, topic, event_id, type, payload from outbox order by id limit $1 for update skip locked"

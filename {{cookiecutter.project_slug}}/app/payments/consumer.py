@@ -10,14 +10,13 @@ from uuid import UUID
 
 from redis.asyncio import Redis
 
-from app import log
-from app.database import Connection, Database
-from app.lifespan import beside
-from app.patterns import inbox, probed_process
-from app.patterns.batches import repeat
-from app.patterns.breaker import Breaker, OpenError
-from app.patterns.cache_fence import Cache
-from app.patterns.client import Client, UpstreamError
+from app import process
+from app.storage.postgres import Connection, Database
+from app.patterns import inbox
+from app.patterns.periodic import repeat
+from app.patterns.circuit_breaker import Breaker, OpenError
+from app.patterns.cache_aside import Cache
+from app.patterns.http_client import Client, UpstreamError
 from app.patterns.stream_consumer import StreamConsumer
 from app.patterns.stream_group import Message, StreamGroup
 from app.patterns.stream_handler import LaterError, PoisonError, StreamHandler
@@ -25,6 +24,9 @@ from app.payments import repository
 from app.payments.schemas import Payment
 from app.payments.service import CACHE, CREATED, STREAM, announce
 from app.settings import Settings, load_settings
+from app.tasks import beside
+from app.telemetry import logs
+from app.telemetry.context import request_context
 
 FAILURES, ANNOUNCE_AGAIN_SECONDS, CLOSING_SECONDS, MAX_REMEMBERED = 5, 5, 5, 10_000
 #: What a gateway answers to a payment that it will never charge; any other 4xx may be a fault of ours, to be mended.
@@ -49,7 +51,7 @@ class ChargeHandler(StreamHandler):
         if found is None:
             raise PoisonError("there is no such payment")
         payment, request_id = found
-        log.request_context.set({"request_id": request_id})
+        request_context.set({"request_id": request_id})
         if payment.status == "pending":
             await self._charge(payment)  # in no transaction: it may take seconds
             async with self.database.acquire() as connection, connection.transaction():
@@ -132,11 +134,11 @@ async def consuming(settings: Settings, database: Database, redis: Redis) -> Asy
 def main() -> None:
     """Consume until SIGTERM. Raises `SystemExit` for settings that are wrong."""
     settings = load_settings()
-    log.configure(settings)
+    logs.configure(settings)
     if settings.environment != "development" and settings.gateway_url.startswith("http://"):
         shown = settings.gateway_url.rpartition("@")[2]  # before it a URL has its password
         sys.exit(f"configuration error: GATEWAY_URL={shown}: takes https:// unless ENVIRONMENT is development")
-    probed_process.run(settings, consuming)
+    process.run(settings, consuming)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from typing import Any
 from uuid import UUID
 
-from app.database import Connection
-from app.patterns.keyset import Cursor
+from app.storage.postgres import Connection
+from app.patterns.pagination import Cursor
 from app.payments.schemas import NewPayment, Payment
 
 _COLUMNS = "payment_id, amount, currency, reference, status, created_at"

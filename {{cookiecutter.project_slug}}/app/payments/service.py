@@ -7,12 +7,12 @@ from uuid import UUID, uuid5
 from fastapi import Depends, Request, Response
 from redis.asyncio import Redis
 
-from app.database import Connection, Database
-from app.log import request_context
+from app.storage.postgres import Connection, Database
+from app.telemetry.context import request_id
 from app.patterns import idempotency, inbox, outbox
-from app.patterns.batches import repeat
-from app.patterns.cache_fence import Cache
-from app.patterns.keyset import Cursor
+from app.patterns.periodic import repeat
+from app.patterns.cache_aside import Cache
+from app.patterns.pagination import Cursor
 from app.patterns.rate_limit import RateLimit
 from app.payments import repository
 from app.payments.schemas import NewPayment, Page, Payment
@@ -42,7 +42,7 @@ class Payments:
         """Store a payment with its event, once for each key of a principal; answer with it, or as before."""
 
         async def store(connection: Connection) -> idempotency.Answer:
-            payment = await repository.insert(connection, new, (request_context.get() or {}).get("request_id", ""))
+            payment = await repository.insert(connection, new, request_id())
             await announce(connection, payment)
             headers = {"Location": f"{root_path}/payments/{payment.payment_id}", "Cache-Control": "no-store"}
             return idempotency.Answer(201, headers, payment.model_dump_json().encode())

@@ -43,7 +43,7 @@ def compose_gives_what_the_settings_expect(d: Deployed) -> Faults:
                 yield f"compose.yaml: {name}: {variable} is no setting; name one of app/settings.py, or remove it"
     for name, service in found.items():
         stop, grace = str(service.get("stop_grace_period", "10s")), wanted.termination_grace_seconds
-        if "app.healthcheck" in str(service.get("healthcheck")) and duration(stop) < grace:
+        if "app.serving.healthcheck" in str(service.get("healthcheck")) and duration(stop) < grace:
             yield (
                 f"compose.yaml: {name}: stop_grace_period is {stop}; set it to {grace}s, which is "
                 "TERMINATION_GRACE_SECONDS, or it is killed while it drains"

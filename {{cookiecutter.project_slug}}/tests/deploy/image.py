@@ -27,7 +27,7 @@ def the_pod_starts_what_the_image_says(d: Deployed) -> Faults:
 
 @rule
 def the_image_tells_its_health_without_a_shell_or_curl(d: Deployed) -> Faults:
-    found, wanted = d.instruction("HEALTHCHECK"), 'CMD ["python", "-m", "app.healthcheck"]'
+    found, wanted = d.instruction("HEALTHCHECK"), 'CMD ["python", "-m", "app.serving.healthcheck"]'
     if not found.endswith(wanted):
         yield f"Dockerfile: HEALTHCHECK is {found!r}; end it with {wanted}"
 

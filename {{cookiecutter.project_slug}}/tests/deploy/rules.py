@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from app.machine import Machine
+from app.sizing.resources import Machine
 from tests.deploy.deployed import Deployed, Document, UnreadableError, at, quantity
 
 Faults = Iterator[str]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 from redis.asyncio import Redis
 
-from app import cache
-from app.database import Database
+from app.storage import redis as cache
+from app.storage.postgres import Database
 from app.settings import Settings
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))  # else a folder in the project

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from app.patterns.breaker import Breaker, OpenError
+from app.patterns.circuit_breaker import Breaker, OpenError
 
 RESET = 3.0
 
@@ -22,7 +22,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("app.patterns.breaker.time", clock)
+    monkeypatch.setattr("app.patterns.circuit_breaker.time", clock)
     return clock
 
 

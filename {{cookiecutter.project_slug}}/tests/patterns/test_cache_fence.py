@@ -7,8 +7,8 @@ import pytest
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
-from app.patterns import cache_fence
-from app.patterns.cache_fence import BUDGET_SECONDS, Cache
+from app.patterns import cache_aside as cache_fence
+from app.patterns.cache_aside import BUDGET_SECONDS, Cache
 from app.patterns.fail_open import COOL_DOWN_SECONDS
 from scripts import services
 from tests.patterns.conftest import eventually

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as how
 from hypothesis import strategies as some
 
-from app import errors
-from app.database import Connection, Database
+from app.web import problems
+from app.storage.postgres import Connection, Database
 from app.patterns.idempotency import Answer, IdempotencyError, IdempotencyKey, forget, once
 from app.settings import Settings
 
@@ -152,7 +152,7 @@ async def test_a_key_has_1_to_255_printable_characters_with_or_without_quotes(
     field: str | None, key: str | None
 ) -> None:
     app = FastAPI()
-    errors.install(app)
+    problems.install(app)
 
     @app.post("/")
     async def route(key: IdempotencyKey) -> str:

@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from app.database import Database
+from app.storage.postgres import Database
 from app.patterns import inbox
 
 

@@ -15,7 +15,7 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import ConnectionError as LostError
 from redis.exceptions import RedisError
 
-from app.database import Connection, Database
+from app.storage.postgres import Connection, Database
 from app.patterns import outbox
 from scripts import services
 from tests.patterns.conftest import entries, eventually

@@ -5,7 +5,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from app import cache
+from app.storage import redis as cache
 from app.main import create_app
 from app.patterns import rate_limit
 from app.settings import Settings

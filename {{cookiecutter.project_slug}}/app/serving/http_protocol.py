@@ -6,8 +6,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from app import master
-from app.answering import AnsweringProtocol
+from app.serving import shared_flags
+from app.serving.http_response import AnsweringProtocol
 
 #: Requests that may wait behind the one that is answered: each costs memory before it is counted anywhere.
 MAX_PIPELINED = 8
@@ -55,7 +55,7 @@ class ServiceProtocol(AnsweringProtocol):
             self.headers = NOWHERE  # type: ignore[assignment]
             if not self.pipeline:
                 self.answering = cycle
-            if master.is_draining() or self.server_state.is_retiring:  # type: ignore[attr-defined]
+            if shared_flags.is_draining() or self.server_state.is_retiring:  # type: ignore[attr-defined]
                 cycle.keep_alive = False
 
     def send_400_response(self, msg: str) -> None:

@@ -8,16 +8,13 @@ import re
 import sys
 import threading
 import traceback
-from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 
 from app.settings import Settings
-
-#: What every line written during a request carries: `request_id`, and the ids of the trace if there is one.
-request_context: ContextVar[dict[str, str] | None] = ContextVar("request_context", default=None)
+from app.telemetry.context import request_context
 
 _PASSWORD = re.compile(r"(://[^/\s:\"]*:)[^/\s\"]*(?=@)|(?<=[?&])(password=)[^&\s\"]+")
 _OWN = frozenset({"timestamp", "level", "logger", "service", "pid", "request_id", "exception", "stack"})
@@ -112,7 +109,7 @@ def config(settings: Settings) -> dict[str, Any]:
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"line": json_lines if wants_json(settings) else console},
-        "handlers": {"stdout": {"class": "app.log.LineHandler", "formatter": "line"}},
+        "handlers": {"stdout": {"class": "app.telemetry.logs.LineHandler", "formatter": "line"}},
         "root": root,  # the access lines are observe.py's
         "loggers": {"gunicorn.error": own, "uvicorn.error": own, "gunicorn.access": off, "uvicorn.access": off},
     }

@@ -5,8 +5,8 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 
-from app.database import Connection, Database
-from app.patterns.unbroken import unbroken
+from app.storage.postgres import Connection, Database
+from app.tasks import unbroken
 
 BATCH = 500
 logger = logging.getLogger("app.batches")

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 from gunicorn.arbiter import Arbiter
 from uvicorn_worker import UvicornWorker
 
-from app import master
-from app.protocol import ServiceProtocol
-from app.server import ServiceServer
-from app.websocket import ServiceWebSocket
+from app.serving import shared_flags
+from app.serving.http_protocol import ServiceProtocol
+from app.serving.server import ServiceServer
+from app.serving.websocket_protocol import ServiceWebSocket
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -37,7 +37,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.limit_max_requests = None  # ours asks for a successor first
         self.is_leaving = False
         self.faults = tempfile.TemporaryFile(dir=self.cfg.worker_tmp_dir)  # noqa: SIM115 - closed by report()
-        master.enlist(self.age)
+        shared_flags.enlist(self.age)
 
     def init_signals(self) -> None:
         """Have the stacks written where the master finds them, of a loop that is stuck (SIGABRT) and of a crash."""
@@ -50,10 +50,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
             self.faults.seek(0)
             if stacks := self.faults.read().decode(errors="replace"):
                 text = "worker %s was stuck, or has crashed; what it was doing is in `stacks`"
-                logging.getLogger("app.worker").critical(text, self.pid, extra={"stacks": stacks})
+                logging.getLogger("app.serving.gunicorn_worker").critical(text, self.pid, extra={"stacks": stacks})
 
     async def _serve(self) -> None:
         settings = self.wsgi.state.settings
+        self.wsgi.state.lifecycle.is_draining = shared_flags.is_draining
         self.config.app, self.config.root_path = self.wsgi, settings.root_path
         self.config.ws_max_size = settings.max_body_bytes
         server = ServiceServer(self)

@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 
-from app import log
 from app.settings import Settings
+from app.telemetry import logs
 
 #: A pipe takes up to so many bytes whole, so that lines of several processes do not mix (POSIX, PIPE_BUF).
 PART_BYTES = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
@@ -28,7 +28,7 @@ class AccessLog:
         """Take what is to be told the number of lines that were dropped."""
         self.logger = logging.getLogger("access")
         self.is_enabled = self.logger.isEnabledFor(logging.INFO)
-        self.writes_json = log.wants_json(settings)
+        self.writes_json = logs.wants_json(settings)
         self.delay_seconds = settings.access_log_flush_ms / 1000
         self.dropped = dropped
         constant: dict[str, Any] = {"level": "info", "logger": "access", "message": "request"}
@@ -79,7 +79,7 @@ class AccessLog:
             if not self.stdout.poll(0):
                 break
             try:
-                log.write(part)
+                logs.write(part)
             except OSError:  # nobody will ever read it
                 self.dropped(part.count(b"\n"))
             written += 1

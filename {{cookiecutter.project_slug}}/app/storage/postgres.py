@@ -11,7 +11,7 @@ import asyncpg
 from fastapi import Depends, Request
 
 from app.errors import UnavailableError
-from app.outage import AWAY, LOST, ImpatientConnection, ServerAwayError, told_from_bugs
+from app.storage.postgres_errors import AWAY, LOST, ImpatientConnection, ServerAwayError, told_from_bugs
 from app.settings import Settings
 
 #: Seconds that connecting may take.

@@ -20,7 +20,7 @@ from wsgiref.simple_server import WSGIServer, make_server
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer, _SilentHandler
 
-from app.metrics_folder import AllWorkers, prepare
+from app.telemetry.multiprocess import AllWorkers, prepare
 
 
 def _listen(address: str, folder: Path) -> WSGIServer:
@@ -35,7 +35,7 @@ def _listen(address: str, folder: Path) -> WSGIServer:
             try:
                 return metrics(environ, start_response)
             except Exception:  # wsgiref would print the traceback, which is no line of the log
-                logging.getLogger("app.metrics").exception("a scrape failed")
+                logging.getLogger("app.telemetry.http_metrics").exception("a scrape failed")
                 status, text = "500 Internal Server Error", b"the scrape failed; the log says why\n"
         start_response(status, [("Content-Type", "text/plain")])
         return [text]

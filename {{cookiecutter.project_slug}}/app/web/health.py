@@ -17,7 +17,7 @@ CACHE_SECONDS = 1.0  # for which a result stands, so that many kubelets and bala
 WATCH_SECONDS = 5.0  # between checks when nobody probes, so that outages are logged all the same
 
 Check = Callable[[], Awaitable[object]]
-logger = logging.getLogger("app.health")
+logger = logging.getLogger("app.web.health")
 
 
 class Health:

@@ -1,4 +1,4 @@
-"""The container's HEALTHCHECK, without curl: `python -m app.healthcheck [path]` ends with 0 if the answer is 200."""
+"""The container's HEALTHCHECK, without curl: `python -m app.serving.healthcheck [path]` ends with 0 if the answer is 200."""
 
 import http.client
 import os

@@ -1,43 +1,12 @@
 """The gunicorn master: it announces the end before it signals, and starts a worker's successor first."""
 
-import mmap
 import signal
 from typing import Any
 
 from gunicorn.arbiter import Arbiter
 
-from app.metrics_server import MetricsProcess
-
-#: What master and workers share, mapped before they are forked: one byte for the pod, and one for each worker. A signal
-#: alone could be lost: in a worker that was forked just now, gunicorn's own handlers still swallow it.
-_SHARED = mmap.mmap(-1, mmap.PAGESIZE)
-_POD, _GRACEFULLY, _QUICKLY = 0, 1, 2
-_ASKED = 1
-
-
-def is_draining() -> bool:
-    """Tell whether the whole pod is ending, and not just this worker."""
-    return _SHARED[_POD] != 0
-
-
-def is_quick() -> bool:
-    """Tell whether the pod is ending with SIGINT or SIGQUIT."""
-    return _SHARED[_POD] == _QUICKLY
-
-
-def _slot(age: int) -> int:
-    return 1 + age % (len(_SHARED) - 1)
-
-
-def enlist(age: int) -> None:
-    """Clear the byte of a worker that is about to be forked; gunicorn counts them by `age`."""
-    _SHARED[_slot(age)] = 0
-
-
-def ask_for_successor(age: int) -> None:
-    """Have the master start another worker, and then retire this one."""
-    _SHARED[_slot(age)] = _ASKED
-
+from app.serving import shared_flags
+from app.telemetry.metrics_server import MetricsProcess
 
 class ServiceArbiter(Arbiter):  # type: ignore[misc]
     """gunicorn's master, with another idea of the signals TERM, HUP and USR2."""
@@ -47,7 +16,7 @@ class ServiceArbiter(Arbiter):  # type: ignore[misc]
 
     def stop(self, graceful: bool = True) -> None:
         """End the pod. The workers learn it before any of them is signalled."""
-        _SHARED[_POD] = max(_SHARED[_POD], _GRACEFULLY if graceful else _QUICKLY)
+        shared_flags.announce(graceful=graceful)
         super().stop(graceful)
 
     def reload(self) -> None:
@@ -70,7 +39,7 @@ class ServiceArbiter(Arbiter):  # type: ignore[misc]
         """
         self.metrics.ensure(self.LISTENERS)
         for worker in list(self.WORKERS.values()):
-            if _SHARED[_slot(worker.age)] == _ASKED:
+            if shared_flags.wants_successor(worker.age):
                 self._replace(worker)
         wanted = self._num_workers
         self._num_workers += sum(worker.is_leaving for worker in self.WORKERS.values())

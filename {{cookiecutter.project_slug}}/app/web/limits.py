@@ -6,15 +6,12 @@ body of 200 MB into memory, and its own limit on concurrency counts idle connect
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from starlette.types import Message, Receive, Scope
 
 from app.errors import ServiceError, UnavailableError
 from app.settings import Settings
-
-if TYPE_CHECKING:
-    from app.observe import Exchange
 
 _SWEEP_SECONDS = 0.5
 _CLOSE = {"Connection": "close"}
@@ -24,6 +21,17 @@ _REFUSALS = {
     413: "The body of the request is too large.",
     431: "The header fields of the request are too large.",
 }
+
+
+class Exchange(Protocol):
+    """What is limited: one request and its answer."""
+
+    scope: Scope
+    start: float
+    status: int
+
+    def time_out(self) -> None:
+        """Answer 504."""
 
 
 class RefusedError(ServiceError):
@@ -44,7 +52,7 @@ class Limits:
         self.in_flight: dict[Exchange, None] = {}  # in the order of their start
         self.is_sweeping = False
 
-    def admit(self, exchange: "Exchange", body_bytes: int) -> None:
+    def admit(self, exchange: Exchange, body_bytes: int) -> None:
         """Count a request in, to be ended after `REQUEST_TIMEOUT_SECONDS`; `body_bytes` is 0 where it is not known.
 
         Raises `ServiceError` for a request that is not to be served.

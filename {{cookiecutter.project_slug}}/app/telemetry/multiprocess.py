@@ -13,7 +13,7 @@ from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from app.metrics import FOLD_SECONDS
+from app.telemetry.http_metrics import FOLD_SECONDS
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def fold(folder: Path, pid: int) -> None:
             try:
                 values = list(MmapedDict.read_all_values_from_file(str(file)))
             except Exception:
-                logging.getLogger("app.metrics").exception("the counts in %s are lost", file.name)
+                logging.getLogger("app.telemetry.http_metrics").exception("the counts in %s are lost", file.name)
             if values and kind != "gauge":  # a gauge ends with its process
                 archive = MmapedDict(str(folder / f"{kind}_archive.db"))
                 for key, value, _, _ in values:

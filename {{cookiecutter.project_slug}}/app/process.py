@@ -16,10 +16,12 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from redis.asyncio import Redis
 
-from app import cache, health, log
-from app.database import Database
-from app.lifespan import beside
+from app.web import health
 from app.settings import Settings
+from app.storage import redis as redis_client
+from app.storage.postgres import Database
+from app.tasks import beside
+from app.telemetry import logs
 
 Work = Callable[[Settings, Database, Redis], AbstractAsyncContextManager[None]]
 _UP = Gauge("dependency_up", "1 if it answers.", ["dependency"])
@@ -48,7 +50,7 @@ def run(settings: Settings, work: Work) -> None:
         listener = socket.create_server((host.strip("[]"), int(port)), family=family)
     except OSError as error:
         sys.exit(f"configuration error: METRICS_BIND={settings.metrics_bind}: {error.strerror}")
-    options: dict[str, Any] = {"log_config": log.config(settings), "access_log": False, "server_header": False}
+    options: dict[str, Any] = {"log_config": logs.config(settings), "access_log": False, "server_header": False}
     _Server(uvicorn.Config(app, lifespan="on", **options)).run(sockets=[listener])
 
 
@@ -56,8 +58,8 @@ def run(settings: Settings, work: Work) -> None:
 async def _open(settings: Settings, work: Work) -> AsyncIterator[dict[str, Any]]:
     async with contextlib.AsyncExitStack() as stack:
         database = await stack.enter_async_context(Database(settings, max(2, settings.database_max_connections)))
-        redis = await stack.enter_async_context(cache.connect(settings))
-        probe = await stack.enter_async_context(cache.connect(settings, max_connections=1))  # readiness' own
+        redis = await stack.enter_async_context(redis_client.connect(settings))
+        probe = await stack.enter_async_context(redis_client.connect(settings, max_connections=1))  # readiness' own
         both = settings.model_copy(update={"readiness_required": ("postgres", "redis")})
         state = health.Health(both, {"postgres": database.check, "redis": probe.ping}, lambda: False, _UP)
         state.started = True

@@ -1,28 +1,16 @@
-"""`python -m app.sizing` explains what this machine runs, and names settings that do not agree with each other."""
+"""Which settings do not agree with each other, or with the CPUs and the memory."""
 
-import argparse
 import math
-import os
-import sys
 
-from app.machine import MEGABYTE, Machine, detect
-from app.plan import BASE_MEMORY_MB, USABLE_MEMORY, carried_workers, make_plan
-from app.settings import Settings, load_settings
+from app.sizing.resources import Machine
+from app.sizing.plan import BASE_MEMORY_MB, USABLE_MEMORY, carried_workers
+from app.settings import Settings
 
 BLOCKING_STEP_SECONDS = 30  # how long one may last: a cold import on a throttled CPU, a large document
 CLOSING_MARGIN_SECONDS = 2  # of the graceful timeout, for lifespan shutdown
 GRACE_MARGIN_SECONDS = 10  # between gunicorn's own end and the kubelet's SIGKILL
 REPLICAS, SURGE = 10, 1  # most pods of one release; a rollout runs two sets and the surge
 OTHER_CONNECTIONS = 4  # three that Postgres reserves for its superuser, one for the migration
-OVERRIDES = {
-    "--workers": "web_concurrency",
-    "--timeout": "worker_timeout_seconds",
-    "--graceful-timeout": "graceful_timeout_seconds",
-    "--drain": "drain_seconds",
-    "--grace": "termination_grace_seconds",
-    "--max-requests": "max_requests",
-    "--postgres-max-connections": "postgres_max_connections",
-}
 
 
 def findings(s: Settings, machine: Machine, workers: int, replicas: int) -> list[str]:
@@ -79,36 +67,3 @@ def findings(s: Settings, machine: Machine, workers: int, replicas: int) -> list
         ),
     ]
     return [text for broken, text in rules if broken]
-
-
-def main() -> int:
-    """Explain the plan on stdout; return 1 if something is incoherent."""
-    found_here = detect()
-    about = "Explain how many workers and connections this service runs here, and what is incoherent (exit 1)."
-    parser = argparse.ArgumentParser(prog="python -m app.sizing", description=about)
-    parser.add_argument("--cpus", type=float, default=found_here.cpus, help="CPUs (found: %(default)g)")
-    parser.add_argument("--memory-mb", type=int, default=found_here.megabytes, help="memory (found: %(default)s)")
-    parser.add_argument("--replicas", type=int, default=REPLICAS, help="most pods of a release (default: %(default)s)")
-    for option, name in OVERRIDES.items():
-        parser.add_argument(option, dest=name.upper(), help=f"another {name.upper()}")
-    options = vars(parser.parse_args())
-    for name in ("cpus", "memory_mb", "replicas"):
-        if not 0 < options[name] < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {options[name]}: takes a number over 0")
-    os.environ.update({name: value for name, value in options.items() if name.isupper() and value is not None})
-    settings, machine = load_settings(), Machine(options["cpus"], options["memory_mb"] * MEGABYTE)
-    if machine[:2] == (found_here.cpus, found_here.megabytes * MEGABYTE):
-        machine = found_here
-    decided = make_plan(settings, machine)
-    found = findings(settings, machine, decided.workers, options["replicas"])
-    sys.stdout.write(
-        f"{machine.cpus:g} CPUs, {machine.megabytes} MB, up to {options['replicas']} pods\n"
-        f"workers      {decided.workers}: {decided.reasons}\n"
-        f"connections  {settings.database_max_connections} for the pod, {decided.connections_per_worker} per worker\n"
-        + ("".join(f"WARNING      {text}\n" for text in found) or "no warnings: the settings agree with each other\n")
-    )
-    return 1 if found else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,8 +13,8 @@ import httpx
 import stamina
 from prometheus_client import Histogram
 
-from app.log import request_context
-from app.patterns.breaker import Breaker
+from app.telemetry.context import request_id
+from app.patterns.circuit_breaker import Breaker
 
 MAX_ANSWER_BYTES = 1 << 20
 ATTEMPTS, ATTEMPT_SECONDS, DEADLINE_SECONDS = 3, 2.0, 5.0
@@ -50,7 +50,7 @@ class Client:
         A call that is not safe is tried again only with an `Idempotency-Key`. The request's ID goes with it.
         """
         attempts = ATTEMPTS if method in _SAFE or "Idempotency-Key" in headers else 1
-        sent = headers | {"X-Request-ID": (request_context.get() or {}).get("request_id", "")}
+        sent = headers | {"X-Request-ID": request_id()}
         retries = stamina.retry_context(UpstreamError, attempts=attempts, timeout=DEADLINE_SECONDS, wait_jitter=0.1)
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):

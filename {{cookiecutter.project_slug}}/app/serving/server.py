@@ -9,17 +9,14 @@ import signal
 import socket
 import time
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from uvicorn.server import Server
+from uvicorn_worker import UvicornWorker
 
-from app import master
-from app.listener import take_no_more
-from app.protocol import ServiceProtocol
+from app.serving import shared_flags
+from app.serving.http_protocol import ServiceProtocol
+from app.serving.listener import take_no_more
 from app.settings import Settings
-
-if TYPE_CHECKING:
-    from app.worker import ServiceWorker
 
 #: For which a worker that leaves alone goes on: so long does its successor take to start.
 SUCCESSOR_SECONDS = 1.0
@@ -28,13 +25,13 @@ CLOSING_SECONDS = 3.0
 #: For requests, where the end is to be quick.
 QUICK_SECONDS = 1.0
 
-logger = logging.getLogger("app.server")
+logger = logging.getLogger("app.serving.server")
 
 
 class ServiceServer(Server):
     """Uvicorn's server, which drains with the pod, and retires alone without resetting anything."""
 
-    def __init__(self, worker: "ServiceWorker") -> None:
+    def __init__(self, worker: UvicornWorker) -> None:
         super().__init__(worker.config)
         self.worker = worker
         self.settings: Settings = worker.wsgi.state.settings
@@ -56,16 +53,16 @@ class ServiceServer(Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Decide ten times a second whether to stop. Without its master a worker would block the next start."""
-        if master.is_draining() or os.getppid() != self.worker.ppid:
-            self.handle_exit(signal.SIGQUIT if master.is_quick() else signal.SIGTERM)
+        if shared_flags.is_draining() or os.getppid() != self.worker.ppid:
+            self.handle_exit(signal.SIGQUIT if shared_flags.is_quick() else signal.SIGTERM)
         if self.server_state.total_requests >= self.worker.max_requests and not self.asked:
             self.asked = True
             logger.info("%d requests served, asking for a successor", self.server_state.total_requests)
-            master.ask_for_successor(self.worker.age)
+            shared_flags.ask_for_successor(self.worker.age)
         if counter % 10 == 0:
             for connection in self._http():
                 connection.check()
-        wait = self.settings.drain_seconds if master.is_draining() else SUCCESSOR_SECONDS
+        wait = self.settings.drain_seconds if shared_flags.is_draining() else SUCCESSOR_SECONDS
         self.should_exit = time.monotonic() >= min(self.told_at + wait, self.quick_at)
         return await super().on_tick(counter)
 
@@ -106,7 +103,7 @@ class ServiceServer(Server):
         """Take what the kernel has already accepted, and serve it: closing would reset it."""
         loop = asyncio.get_running_loop()
         copies = [listener.dup() for listener in sockets]
-        if master.is_draining():  # else the other workers go on with the same sockets
+        if shared_flags.is_draining():  # else the other workers go on with the same sockets
             for listener in copies:
                 take_no_more(listener)
         for server in self.servers:
@@ -136,9 +133,9 @@ class ServiceServer(Server):
         """Keep the heartbeat while closing; cut off what is left if the end has to be quick after all."""
         while True:
             self.worker.notify()
-            if master.is_quick():
+            if shared_flags.is_quick():
                 self.handle_exit(signal.SIGQUIT)
-            self.worker.wsgi.state.closing_deadline = self._deadline()  # lifespan.py reads it
+            self.worker.wsgi.state.lifecycle.closing_deadline = self._deadline()  # lifespan.py reads it
             if time.monotonic() > self.quick_at + QUICK_SECONDS:
                 for task in self.server_state.tasks:
                     task.cancel()

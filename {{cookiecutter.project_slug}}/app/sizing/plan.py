@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from app.machine import Machine
+from app.sizing.resources import Machine
 from app.settings import Settings
 
 USABLE_MEMORY = 0.8  # of the limit; the rest is for peaks

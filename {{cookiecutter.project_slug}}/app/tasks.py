@@ -1,13 +1,15 @@
-"""Work that goes on behind an answer. The end of the process waits for it, as long as there is time."""
+"""Tasks beside the requests: those that a request starts, those that run as long as the process, and steps of both."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, Self
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Annotated, Any, Self, TypeVar
 
 from fastapi import Depends, Request
 
-logger = logging.getLogger("app.background")
+Result = TypeVar("Result")
+logger = logging.getLogger("app.tasks")
 
 
 class Background:
@@ -47,6 +49,36 @@ class Background:
             await asyncio.wait(left, timeout=1)
         level = logging.WARNING if left else logging.INFO
         logger.log(level, "%d tasks finished, %d cancelled", finished, len(left))
+
+
+@contextlib.asynccontextmanager
+async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run something beside the requests; cancel it at the end."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_report)
+    try:
+        yield
+    finally:
+        while not task.done():  # Python 3.11's wait_for, which redis-py uses, can lose a cancellation
+            task.cancel()
+            await asyncio.wait([task], timeout=1)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        logger.error("what ran beside the requests has failed", exc_info=error)
+
+
+async def unbroken(step: Awaitable[Result]) -> Result:
+    """Await a step of a loop. A cancellation takes effect when the step has ended; a second one, at once."""
+    task = asyncio.ensure_future(step)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen
+        raise
 
 
 async def _background(request: Request) -> Background:

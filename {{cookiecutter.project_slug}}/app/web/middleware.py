@@ -13,13 +13,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from app import log
-from app.access_log import AccessLog
-from app.errors import ServiceError, problem
-from app.limits import Limits
-from app.metrics import HttpMetrics
-from app.request_head import new_request_ids, read_head
+from app.errors import ServiceError
+from app.web.headers import new_request_ids, read_head
+from app.web.limits import Limits
+from app.web.problems import problem
 from app.settings import Settings
+from app.telemetry.access_log import AccessLog
+from app.telemetry.context import request_context
+from app.telemetry.http_metrics import HttpMetrics
+from app.telemetry.logs import redact
 
 #: RFC 9110 and RFC 5789; any other is counted as `_OTHER`, or clients could make up time series.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
@@ -27,7 +29,7 @@ _behind_proxy: Callable[[ASGIApp, str], ASGIApp] = ProxyHeadersMiddleware  # typ
 MAX_PATH = 1024  # characters of it in a line, so that the line fits into one write to a pipe
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that left before the answer
 
-logger = logging.getLogger("app.observe")
+logger = logging.getLogger("app.web")
 
 
 class Observe:
@@ -69,7 +71,7 @@ class Exchange:
         """Pass the request to the app, and answer for it if it raises."""
         limits, receive = self.observe.limits, self.receive
         self.context, body_bytes, is_forwarded = read_head(self.scope["headers"], self.observe.request_ids)
-        log.request_context.set(self.context)
+        request_context.set(self.context)
         try:
             self.task = asyncio.current_task()
             limits.admit(self, body_bytes or 0)
@@ -115,7 +117,7 @@ class Exchange:
             self.task.cancel()
 
     async def _time_out(self) -> None:
-        log.request_context.set(self.context)
+        request_context.set(self.context)
         await self._answer(problem(504, "The request took too long."))
 
     async def _answer(self, response: Response) -> None:
@@ -134,7 +136,7 @@ class Exchange:
         observe.access_log.write(
             {
                 "method": method,
-                "path": log.redact(scope["path"][:MAX_PATH]),
+                "path": redact(scope["path"][:MAX_PATH]),
                 "route": route,
                 "status": status,
                 "duration_ms": round(seconds * 1000, 3),

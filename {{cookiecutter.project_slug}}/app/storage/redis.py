@@ -2,13 +2,12 @@
 
 from typing import Annotated
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Request
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import EqualJitterBackoff
 from redis.exceptions import ConnectionError as LostError
 
-from app.errors import problem
 from app.settings import Settings
 
 #: Seconds for one answer. redis-py's defaults block for 58.7 s on a frozen server (11 tries of 5 s).
@@ -32,11 +31,6 @@ def connect(settings: Settings, max_connections: int = MAX_CONNECTIONS) -> Redis
         client_name=settings.service_name,
     )
     return Redis.from_pool(pool)
-
-
-async def unavailable(_: Request, __: Exception) -> Response:
-    """Answer 503 for a request that could not do without Redis."""
-    return problem(503, "The cache is not available.", {"Retry-After": "1"})
 
 
 async def _cache(request: Request) -> Redis:

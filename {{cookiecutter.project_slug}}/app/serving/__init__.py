@@ -1,0 +1,1 @@
+"""The gunicorn runtime: drain, recycling, protocol. A service normally never edits it."""

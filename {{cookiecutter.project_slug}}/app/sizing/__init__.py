@@ -1,0 +1,1 @@
+"""How many workers and connections fit here, and whether the settings agree."""

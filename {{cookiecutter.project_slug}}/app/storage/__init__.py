@@ -1,0 +1,1 @@
+"""Postgres and Redis: clients that fail fast and survive restarts."""
