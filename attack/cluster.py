@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.process import eventually
+from tests.service_process import eventually
 
 from kubelet import TICK_SECONDS, Pod
 from manifest import Manifest

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from scripts.services import Redis
+from scripts.dev_services import Redis
 
 ATTACK = Path(__file__).parent
 pytest_plugins = ["tests.conftest"]  # the generated project's: postgres, redis, database_url

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from tests.process import PROJECT
+from tests.service_process import PROJECT
 
 from manifest import Manifest, Probe
 

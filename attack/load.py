@@ -69,7 +69,7 @@ GET = get("/", "GET")
 GET_NEW = get("/", "GET, new connection", keeps_alive=False)
 POST = post("/payments", _PAYMENT, "POST")
 POST_NEW = post("/payments", _PAYMENT, "POST, new connection", keeps_alive=False)
-SLOW = get("/slow?seconds=2", "GET of 2 s")  # of tests/faulty.py
+SLOW = get("/slow?seconds=2", "GET of 2 s")  # of tests/fault_routes.py
 #: A bit of everything; many POSTs, since proxies ask nobody else for those.
 MIXED = 8 * [GET] + 3 * [GET_NEW] + 6 * [POST] + 4 * [POST_NEW] + 4 * [SLOW]
 

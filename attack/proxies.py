@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.process import eventually
+from tests.service_process import eventually
 
 COMMANDS = {"nginx": ("nginx", "-e", "stderr", "-c", "nginx.conf"), "haproxy": ("haproxy", "-db", "-f", "haproxy.cfg")}
 

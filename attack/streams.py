@@ -1,4 +1,4 @@
-"""The app of tests/faulty.py with what never ends by itself: a WebSocket that floods, and a long download."""
+"""The app of tests/fault_routes.py with what never ends by itself: a WebSocket that floods, and a long download."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from fastapi import Response, WebSocket
 from fastapi.responses import StreamingResponse
 from starlette.websockets import WebSocketDisconnect
-from tests.faulty import app
+from tests.fault_routes import app
 
 
 @app.websocket("/flood")

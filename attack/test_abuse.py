@@ -15,7 +15,7 @@ from itertools import repeat
 
 import httpx
 import pytest
-from tests.process import Service, eventually, frozen, serving
+from tests.service_process import Service, eventually, frozen, serving
 
 from load import MIXED, get, load
 from watch import counted, every, resident_bytes, workers
@@ -32,7 +32,7 @@ BUSY_SECONDS = 5  # no other request may take longer, on a machine that has much
 def service(urls: dict[str, str]) -> Iterator[Service]:
     """One service, warm, for all attacks."""
     timeouts = {"HEADER_TIMEOUT_SECONDS": str(TIMEOUT_SECONDS), "REQUEST_BODY_TIMEOUT_SECONDS": str(TIMEOUT_SECONDS)}
-    with serving("tests.faulty:app", **timeouts, **urls) as service:
+    with serving("tests.fault_routes:app", **timeouts, **urls) as service:
         service.wait()
         eventually(lambda: len(workers(service)) == 2)
         with load(service.port, MIXED):
@@ -140,7 +140,7 @@ def test_300_connections_against_a_small_cap_are_refused_at_once_and_on_the_reco
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=30) as client:
             return await asyncio.gather(*(client.get(f"/slow?seconds={seconds}") for _ in range(300)))
 
-    with serving("tests.faulty:app", MAX_IN_FLIGHT=str(cap), **urls) as service:
+    with serving("tests.fault_routes:app", MAX_IN_FLIGHT=str(cap), **urls) as service:
         service.wait()
         eventually(lambda: len(workers(service)) == 2)
         with load(service.port, 2 * [get("/health/live", keeps_alive=False, pause=0.05)]) as probes:
@@ -175,7 +175,7 @@ def test_a_reader_of_the_log_that_stops_costs_access_lines_and_nothing_else(urls
 
     with tempfile.TemporaryFile() as kept:
         reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=kept)
-        with serving("tests.faulty:app", 0, reader.stdin, **urls) as service:
+        with serving("tests.fault_routes:app", 0, reader.stdin, **urls) as service:
             service.wait()
             with load(service.port, MIXED) as result, frozen(reader.pid):
                 eventually(lambda: dropped(service) > 1000, 60)

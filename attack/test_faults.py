@@ -15,8 +15,8 @@ import asyncpg
 import httpx
 import psutil
 import pytest
-from scripts.services import Postgres, Redis
-from tests.process import Service, eventually, frozen, serving
+from scripts.dev_services import Postgres, Redis
+from tests.service_process import Service, eventually, frozen, serving
 
 from load import get, load
 
@@ -122,7 +122,7 @@ def restart(postgres: Postgres, mode: str) -> None:
 def test_no_read_fails_and_no_write_is_lost(
     urls: dict[str, str], postgres: Postgres, fault: Callable[[Postgres], None]
 ) -> None:
-    with serving("dependent:app", **urls) as service:
+    with serving("dependency_routes:app", **urls) as service:
         service.wait()
         with load(service.port, 16 * [get("/read")]) as reads, writing(service) as writes:
             time.sleep(1)
@@ -139,7 +139,7 @@ def test_no_read_fails_and_no_write_is_lost(
 def test_a_frozen_postgres_bounds_every_request(urls: dict[str, str], postgres: Postgres) -> None:
     command_timeout = 3
     settings = urls | {"DATABASE_COMMAND_TIMEOUT_SECONDS": str(command_timeout), "DATABASE_MAX_CONNECTIONS": "12"}
-    with serving("dependent:app", **settings) as service:
+    with serving("dependency_routes:app", **settings) as service:
         service.wait()
         either = (200, 503)
         reads = [get("/read", "read", statuses=either), get("/transaction", statuses=either)]
@@ -166,7 +166,7 @@ def test_a_frozen_postgres_bounds_every_request(urls: dict[str, str], postgres: 
 
 def test_an_exhausted_pool_sheds_what_does_not_fit(urls: dict[str, str]) -> None:
     settings = urls | {"DATABASE_MAX_CONNECTIONS": "4", "DATABASE_ACQUIRE_TIMEOUT_SECONDS": "0.5"}
-    with serving("dependent:app", **settings) as service:
+    with serving("dependency_routes:app", **settings) as service:
         service.wait()
         with ThreadPoolExecutor(16) as threads:
             answers = list(threads.map(lambda _: service.get("/sleep?seconds=4"), range(16)))
@@ -182,11 +182,11 @@ def test_an_exhausted_pool_sheds_what_does_not_fit(urls: dict[str, str]) -> None
 def test_a_slow_query_is_cut_off_at_the_server_too(urls: dict[str, str], postgres: Postgres) -> None:
     settings = urls | {"DATABASE_COMMAND_TIMEOUT_SECONDS": "0.5", "REQUEST_TIMEOUT_SECONDS": "1"}
     running = "select 1 from pg_stat_activity where query like 'select pg_sleep%' and state = 'active'"
-    with serving("dependent:app", **settings) as service:
+    with serving("dependency_routes:app", **settings) as service:
         service.wait()
         assert service.get("/sleep?seconds=60").status_code == 503
         assert sql(postgres.url, running) == []
-    with serving("dependent:app", **settings | {"DATABASE_COMMAND_TIMEOUT_SECONDS": "60"}) as service:
+    with serving("dependency_routes:app", **settings | {"DATABASE_COMMAND_TIMEOUT_SECONDS": "60"}) as service:
         service.wait()
         assert service.get("/sleep?seconds=60").status_code == 504
         eventually(lambda: sql(postgres.url, running) == [])
@@ -194,7 +194,7 @@ def test_a_slow_query_is_cut_off_at_the_server_too(urls: dict[str, str], postgre
 
 
 def test_a_long_outage_is_answered_at_once_and_costs_little(urls: dict[str, str], postgres: Postgres) -> None:
-    with serving("dependent:app", **urls) as service:
+    with serving("dependency_routes:app", **urls) as service:
         service.wait()
         path = "/read"
         eventually(lambda: len(workers(service)) == 2)
@@ -218,7 +218,7 @@ def test_a_long_outage_is_answered_at_once_and_costs_little(urls: dict[str, str]
 
 
 def test_a_restart_of_redis_costs_no_request(urls: dict[str, str], redis: Redis) -> None:
-    with serving("dependent:app", **urls) as service:
+    with serving("dependency_routes:app", **urls) as service:
         service.wait()
         with load(service.port, 16 * [get("/cached")]) as result:
             for _ in range(3):
@@ -233,7 +233,7 @@ def test_a_restart_of_redis_costs_no_request(urls: dict[str, str], redis: Redis)
 
 
 def test_a_frozen_redis_slows_nothing_else_down(urls: dict[str, str], redis: Redis) -> None:
-    with serving("dependent:app", **urls) as service:
+    with serving("dependency_routes:app", **urls) as service:
         service.wait()
         others = [LIVE, get("/health/ready", "ready", pause=0.05), get("/read", "read")]
         with load(service.port, 50 * [get("/cached", "cached", statuses=(200, 503))], others) as result:
@@ -262,7 +262,7 @@ def test_gauges_add_up_over_the_workers(urls: dict[str, str], postgres: Postgres
     def of_pool(gauge: str, pool: str) -> float:
         return sum(sample(service, f'db_client_connection_{gauge}{{db_client_connection_pool_name="{pool}"'))
 
-    with serving("dependent:app", **urls, DATABASE_MAX_CONNECTIONS=str(budget)) as service:
+    with serving("dependency_routes:app", **urls, DATABASE_MAX_CONNECTIONS=str(budget)) as service:
         service.wait()
         with load(service.port, 16 * [busy], 8 * [get("/cached", keeps_alive=False)]):
             eventually(lambda: of_pool("count", "postgres") == budget - 2)  # each worker has one for readiness

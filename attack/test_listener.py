@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-from app.listener import take_no_more
+from app.serving.listener import take_no_more
 
 CLOSES = 100
 

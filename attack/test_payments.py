@@ -26,10 +26,10 @@ import psutil
 import pytest
 from redis import Redis as Client
 from redis.exceptions import RedisError
-from scripts.gateway import Gateway, gateway
-from tests.process import PROJECT, Service, eventually, frozen, serving
+from scripts.fake_gateway import Gateway, gateway
+from tests.service_process import PROJECT, Service, eventually, frozen, serving
 
-from scripts import services
+from scripts import dev_services
 from test_faults import durable, sql, workers  # noqa: F401 - durable is a fixture
 
 CLIENTS = 12
@@ -42,7 +42,7 @@ class Consumer:
 
     def __init__(self, module: str = "app.payments.consumer", /, **settings: str) -> None:
         self.module, self.settings, self.is_ending = module, settings, False
-        self.port = services.free_port()
+        self.port = dev_services.free_port()
         self.output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by consuming()
         self.process = self.start()
 
@@ -96,7 +96,7 @@ class Tail:
                 self.last = b"(" + entry  # the time, so that it also grows over a loss
                 self.events[json.loads(fields[b"payload"])["payment_id"]] += 1
 
-    def stop(self, redis: services.Redis) -> None:
+    def stop(self, redis: dev_services.Redis) -> None:
         """Stop Redis, and see all that it loses: it takes nothing more, is read, and dies."""
         self.client.client_pause(10_000, all=False)
         self.read()
@@ -196,7 +196,7 @@ def settings(urls: dict[str, str], bank: Gateway) -> dict[str, str]:
 
 
 def test_nothing_is_lost_and_nothing_doubled(
-    settings: dict[str, str], bank: Gateway, postgres: services.Postgres, redis: services.Redis
+    settings: dict[str, str], bank: Gateway, postgres: dev_services.Postgres, redis: dev_services.Redis
 ) -> None:
     run, kills = uuid4().hex[:8], Counter[str]()
     with serving(**settings) as service, consuming(2, **settings) as consumers, tailing(redis.url) as tail:
@@ -249,7 +249,7 @@ def test_nothing_is_lost_and_nothing_doubled(
 
 
 def test_control_without_one_key_for_all_tries_some_payments_are_doubled(
-    settings: dict[str, str], postgres: services.Postgres
+    settings: dict[str, str], postgres: dev_services.Postgres
 ) -> None:
     run, end = uuid4().hex[:8], threading.Event()
     query = "select count(*) - count(distinct reference) from payments where reference like $1 || ' %'"
@@ -270,9 +270,9 @@ def test_control_without_one_key_for_all_tries_some_payments_are_doubled(
     assert doubled
 
 
-@pytest.mark.parametrize("module", ["app.payments.consumer", "careless"])
+@pytest.mark.parametrize("module", ["app.payments.consumer", "consumer_without_inbox"])
 def test_an_event_that_comes_again_has_its_effect_once_and_without_the_inbox_twice(
-    settings: dict[str, str], postgres: services.Postgres, redis: services.Redis, module: str
+    settings: dict[str, str], postgres: dev_services.Postgres, redis: dev_services.Redis, module: str
 ) -> None:
     run = uuid4().hex[:8]
     sql(postgres.url, "create table if not exists effects (payment_id uuid)")
@@ -310,7 +310,7 @@ def test_an_event_that_comes_again_has_its_effect_once_and_without_the_inbox_twi
     assert (most[0][0] == 1) == (module == "app.payments.consumer")
 
 
-def test_of_50_requests_with_one_key_one_is_taken(settings: dict[str, str], postgres: services.Postgres) -> None:
+def test_of_50_requests_with_one_key_one_is_taken(settings: dict[str, str], postgres: dev_services.Postgres) -> None:
     reference = str(uuid4())
     new = {"amount": 1, "currency": "EUR", "reference": reference}
     with serving(**settings) as service:
@@ -354,7 +354,7 @@ def seconds(service: Service, number: int, paths: list[str]) -> list[float]:
 
 @pytest.mark.parametrize("fault", ["dead", "frozen"])
 def test_a_redis_that_is_away_slows_no_payment_down(
-    settings: dict[str, str], postgres: services.Postgres, redis: services.Redis, fault: str
+    settings: dict[str, str], postgres: dev_services.Postgres, redis: dev_services.Redis, fault: str
 ) -> None:
     with serving(**settings) as service:
         service.wait()
@@ -377,7 +377,7 @@ def test_a_redis_that_is_away_slows_no_payment_down(
 
 @pytest.mark.parametrize("answer", ["down", "late"])
 def test_a_gateway_that_fails_for_long_touches_nobody_and_is_called_rarely(
-    settings: dict[str, str], bank: Gateway, postgres: services.Postgres, answer: str
+    settings: dict[str, str], bank: Gateway, postgres: dev_services.Postgres, answer: str
 ) -> None:
     run, outage = uuid4().hex[:8], 30.0 if answer == "down" else 10.0
     with serving(**settings) as service, consuming(1, **settings) as (consumer,):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
-from tests.process import Service, eventually, serving
+from tests.service_process import Service, eventually, serving
 
 from load import MIXED, Result, load
 from watch import counted, every, workers
@@ -17,7 +17,7 @@ OF_LOAD = r'http_route="(/|/payments|/slow)"'
 
 def bear(attack: Callable[[Service], None], **settings: str) -> tuple[Result, int, set[str]]:
     """Return what became of mixed load on two workers during an attack, how much was counted, and the log's levels."""
-    with serving("tests.faulty:app", **settings) as service:
+    with serving("tests.fault_routes:app", **settings) as service:
         service.wait()
         eventually(lambda: len(workers(service)) == 2)
         with every(0.5, lambda: counted(service, OF_LOAD)) as counts, load(service.port, MIXED) as result:

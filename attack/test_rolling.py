@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.process import eventually, serving
+from tests.service_process import eventually, serving
 
 from load import MIXED, Result, load
 from proxies import proxy
 
 RESTARTS = 10
 REQUESTS = 50_000  # at least, behind each proxy
-STOCK = {"GUNICORN_CMD_ARGS": f"--config {shlex.quote(str(Path(__file__).with_name('stock.py')))}"}
+STOCK = {"GUNICORN_CMD_ARGS": f"--config {shlex.quote(str(Path(__file__).with_name('stock_gunicorn.conf.py')))}"}
 
 
 def lasting_port() -> int:
@@ -34,7 +34,7 @@ class Instance:
         self.port, self.settings, self.stack = lasting_port(), settings, contextlib.ExitStack()
 
     def __enter__(self) -> "Instance":
-        self.service = self.stack.enter_context(serving("tests.faulty:app", self.port, **self.settings))
+        self.service = self.stack.enter_context(serving("tests.fault_routes:app", self.port, **self.settings))
         self.service.wait()
         return self
 

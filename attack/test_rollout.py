@@ -13,8 +13,8 @@ from functools import partial
 
 import asyncpg
 import pytest
-from scripts.services import Redis
-from tests.process import eventually
+from scripts.dev_services import Redis
+from tests.service_process import eventually
 
 from cluster import LAG_SECONDS, START_SECONDS, Cluster, running
 from load import TIMEOUT_SECONDS, Kind, Result, get, load, post

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from tests.process import Service, eventually, serving
+from tests.service_process import Service, eventually, serving
 from websockets.sync.client import connect
 
 from load import get, load

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import psutil
-from tests.process import Service
+from tests.service_process import Service
 
 Seen = TypeVar("Seen")
 

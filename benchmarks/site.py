@@ -141,7 +141,7 @@ def open_site(folder: Path) -> Iterator[Site]:
     shutil.copytree(HERE / "apps", folder / "apps", ignore=shutil.ignore_patterns("__pycache__"))
     executable = project / ".venv/bin/python"
     services = subprocess.Popen(
-        [executable, "-m", "scripts.services", "sh", "-c", HOLD],
+        [executable, "-m", "scripts.dev_services", "sh", "-c", HOLD],
         cwd=project,
         env=environment(),
         stdin=subprocess.PIPE,

@@ -422,7 +422,7 @@ MUTATIONS = [
     mutation(
         "health by curl",
         "HEALTHCHECK",
-        text("dockerfile", 'CMD ["python", "-m", "app.healthcheck"]', "CMD curl -f localhost"),
+        text("dockerfile", 'CMD ["python", "-m", "app.serving.healthcheck"]', "CMD curl -f localhost"),
     ),
     mutation("no migrations in the image", "migrations", text("dockerfile", "COPY migrations ./migrations\n", "")),
     mutation(

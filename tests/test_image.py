@@ -124,7 +124,7 @@ def test_it_says_what_it_is_and_how_it_is_run(image: str) -> None:
     labels = {name.rpartition(".")[2]: value for name, value in config["Labels"].items()}
     assert labels == {"title": "my-service", "version": VERSION, "revision": "abcdef"}
     assert (config["User"], config["Cmd"], config["StopSignal"]) == ("10001:10001", ["gunicorn"], "SIGTERM")
-    assert config["Healthcheck"]["Test"] == ["CMD", "python", "-m", "app.healthcheck"]
+    assert config["Healthcheck"]["Test"] == ["CMD", "python", "-m", "app.serving.healthcheck"]
     assert config["Entrypoint"] is None
 
 
@@ -164,7 +164,7 @@ def test_it_serves_and_migrates_restricted_as_any_user(image: str, dependencies:
             assert http.get(answer.headers["location"]).json()["amount"] == PAYMENT["amount"]
         with load(port, 4 * [GET], 2 * [GET_NEW], 2 * [POST]) as result:
             time.sleep(3)
-            docker("exec", name, "python", "-m", "app.healthcheck", "/health/ready")
+            docker("exec", name, "python", "-m", "app.serving.healthcheck", "/health/ready")
         assert result.failures == [], str(result)
         eventually(lambda: counted(published(name, 9464)) > result.answered["POST", 201])
         status = processes(name, "status")

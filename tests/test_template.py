@@ -27,7 +27,7 @@ EXAMPLE_ONLY = {
     *(f"app/patterns/{name}.py" for name in ("__init__", *PATTERNS)),
     *(f"app/payments/{name}.py" for name in ("__init__", "consumer", "repository", "router", "schemas", "service")),
     *("migrations/versions/0001_payments.py", "migrations/versions/0002_patterns.py"),
-    *("scripts/events.py", "scripts/gateway.py", "scripts/remove_example.py"),
+    *("scripts/tail_events.py", "scripts/fake_gateway.py", "scripts/remove_example.py"),
     *(f"tests/patterns/{name}.py" for name in ("__init__", "conftest", "test_breaker", "test_cache_fence")),
     *(
         f"tests/patterns/test_{name}.py"
@@ -62,12 +62,12 @@ ALWAYS = {
     *("docs/runbook.md", "Dockerfile", ".dockerignore", "compose.yaml", "deploy/compose/nginx.conf"),
     *(".github/dependabot.yml", ".github/workflows/ci.yml", ".github/workflows/release.yml"),
     *("migrations/env.py", "migrations/script.py.mako", "migrations/versions/.gitkeep"),
-    *("scripts/__init__.py", "scripts/compose_secrets.py", "scripts/dev.py", "scripts/services.py"),
+    *("scripts/__init__.py", "scripts/compose_secrets.py", "scripts/dev.py", "scripts/dev_services.py"),
     *(f"app/{name}.py" for name in ("__init__", *APPLICATION, *SERVER)),
     *(f"tests/{name}.py" for name in ("__init__", "conftest", "faulty", "process", "test_health", "test_http")),
     *(f"tests/test_{name}.py" for name in ("contract", "end", "lifespan", "limits", "log", "metrics", "migrations")),
     *(f"tests/test_{name}.py" for name in ("database", "process", "settings")),
-    *("tests/test_services.py", "tests/test_sizing.py", "tests/test_deploy.py"),
+    *("tests/test_services.py", "tests/test_sizing.py", "tests/deploy/test_deploy.py"),
     *(
         f"tests/deploy/{name}.py"
         for name in ("__init__", "compose", "deployed", "image", "numbers", "objects", "rules")

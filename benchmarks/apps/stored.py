@@ -2,10 +2,10 @@
 
 from uuid import UUID
 
-from app.database import DatabaseDependency
 from app.main import app
 from app.payments import repository
 from app.payments.schemas import Payment
+from app.storage.postgres import DatabaseDependency
 
 
 @app.get("/stored/{payment_id}")

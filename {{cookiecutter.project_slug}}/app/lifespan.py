@@ -8,7 +8,6 @@ from typing import Any, TypedDict
 
 from redis.asyncio import Redis
 
-from app.web.health import Check, Health
 from app.lifecycle import Lifecycle
 from app.payments.service import Payments  # example
 from app.settings import Settings
@@ -18,6 +17,7 @@ from app.storage import redis as redis_client
 from app.storage.postgres import Database
 from app.tasks import Background, beside
 from app.telemetry.process_metrics import WorkerMetrics
+from app.web.health import Check, Health
 
 
 class State(TypedDict):

@@ -9,12 +9,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp
 
-from app.web import health, problems
-from app.web.middleware import Observe
 from app.lifecycle import Lifecycle
 from app.lifespan import WarmUp, open_state
 from app.payments.router import router as payments_router  # example
 from app.settings import Settings, load_settings
+from app.web import health, problems
+from app.web.middleware import Observe
 
 
 class Service(FastAPI):

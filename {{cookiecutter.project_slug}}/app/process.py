@@ -16,12 +16,12 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from redis.asyncio import Redis
 
-from app.web import health
 from app.settings import Settings
 from app.storage import redis as redis_client
 from app.storage.postgres import Database
 from app.tasks import beside
 from app.telemetry import logs
+from app.web import health
 
 Work = Callable[[Settings, Database, Redis], AbstractAsyncContextManager[None]]
 _UP = Gauge("dependency_up", "1 if it answers.", ["dependency"])

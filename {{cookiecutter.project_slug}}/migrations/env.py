@@ -10,8 +10,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from app.telemetry import logs as log
 from app.settings import load_settings
+from app.telemetry import logs as log
 
 #: Any number, the same for every run: whoever holds this lock migrates, another run waits for it.
 ADVISORY_LOCK = 7_236_514_099

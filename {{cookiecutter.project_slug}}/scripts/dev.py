@@ -7,9 +7,9 @@ from pathlib import Path
 
 import uvicorn
 
-from app.telemetry import logs as log
 from app.settings import load_settings
-from scripts.gateway import consumer  # example
+from app.telemetry import logs as log
+from scripts.fake_gateway import consumer  # example
 
 
 def main() -> None:

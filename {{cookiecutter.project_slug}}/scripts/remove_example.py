@@ -8,7 +8,7 @@ PATHS = [
     *("deploy/k8s/components/consumer", "deploy/k8s/components/gateway-egress"),
     *("app/patterns", "app/payments", "tests/patterns", "tests/payments"),
     *("migrations/versions/0001_payments.py", "migrations/versions/0002_patterns.py"),
-    *("scripts/events.py", "scripts/gateway.py", "scripts/remove_example.py"),
+    *("scripts/tail_events.py", "scripts/fake_gateway.py", "scripts/remove_example.py"),
 ]
 TEXTS = {".py", ".toml", ".md", ".yaml", ".yml", ".example", ""}
 LINE = re.compile(r"^.*# example\n", re.MULTILINE)

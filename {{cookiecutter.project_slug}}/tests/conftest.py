@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from starlette.types import Receive, Scope, Send
 
 from app.settings import Settings
-from scripts import services
+from scripts import dev_services
 
 for name in Settings.model_fields:  # whoever runs the tests may have settings of the service in their environment
     os.environ.pop(name.upper(), None)
@@ -29,19 +29,19 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[services.Postgres]:
-    with services.postgres() as server:
+def postgres() -> Iterator[dev_services.Postgres]:
+    with dev_services.postgres() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def redis() -> Iterator[services.Redis]:
-    with services.redis() as server:
+def redis() -> Iterator[dev_services.Redis]:
+    with dev_services.redis() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def database_url(postgres: services.Postgres) -> str:
+def database_url(postgres: dev_services.Postgres) -> str:
     """A database with the migrations applied."""
     run = [sys.executable, "-m", "alembic", "upgrade", "head"]
     subprocess.run(
@@ -51,7 +51,7 @@ def database_url(postgres: services.Postgres) -> str:
 
 
 @pytest.fixture
-def settings(database_url: str, redis: services.Redis) -> Settings:
+def settings(database_url: str, redis: dev_services.Redis) -> Settings:
     return Settings(
         database_url=SecretStr(database_url),
         redis_url=SecretStr(redis.url),

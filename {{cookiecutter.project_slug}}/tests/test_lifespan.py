@@ -11,13 +11,13 @@ from pydantic import SecretStr
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from app.storage import redis as cache
-from app.storage.postgres import Database
 from app.errors import UnavailableError
 from app.lifespan import open_state
 from app.settings import Settings
-from scripts.services import Postgres, free_port
-from tests.process import frozen
+from app.storage import redis as cache
+from app.storage.postgres import Database
+from scripts.dev_services import Postgres, free_port
+from tests.service_process import frozen
 
 
 async def test_nothing_connects_before_first_use(settings: Settings) -> None:

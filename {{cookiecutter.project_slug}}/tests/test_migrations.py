@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from scripts.services import Postgres, free_port, postgres
-from tests.process import PROJECT
+from scripts.dev_services import Postgres, free_port, postgres
+from tests.service_process import PROJECT
 
 
 def alembic(url: str, *command: str) -> subprocess.Popen[bytes]:

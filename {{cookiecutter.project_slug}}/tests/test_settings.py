@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr
 
 from app.settings import Settings, load_settings
-from tests.process import PROJECT
+from tests.service_process import PROJECT
 
 EXAMPLE = (PROJECT / ".env.example").read_text()
 

@@ -13,8 +13,8 @@ import httpx
 import stamina
 from prometheus_client import Histogram
 
-from app.telemetry.context import request_id
 from app.patterns.circuit_breaker import Breaker
+from app.telemetry.context import request_id
 
 MAX_ANSWER_BYTES = 1 << 20
 ATTEMPTS, ATTEMPT_SECONDS, DEADLINE_SECONDS = 3, 2.0, 5.0

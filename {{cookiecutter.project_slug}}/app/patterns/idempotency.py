@@ -11,8 +11,8 @@ from typing import Annotated, NamedTuple
 
 from fastapi import Depends, Request, Response
 
-from app.storage.postgres import Connection
 from app.errors import ServiceError
+from app.storage.postgres import Connection
 
 _KEY = re.compile(r'"([ -~]{1,255})"|(?!"")([ -~]{1,255})')  # quoted, as the draft wants it, or bare, as most send it
 _FIND = "select fingerprint, status, headers, body from idempotency_keys where (scope, key) = ($1, $2)"

@@ -7,9 +7,8 @@ import logging
 from prometheus_client import Gauge
 from redis.exceptions import RedisError, ResponseError
 
-from app.tasks import beside
 from app.patterns.stream_handler import StreamHandler
-from app.tasks import unbroken
+from app.tasks import beside, unbroken
 
 BEAT_SECONDS, POLL_SECONDS, PAUSE_SECONDS = 1.0, 0.1, 1.0
 _WAITING = Gauge("stream_messages_waiting", "Messages by state: unread, or pending.", ["stream", "state"])

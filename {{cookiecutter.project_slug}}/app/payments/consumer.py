@@ -11,12 +11,11 @@ from uuid import UUID
 from redis.asyncio import Redis
 
 from app import process
-from app.storage.postgres import Connection, Database
 from app.patterns import inbox
-from app.patterns.periodic import repeat
-from app.patterns.circuit_breaker import Breaker, OpenError
 from app.patterns.cache_aside import Cache
+from app.patterns.circuit_breaker import Breaker, OpenError
 from app.patterns.http_client import Client, UpstreamError
+from app.patterns.periodic import repeat
 from app.patterns.stream_consumer import StreamConsumer
 from app.patterns.stream_group import Message, StreamGroup
 from app.patterns.stream_handler import LaterError, PoisonError, StreamHandler
@@ -24,6 +23,7 @@ from app.payments import repository
 from app.payments.schemas import Payment
 from app.payments.service import CACHE, CREATED, STREAM, announce
 from app.settings import Settings, load_settings
+from app.storage.postgres import Connection, Database
 from app.tasks import beside
 from app.telemetry import logs
 from app.telemetry.context import request_context

@@ -3,9 +3,9 @@
 from typing import Any
 from uuid import UUID
 
-from app.storage.postgres import Connection
 from app.patterns.pagination import Cursor
 from app.payments.schemas import NewPayment, Payment
+from app.storage.postgres import Connection
 
 _COLUMNS = "payment_id, amount, currency, reference, status, created_at"
 _INSERT = f"""

@@ -6,12 +6,12 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from app.errors import NotFoundError
-from app.web.problems import responses
 from app.patterns.idempotency import DOCS, IdempotencyKey
 from app.patterns.pagination import PATTERN, Cursor
 from app.patterns.rate_limit import caller
 from app.payments.schemas import NewPayment, Page, Payment
 from app.payments.service import Payments, PaymentsDependency
+from app.web.problems import responses
 
 router = APIRouter(prefix="/payments", tags=["payments"])
 

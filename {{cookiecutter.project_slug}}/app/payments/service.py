@@ -7,16 +7,16 @@ from uuid import UUID, uuid5
 from fastapi import Depends, Request, Response
 from redis.asyncio import Redis
 
-from app.storage.postgres import Connection, Database
-from app.telemetry.context import request_id
 from app.patterns import idempotency, inbox, outbox
-from app.patterns.periodic import repeat
 from app.patterns.cache_aside import Cache
 from app.patterns.pagination import Cursor
+from app.patterns.periodic import repeat
 from app.patterns.rate_limit import RateLimit
 from app.payments import repository
 from app.payments.schemas import NewPayment, Page, Payment
 from app.settings import Settings
+from app.storage.postgres import Connection, Database
+from app.telemetry.context import request_id
 
 STREAM, CREATED, CACHE = "payment-events", "payment.created", "payments"
 Work = Coroutine[Any, Any, None]

@@ -8,6 +8,7 @@ from gunicorn.arbiter import Arbiter
 from app.serving import shared_flags
 from app.telemetry.metrics_server import MetricsProcess
 
+
 class ServiceArbiter(Arbiter):  # type: ignore[misc]
     """gunicorn's master, with another idea of the signals TERM, HUP and USR2."""
 

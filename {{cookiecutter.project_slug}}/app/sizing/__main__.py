@@ -5,10 +5,10 @@ import math
 import os
 import sys
 
+from app.settings import load_settings
 from app.sizing.checks import REPLICAS, findings
 from app.sizing.plan import make_plan
 from app.sizing.resources import MEGABYTE, Machine, detect
-from app.settings import load_settings
 
 OVERRIDES = {
     "--workers": "web_concurrency",

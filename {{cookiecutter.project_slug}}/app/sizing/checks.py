@@ -2,9 +2,9 @@
 
 import math
 
-from app.sizing.resources import Machine
-from app.sizing.plan import BASE_MEMORY_MB, USABLE_MEMORY, carried_workers
 from app.settings import Settings
+from app.sizing.plan import BASE_MEMORY_MB, USABLE_MEMORY, carried_workers
+from app.sizing.resources import Machine
 
 BLOCKING_STEP_SECONDS = 30  # how long one may last: a cold import on a throttled CPU, a large document
 CLOSING_MARGIN_SECONDS = 2  # of the graceful timeout, for lifespan shutdown

@@ -3,8 +3,8 @@
 import math
 from typing import NamedTuple
 
-from app.sizing.resources import Machine
 from app.settings import Settings
+from app.sizing.resources import Machine
 
 USABLE_MEMORY = 0.8  # of the limit; the rest is for peaks
 BASE_MEMORY_MB = 80  # the gunicorn master and the metrics process

@@ -11,8 +11,8 @@ import asyncpg
 from fastapi import Depends, Request
 
 from app.errors import UnavailableError
-from app.storage.postgres_errors import AWAY, LOST, ImpatientConnection, ServerAwayError, told_from_bugs
 from app.settings import Settings
+from app.storage.postgres_errors import AWAY, LOST, ImpatientConnection, ServerAwayError, told_from_bugs
 
 #: Seconds that connecting may take.
 CONNECT_TIMEOUT_SECONDS = 3.0

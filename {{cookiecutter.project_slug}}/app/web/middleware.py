@@ -14,14 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from app.errors import ServiceError
-from app.web.headers import new_request_ids, read_head
-from app.web.limits import Limits
-from app.web.problems import problem
 from app.settings import Settings
 from app.telemetry.access_log import AccessLog
 from app.telemetry.context import request_context
 from app.telemetry.http_metrics import HttpMetrics
 from app.telemetry.logs import redact
+from app.web.headers import new_request_ids, read_head
+from app.web.limits import Limits
+from app.web.problems import problem
 
 #: RFC 9110 and RFC 5789; any other is counted as `_OTHER`, or clients could make up time series.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})

@@ -3,8 +3,8 @@
 from starlette.routing import Match
 
 from app.main import create_app
-from app.sizing.plan import BASE_MEMORY_MB, make_plan
 from app.sizing.checks import findings
+from app.sizing.plan import BASE_MEMORY_MB, make_plan
 from tests.deploy.deployed import Deployed, UnreadableError, at, component, duration, quantity
 from tests.deploy.rules import CONTAINER, POD, Faults, bounded, budget, expect, limits, rule, share
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 from redis.asyncio import Redis
 
+from app.settings import Settings
 from app.storage import redis as cache
 from app.storage.postgres import Database
-from app.settings import Settings
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))  # else a folder in the project
 

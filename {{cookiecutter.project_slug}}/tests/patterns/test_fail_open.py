@@ -7,14 +7,16 @@ import pytest
 from redis.asyncio import Redis
 
 from app.patterns.fail_open import COOL_DOWN_SECONDS, FailOpen
-from scripts import services
-from tests.process import frozen
+from scripts import dev_services
+from tests.service_process import frozen
 
 #: The second is for a Redis that is there, on a busy machine: as long as the fixture's client waits.
 BUDGET_SECONDS, PATIENT_SECONDS = 0.2, 10.0
 
 
-async def test_of_those_who_come_at_once_while_redis_is_away_one_waits(client: Redis, redis: services.Redis) -> None:
+async def test_of_those_who_come_at_once_while_redis_is_away_one_waits(
+    client: Redis, redis: dev_services.Redis
+) -> None:
     if redis.program == "fakeredis":
         pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
     fail_open = FailOpen(PATIENT_SECONDS)

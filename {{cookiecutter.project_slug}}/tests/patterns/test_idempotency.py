@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as how
 from hypothesis import strategies as some
 
-from app.web import problems
-from app.storage.postgres import Connection, Database
 from app.patterns.idempotency import Answer, IdempotencyError, IdempotencyKey, forget, once
 from app.settings import Settings
+from app.storage.postgres import Connection, Database
+from app.web import problems
 
 
 class Effects:

@@ -6,8 +6,8 @@ from uuid import uuid4
 
 import pytest
 
-from app.storage.postgres import Database
 from app.patterns import inbox
+from app.storage.postgres import Database
 
 
 async def test_a_message_is_new_once(database: Database) -> None:

@@ -15,11 +15,11 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import ConnectionError as LostError
 from redis.exceptions import RedisError
 
-from app.storage.postgres import Connection, Database
 from app.patterns import outbox
-from scripts import services
+from app.storage.postgres import Connection, Database
+from scripts import dev_services
 from tests.patterns.conftest import entries, eventually
-from tests.process import frozen
+from tests.service_process import frozen
 
 MAX_LENGTH = 1000
 
@@ -144,7 +144,7 @@ async def until_published(client: Redis, ids: list[UUID]) -> None:
 
 
 async def test_a_redis_that_freezes_delays_events_and_holds_no_connection(
-    database: Database, client: Redis, hasty: Redis, redis: services.Redis, caplog: pytest.LogCaptureFixture
+    database: Database, client: Redis, hasty: Redis, redis: dev_services.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     if redis.program == "fakeredis":
         pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
@@ -169,7 +169,7 @@ async def test_a_redis_that_freezes_delays_events_and_holds_no_connection(
 
 
 async def test_a_relay_outlives_the_database(
-    database: Database, client: Redis, postgres: services.Postgres, caplog: pytest.LogCaptureFixture
+    database: Database, client: Redis, postgres: dev_services.Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with relaying(database, client):
         await asyncio.sleep(0.1)

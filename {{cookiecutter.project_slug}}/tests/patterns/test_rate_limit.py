@@ -9,8 +9,8 @@ from redis.asyncio import Redis
 
 from app.patterns import fail_open, rate_limit
 from app.patterns.rate_limit import BUDGET_SECONDS, RateLimit, TooManyError, caller
-from scripts import services
-from tests.process import frozen
+from scripts import dev_services
+from tests.service_process import frozen
 
 PATIENT_SECONDS = 10.0
 
@@ -65,7 +65,7 @@ async def test_a_counter_that_lost_its_end_begins_anew(client: Redis) -> None:
 
 
 async def test_a_frozen_redis_lets_everybody_through_and_only_the_first_one_waits(
-    client: Redis, redis: services.Redis
+    client: Redis, redis: dev_services.Redis
 ) -> None:
     if redis.program == "fakeredis":
         pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")

@@ -13,9 +13,9 @@ from app.patterns import stream_consumer, stream_group
 from app.patterns.stream_consumer import StreamConsumer
 from app.patterns.stream_group import Message, StreamGroup
 from app.patterns.stream_handler import MAX_FAULTS, LaterError, PoisonError, StreamHandler
-from scripts import services
+from scripts import dev_services
 from tests.patterns.conftest import entries, eventually
-from tests.process import frozen
+from tests.service_process import frozen
 
 Work = Callable[[Message], Awaitable[None]]
 
@@ -218,7 +218,7 @@ async def test_the_end_waits_for_what_is_under_way_and_leaves_the_rest_to_others
 
 @pytest.mark.usefixtures("reclaiming")
 async def test_a_frozen_redis_is_told_in_one_line_and_loses_nothing(
-    client: Redis, hasty: Redis, redis: services.Redis, caplog: pytest.LogCaptureFixture
+    client: Redis, hasty: Redis, redis: dev_services.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     if redis.program == "fakeredis":
         pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
@@ -240,7 +240,7 @@ async def test_a_frozen_redis_is_told_in_one_line_and_loses_nothing(
 
 
 async def test_a_group_that_cannot_be_made_is_told_in_one_line_and_not_tried_all_the_time(
-    client: Redis, redis: services.Redis, caplog: pytest.LogCaptureFixture
+    client: Redis, redis: dev_services.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     if redis.program == "fakeredis":
         pytest.skip("the imitation of Redis has no limit of memory")

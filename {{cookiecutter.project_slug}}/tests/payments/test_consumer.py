@@ -21,10 +21,10 @@ import pytest
 from redis import Redis as Client
 
 from app.settings import load_settings
-from scripts import services
-from scripts.gateway import Gateway, gateway
-from scripts.services import free_port
-from tests.process import PROJECT, Running, Service, eventually, frozen, serving
+from scripts import dev_services
+from scripts.dev_services import free_port
+from scripts.fake_gateway import Gateway, gateway
+from tests.service_process import PROJECT, Running, Service, eventually, frozen, serving
 
 #: More than a busy machine takes, and less than the minute after which everything pending is announced again.
 SETTLED_SECONDS = 40
@@ -67,7 +67,7 @@ def bank() -> Iterator[Gateway]:
 
 
 @pytest.fixture
-def urls(database_url: str, redis: services.Redis, bank: Gateway) -> dict[str, str]:
+def urls(database_url: str, redis: dev_services.Redis, bank: Gateway) -> dict[str, str]:
     return {"DATABASE_URL": database_url, "REDIS_URL": redis.url, "GATEWAY_URL": bank.url, "LOG_FORMAT": "json"}
 
 
@@ -322,7 +322,7 @@ def test_a_url_may_have_an_address_a_user_and_a_path(url: str, monkeypatch: pyte
     assert load_settings().gateway_url == url
 
 
-@pytest.mark.parametrize("module", ["app.payments.consumer", "scripts.events"])
+@pytest.mark.parametrize("module", ["app.payments.consumer", "scripts.tail_events"])
 def test_what_is_in_the_way_is_told_in_one_line(module: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -333,7 +333,7 @@ def test_what_is_in_the_way_is_told_in_one_line(module: str) -> None:
         )
     assert done.returncode == 1
     (line,) = done.stderr.decode().splitlines()
-    assert ("REDIS_URL" if module == "scripts.events" else f"METRICS_BIND={address}") in line
+    assert ("REDIS_URL" if module == "scripts.tail_events" else f"METRICS_BIND={address}") in line
     assert "hunter2" not in line
 
 

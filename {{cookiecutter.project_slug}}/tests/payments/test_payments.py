@@ -5,10 +5,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from app.storage import redis as cache
 from app.main import create_app
 from app.patterns import rate_limit
 from app.settings import Settings
+from app.storage import redis as cache
 from tests.conftest import InProcess
 
 GOOD = {"amount": 1250, "currency": "EUR", "reference": "order-1"}

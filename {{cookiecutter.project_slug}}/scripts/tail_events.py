@@ -1,4 +1,4 @@
-"""Print the events of payments as they are published, one JSON object per line: `python -m scripts.events [STREAM]`."""
+"""Print the events of payments as they are published, one JSON object per line: `python -m scripts.tail_events [STREAM]`."""
 
 import json
 import sys

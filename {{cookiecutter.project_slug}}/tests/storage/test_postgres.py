@@ -9,11 +9,11 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
-from app.storage.postgres import Connection, Database
 from app.errors import UnavailableError
 from app.settings import Settings
-from scripts.services import Postgres
-from tests.process import frozen
+from app.storage.postgres import Connection, Database
+from scripts.dev_services import Postgres
+from tests.service_process import frozen
 
 CONNECTIONS = 4  # one of them is readiness'
 TIMEOUT_SECONDS = 2.0

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from scripts import compose_secrets
-from tests.process import PROJECT, eventually
+from tests.service_process import PROJECT, eventually
 
-RUN = [sys.executable, "-m", "scripts.services"]
+RUN = [sys.executable, "-m", "scripts.dev_services"]
 SHOW = ["sh", "-c", 'echo "$DATABASE_URL $REDIS_URL ${WEB_CONCURRENCY-unset}"']
 
 

@@ -8,10 +8,10 @@ from threading import Thread
 
 import pytest
 
-from app.telemetry.context import request_context
 from app.patterns import http_client as clients
 from app.patterns.circuit_breaker import Breaker, OpenError
 from app.patterns.http_client import Answer, Client, UpstreamError
+from app.telemetry.context import request_context
 
 KEY = {"Idempotency-Key": "a"}
 #: Of an upstream that answers: on a busy machine that may take a while.

@@ -10,9 +10,9 @@ from redis.asyncio import Redis
 from app.patterns import cache_aside as cache_fence
 from app.patterns.cache_aside import BUDGET_SECONDS, Cache
 from app.patterns.fail_open import COOL_DOWN_SECONDS
-from scripts import services
+from scripts import dev_services
 from tests.patterns.conftest import eventually
-from tests.process import frozen
+from tests.service_process import frozen
 
 PATIENT_SECONDS = 10.0
 
@@ -106,7 +106,7 @@ async def test_a_value_ends_by_itself(client: Redis, source: Source) -> None:
 
 
 async def test_a_frozen_redis_costs_one_read_its_budget_and_the_others_nothing(
-    client: Redis, source: Source, redis: services.Redis
+    client: Redis, source: Source, redis: dev_services.Redis
 ) -> None:
     if redis.program == "fakeredis":
         pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")

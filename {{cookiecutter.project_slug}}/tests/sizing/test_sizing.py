@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from app.sizing.resources import Machine, detect
-from app.sizing.plan import make_plan
 from app.settings import Settings
 from app.sizing.checks import findings
-from tests.process import PROJECT
+from app.sizing.plan import make_plan
+from app.sizing.resources import Machine, detect
+from tests.service_process import PROJECT
 
 MB = 1 << 20
 

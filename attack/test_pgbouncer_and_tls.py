@@ -9,8 +9,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from scripts.services import Postgres, free_port
-from tests.process import Service, eventually, serving
+from scripts.dev_services import Postgres, free_port
+from tests.service_process import Service, eventually, serving
 
 from load import get, load, post
 from proxies import listens, program
@@ -69,7 +69,7 @@ def test_pgbouncer_in_transaction_mode_takes_one_setting(
     with pgbouncer(postgres, folder) as url:
         through = {"DATABASE_URL": url, "DATABASE_MAX_CONNECTIONS": "40", "DATABASE_STATEMENT_CACHE_SIZE": cache_size}
         patient = {"DATABASE_ACQUIRE_TIMEOUT_SECONDS": "10"}  # 40 clients wait for 4 connections
-        with serving("dependent:app", **urls | through | patient) as service:
+        with serving("dependency_routes:app", **urls | through | patient) as service:
             service.wait()
             new = {"amount": 1, "currency": "EUR", "reference": "pgbouncer"}
             writes, reads = post("/payments", new, keeps_alive=False), get("/transaction", keeps_alive=False)
@@ -117,7 +117,7 @@ def test_tls_is_verified(urls: dict[str, str], postgres: Postgres, folder: Path)
                 "REDIS_URL": f"{redis_url}?ssl_ca_certs={authority}",
                 "READINESS_REQUIRED": "postgres,redis",
             }
-            return serving("dependent:app", **urls | both)
+            return serving("dependency_routes:app", **urls | both)
 
         with trusting(authority) as service:
             service.wait("/health/ready", 200)

@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from app.storage.redis import CacheDependency
 from app.errors import ServiceError
 from app.main import create_app
-from app.web.middleware import Observe
 from app.settings import Settings
-from scripts.services import free_port
+from app.storage.redis import CacheDependency
+from app.web.middleware import Observe
+from scripts.dev_services import free_port
 from tests.conftest import InProcess
 
 CARD = "4111111111111111"

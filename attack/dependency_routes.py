@@ -1,9 +1,9 @@
 """The service with routes that depend on Postgres or Redis for longer than the example does."""
 
-from app.cache import CacheDependency
-from app.database import DatabaseDependency
 from app.main import create_app
 from app.settings import load_settings
+from app.storage.postgres import DatabaseDependency
+from app.storage.redis import CacheDependency
 
 app = create_app(load_settings())
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from app.telemetry import logs as log
-from app.telemetry.context import request_context
-from app.telemetry.access_log import AccessLog
 from app.settings import Settings
+from app.telemetry import logs as log
+from app.telemetry.access_log import AccessLog
+from app.telemetry.context import request_context
 
 Read = Callable[[], list[dict[str, object]]]
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 import httpx
 import psutil
 
-from scripts.services import free_port
+from scripts.dev_services import free_port
 
 PROJECT = Path(__file__).parent.parent
 DEADLINE_SECONDS = 30.0  # a start takes 10 where others run their tests too; under GRACEFUL_TIMEOUT_SECONDS

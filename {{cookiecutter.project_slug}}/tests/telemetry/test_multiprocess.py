@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.telemetry import multiprocess as metrics_folder
-from tests.process import PROJECT
+from tests.service_process import PROJECT
 
 COUNT = """
 from app.telemetry.http_metrics import HttpMetrics

@@ -6,11 +6,11 @@ import logging
 import pytest
 from prometheus_client import Gauge
 
-from app.web import health
-from app.web.health import Health
 from app.lifespan import State, open_state
 from app.main import create_app
 from app.settings import Settings
+from app.web import health
+from app.web.health import Health
 from tests.conftest import InProcess
 
 

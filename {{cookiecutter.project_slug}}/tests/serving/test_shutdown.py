@@ -14,15 +14,15 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.sync.connection import Connection
 
-from scripts.services import Redis
-from tests.process import DEADLINE_SECONDS, Service, eventually, serving
+from scripts.dev_services import Redis
+from tests.service_process import DEADLINE_SECONDS, Service, eventually, serving
 
 DRAIN = {"DRAIN_SECONDS": "2", "RETIRE_SECONDS": "1", "WEB_CONCURRENCY": "1"}
 
 
 @pytest.fixture
 def service(database_url: str, redis: Redis) -> Iterator[Service]:
-    with serving("tests.faulty:app", DATABASE_URL=database_url, REDIS_URL=redis.url, **DRAIN) as service:
+    with serving("tests.fault_routes:app", DATABASE_URL=database_url, REDIS_URL=redis.url, **DRAIN) as service:
         service.wait()
         yield service
 
@@ -51,7 +51,7 @@ def messages(service: Service) -> list[str]:
 
 def test_it_drains_before_it_ends(database_url: str, redis: Redis) -> None:
     urls = {"DATABASE_URL": database_url, "REDIS_URL": redis.url, "DRAIN_SECONDS": "5"}
-    with serving("tests.faulty:app", **DRAIN | urls) as service:
+    with serving("tests.fault_routes:app", **DRAIN | urls) as service:
         service.wait()
         start = time.monotonic()
         service.process.send_signal(signal.SIGTERM)
@@ -94,7 +94,7 @@ def test_work_in_the_background_is_waited_for(service: Service) -> None:
 
 def test_what_is_left_when_the_time_is_over_is_cancelled(database_url: str, redis: Redis) -> None:
     urls = {"DATABASE_URL": database_url, "REDIS_URL": redis.url, "GRACEFUL_TIMEOUT_SECONDS": "6"}
-    with serving("tests.faulty:app", **DRAIN | urls) as service:
+    with serving("tests.fault_routes:app", **DRAIN | urls) as service:
         service.wait()
         service.get("/background?seconds=60")
         service.get("/background-task?seconds=60")
@@ -154,14 +154,14 @@ def test_a_connection_in_the_kernels_queue_is_served(service: Service) -> None:
 
 def test_a_worker_that_is_stuck_leaves_its_stack(database_url: str, redis: Redis) -> None:
     settings = DRAIN | {"DATABASE_URL": database_url, "REDIS_URL": redis.url, "WORKER_TIMEOUT_SECONDS": "4"}
-    with serving("tests.faulty:app", **settings) as service:
+    with serving("tests.fault_routes:app", **settings) as service:
         service.wait()
         with concurrent.futures.ThreadPoolExecutor() as pool:
             pool.submit(lambda: contextlib.suppress(httpx.TransportError).__enter__() or service.get("/stuck"))
             eventually(lambda: "was stuck, or has crashed" in service.text)
         service.wait()
         (line,) = [line for line in service.lines if line["logger"] == "app.serving.gunicorn_worker"]
-        assert "faulty.py" in line["stacks"]
+        assert "fault_routes.py" in line["stacks"]
         assert "in stuck" in line["stacks"]
 
 

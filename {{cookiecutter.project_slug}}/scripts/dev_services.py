@@ -1,4 +1,4 @@
-"""Run a command with a throw-away Postgres and Redis beside it: `python -m scripts.services gunicorn`.
+"""Run a command with a throw-away Postgres and Redis beside it: `python -m scripts.dev_services gunicorn`.
 
 `DATABASE_URL` and `REDIS_URL` in the environment win: what they name is used, and nothing is started for it.
 """
@@ -203,7 +203,7 @@ def environment() -> Iterator[dict[str, str]]:
 def main(command: list[str]) -> int:
     """Run the command between start and stop of the services; return its exit code."""
     if not command or command[0] in {"-h", "--help"}:
-        sys.exit(f"{__doc__}\nusage: python -m scripts.services COMMAND [ARGUMENT ...]")
+        sys.exit(f"{__doc__}\nusage: python -m scripts.dev_services COMMAND [ARGUMENT ...]")
     signals: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 

@@ -11,10 +11,10 @@ import psutil
 import pytest
 from starlette.types import Message
 
-from app.web.limits import Limits, RefusedError
 from app.settings import Settings
-from scripts.services import Redis
-from tests.process import DEADLINE_SECONDS, Service, eventually, serving
+from app.web.limits import Limits, RefusedError
+from scripts.dev_services import Redis
+from tests.service_process import DEADLINE_SECONDS, Service, eventually, serving
 
 LIMITS = {
     "WEB_CONCURRENCY": "1",
@@ -31,7 +31,7 @@ BIG = b"POST /length HTTP/1.1\r\nHost: a\r\nX-Request-ID: %s\r\n"
 
 @pytest.fixture(scope="module")
 def service(database_url: str, redis: Redis) -> Iterator[Service]:
-    with serving("tests.faulty:app", DATABASE_URL=database_url, REDIS_URL=redis.url, **LIMITS) as service:
+    with serving("tests.fault_routes:app", DATABASE_URL=database_url, REDIS_URL=redis.url, **LIMITS) as service:
         service.wait()
         yield service
 

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 from fastapi import BackgroundTasks, Request, Response, WebSocket
 from fastapi.responses import StreamingResponse
 
-from app.tasks import BackgroundDependency
 from app.main import create_app
 from app.settings import load_settings
+from app.tasks import BackgroundDependency
 
 app = create_app(load_settings())
 logger = logging.getLogger("tests")

@@ -1,4 +1,4 @@
-"""A card gateway for development and tests; it charges each key once: `python -m scripts.gateway [PORT [HOST]]`.
+"""A card gateway for development and tests; it charges each key once: `python -m scripts.fake_gateway [PORT [HOST]]`.
 
 In the environment, `STATUS` is what it answers in place of charging, and `DELAY_SECONDS` how late it answers.
 """
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from app.telemetry.logs import redact
-from scripts.services import free_port
+from scripts.dev_services import free_port
 
 DEFAULT_PORT = 8090
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
@@ -105,7 +105,7 @@ def consumer() -> Iterator[None]:
     programs = [["app.payments.consumer"]]
     url = environment.setdefault("GATEWAY_URL", DEFAULT_URL)
     if url == DEFAULT_URL and not _is_taken(DEFAULT_PORT):
-        programs.append(["scripts.gateway", port := str(free_port())])
+        programs.append(["scripts.fake_gateway", port := str(free_port())])
         environment["GATEWAY_URL"] = f"http://127.0.0.1:{port}"
     running = [subprocess.Popen([sys.executable, "-m", *program], env=environment) for program in programs]
     names = ("ENVIRONMENT", "DATABASE_URL", "REDIS_URL", "GATEWAY_URL")

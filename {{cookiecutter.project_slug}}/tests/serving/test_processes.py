@@ -19,8 +19,8 @@ import pytest
 
 from app.serving import healthcheck
 from app.settings import Settings
-from scripts.services import Redis, free_port, postgres
-from tests.process import DEADLINE_SECONDS, PROJECT, Service, eventually, frozen, serving
+from scripts.dev_services import Redis, free_port, postgres
+from tests.service_process import DEADLINE_SECONDS, PROJECT, Service, eventually, frozen, serving
 
 SHARED_MEMORY = Path("/dev/shm")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gunicorn does not run on Windows")
@@ -34,7 +34,7 @@ def urls(database_url: str, redis: Redis) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def service(urls: dict[str, str]) -> Iterator[Service]:
     """One service for tests that only ask."""
-    with serving("tests.faulty:app", **urls) as service:
+    with serving("tests.fault_routes:app", **urls) as service:
         service.wait()
         service.wait_for_workers()
         yield service
@@ -157,7 +157,7 @@ def test_the_start_says_how_it_is_sized(service: Service) -> None:
 
 
 def test_a_term_lets_requests_finish_and_ends_cleanly(urls: dict[str, str]) -> None:
-    with serving("tests.faulty:app", RETIRE_SECONDS="0", **urls) as service:
+    with serving("tests.fault_routes:app", RETIRE_SECONDS="0", **urls) as service:
         service.wait()
         service.wait_for_workers()
         with socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS) as slow:
@@ -177,7 +177,7 @@ def test_a_term_lets_requests_finish_and_ends_cleanly(urls: dict[str, str]) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
 def test_an_interrupt_waits_for_no_request(urls: dict[str, str], number: int) -> None:
-    with serving("tests.faulty:app", RETIRE_SECONDS="20", **urls) as service:
+    with serving("tests.fault_routes:app", RETIRE_SECONDS="20", **urls) as service:
         service.wait()
         service.wait_for_workers()
         with concurrent.futures.ThreadPoolExecutor() as pool:
