@@ -78,7 +78,10 @@ class Cluster:
     @property
     def has_exceeded_its_deadline(self) -> bool:
         """Tell whether `kubectl rollout status` fails: nothing has become better for `progressDeadlineSeconds`."""
-        return not self.is_complete and time.monotonic() - self.progressed_at > self.manifest.progress_deadline
+        return (
+            not self.is_complete
+            and time.monotonic() - self.progressed_at > self.manifest.progress_deadline
+        )
 
     def pick(self) -> tuple[str, int]:
         """Return the address for a new connection of a client, which is on any node."""
@@ -103,7 +106,9 @@ class Cluster:
         """Delete a pod, unless the budget for disruptions is spent: then the API answers 429."""
         ready = sum(each.is_ready for each in self.live)
         wanted = self.manifest.replicas - self.manifest.disruptions
-        allowed = ready > wanted if pod.is_ready else self.manifest.evicts_unready or ready >= wanted
+        allowed = (
+            ready > wanted if pod.is_ready else self.manifest.evicts_unready or ready >= wanted
+        )
         self.tell(f"eviction of {pod.address} {'granted' if allowed else 'refused'}")
         pod.is_deleted |= allowed
         return allowed

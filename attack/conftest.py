@@ -13,4 +13,9 @@ pytest_plugins = ["tests.conftest"]  # the generated project's: postgres, redis,
 def urls(database_url: str, redis: Redis) -> dict[str, str]:
     """Settings that name Postgres, with the migrations applied, and Redis; and the path of the apps in this folder."""
     limit = {"RATE_LIMIT_PER_MINUTE": "1000000"}  # all the load is one caller
-    return {"DATABASE_URL": database_url, "REDIS_URL": redis.url, "PYTHONPATH": str(ATTACK), **limit}
+    return {
+        "DATABASE_URL": database_url,
+        "REDIS_URL": redis.url,
+        "PYTHONPATH": str(ATTACK),
+        **limit,
+    }

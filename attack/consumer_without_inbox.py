@@ -5,7 +5,7 @@ from typing import Any
 from app.patterns import inbox
 from app.payments import consumer, repository
 
-find = repository.find
+get = repository.get
 
 
 async def every_message_is_new(*_: object) -> bool:
@@ -15,12 +15,12 @@ async def every_message_is_new(*_: object) -> bool:
 
 async def always_pending(*arguments: Any) -> Any:
     """Find a payment as it was when it was taken."""
-    found = await find(*arguments)
+    found = await get(*arguments)
     return (found[0].model_copy(update={"status": "pending"}), found[1]) if found else None
 
 
-inbox.is_new = every_message_is_new  # type: ignore[assignment]
-repository.find = always_pending  # type: ignore[assignment]
+inbox.claim = every_message_is_new  # type: ignore[assignment]
+repository.get = always_pending  # type: ignore[assignment]
 
 if __name__ == "__main__":
     consumer.main()

@@ -3,13 +3,13 @@
 from app.main import create_app
 from app.settings import load_settings
 from app.storage.postgres import DatabaseDependency
-from app.storage.redis import CacheDependency
+from app.storage.redis import RedisDependency
 
 app = create_app(load_settings())
 
 
 @app.get("/cached")
-async def cached(cache: CacheDependency) -> int:
+async def cached(cache: RedisDependency) -> int:
     """Write to Redis and read from it."""
     await cache.set("number", 1)
     return int(await cache.get("number") or 0)

@@ -21,7 +21,9 @@ TICK_SECONDS = 0.05
 class Pod:
     """A pod, and what its kubelet does with it."""
 
-    def __init__(self, address: str, manifest: Manifest, folder: Path, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, address: str, manifest: Manifest, folder: Path, tell: Callable[[str], None]
+    ) -> None:
         self.address, self.manifest, self.folder, self.tell = address, manifest, folder, tell
         self.is_deleted = self.is_ready = self.has_failed = self.has_ended = False
         self.ready_at = math.inf
@@ -60,8 +62,14 @@ class Pod:
 
     def _start(self) -> None:
         ports = self.manifest.ports
-        own = {"BIND": f"{self.address}:{ports['http']}", "METRICS_BIND": f"{self.address}:{ports['metrics']}"}
-        own |= {"SECRETS_DIR": str(self.folder), "PROMETHEUS_MULTIPROC_DIR": str(self.folder / "metrics")}
+        own = {
+            "BIND": f"{self.address}:{ports['http']}",
+            "METRICS_BIND": f"{self.address}:{ports['metrics']}",
+        }
+        own |= {
+            "SECRETS_DIR": str(self.folder),
+            "PROMETHEUS_MULTIPROC_DIR": str(self.folder / "metrics"),
+        }
         with (self.folder / "log").open("ab") as log:
             life = subprocess.Popen(
                 [sys.executable, "-m", "gunicorn"],

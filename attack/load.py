@@ -41,7 +41,12 @@ class Kind:
 
 
 def get(
-    path: str, name: str = "", *, statuses: tuple[int, ...] = (200,), keeps_alive: bool = True, pause: float = 0.01
+    path: str,
+    name: str = "",
+    *,
+    statuses: tuple[int, ...] = (200,),
+    keeps_alive: bool = True,
+    pause: float = 0.01,
 ) -> Kind:
     """Return a client that gets `path`; `pause` is the longest in seconds."""
     request = f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode()
@@ -59,8 +64,15 @@ def post(
 ) -> Kind:
     """Return a client that posts `body` as JSON to `path`; `pause` is the longest in seconds."""
     data = json.dumps(body).encode()
-    fields = {"Host": "test", "Content-Type": "application/json", "Content-Length": len(data), "Idempotency-Key": KEY}
-    head = "\r\n".join([f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""])
+    fields = {
+        "Host": "test",
+        "Content-Type": "application/json",
+        "Content-Length": len(data),
+        "Idempotency-Key": KEY,
+    }
+    head = "\r\n".join(
+        [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+    )
     return Kind(name or f"POST {path}", head.encode() + data, statuses, keeps_alive, pause)
 
 
@@ -95,7 +107,9 @@ class Result:
     @property
     def total(self) -> int:
         """All requests, answered as wanted or not."""
-        return self.answered.total() + sum(not each.reason.startswith("status") for each in self.failures)
+        return self.answered.total() + sum(
+            not each.reason.startswith("status") for each in self.failures
+        )
 
     @property
     def failed(self) -> Counter[tuple[str, str]]:
@@ -103,8 +117,12 @@ class Result:
         return Counter((each.kind, each.reason) for each in self.failures)
 
     def __str__(self) -> str:
-        parts = {f"{kind}: {status}": number for (kind, status), number in sorted(self.answered.items())}
-        failed = {f"{kind}: {reason}": number for (kind, reason), number in sorted(self.failed.items())}
+        parts = {
+            f"{kind}: {status}": number for (kind, status), number in sorted(self.answered.items())
+        }
+        failed = {
+            f"{kind}: {reason}": number for (kind, reason), number in sorted(self.failed.items())
+        }
         return f"{self.total} requests, {len(self.failures)} failed {failed}; answers {parts}"
 
 
@@ -134,11 +152,17 @@ class _Client:
             except _ClosedError as error:
                 reason = str(error)
             except OSError as error:
-                reason = "reset" if isinstance(error, ConnectionError) else f"{type(error).__name__}: {error.strerror}"
+                reason = (
+                    "reset"
+                    if isinstance(error, ConnectionError)
+                    else f"{type(error).__name__}: {error.strerror}"
+                )
             if not status:
                 self._close()
             end = time.monotonic()
-            result.slowest_seconds[kind.name] = max(end - begin, result.slowest_seconds.get(kind.name, 0.0))
+            result.slowest_seconds[kind.name] = max(
+                end - begin, result.slowest_seconds.get(kind.name, 0.0)
+            )
             if reason:
                 result.failures.append(Failure(begin, end, kind.name, reason, self.host))
             await asyncio.sleep(random.uniform(0, max(kind.pause_seconds, 0.05 if reason else 0)))
@@ -147,15 +171,21 @@ class _Client:
     async def _ask(self) -> int:
         """Return the status of the answer."""
         if self.streams is None:
-            self.host, port = ("127.0.0.1", self.target) if isinstance(self.target, int) else self.target()
+            self.host, port = (
+                ("127.0.0.1", self.target) if isinstance(self.target, int) else self.target()
+            )
             self.streams = await asyncio.open_connection(self.host, port)
         reader, writer = self.streams
         writer.write(self.kind.request.replace(KEY.encode(), uuid4().hex.encode()))
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
-            await reader.readexactly(int(head.split(b"\r\ncontent-length:", 1)[1].split(b"\r\n", 1)[0]))
+            await reader.readexactly(
+                int(head.split(b"\r\ncontent-length:", 1)[1].split(b"\r\n", 1)[0])
+            )
         except asyncio.IncompleteReadError as error:
-            raise _ClosedError("closed within the answer" if error.partial else "closed before the answer") from None
+            raise _ClosedError(
+                "closed within the answer" if error.partial else "closed before the answer"
+            ) from None
         if not self.kind.keeps_alive or b"\r\nconnection: close\r\n" in head:
             self._close()
         return int(head[9:12])

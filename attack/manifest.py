@@ -56,18 +56,23 @@ def read(overlay: str, secrets: dict[str, str]) -> Manifest:
     """Read an overlay; `secrets` are what its files will hold. Without a tool to render it the test is skipped."""
     if not deployed.kustomize():
         text = "kustomize is missing, and so is kubectl: install one of the two"
-        pytest.fail(f"{text}; CI=true makes that a failure") if os.environ.get("CI") == "true" else pytest.skip(text)
+        pytest.fail(f"{text}; CI=true makes that a failure") if os.environ.get(
+            "CI"
+        ) == "true" else pytest.skip(text)
     rendered = deployed.read(overlay)
     deployment, container = rendered.one("Deployment"), rendered.api
     spec, budget = deployment["spec"], rendered.one("PodDisruptionBudget")["spec"]
     service = rendered.one("Service")["spec"]
-    assert service["selector"].items() <= spec["template"]["metadata"]["labels"].items(), "the Service selects no pod"
+    assert service["selector"].items() <= spec["template"]["metadata"]["labels"].items(), (
+        "the Service selects no pod"
+    )
     rolling, pod = spec["strategy"]["rollingUpdate"], spec["template"]["spec"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     # The service would read its number of CPUs from the control group.
     cpus = deployed.quantity(container["resources"]["limits"]["cpu"])
     return Manifest(
-        replicas=spec.get("replicas") or rendered.one("HorizontalPodAutoscaler")["spec"]["minReplicas"],
+        replicas=spec.get("replicas")
+        or rendered.one("HorizontalPodAutoscaler")["spec"]["minReplicas"],
         surge=rolling["maxSurge"],
         unavailable=rolling["maxUnavailable"],
         min_ready=spec["minReadySeconds"],
@@ -77,7 +82,9 @@ def read(overlay: str, secrets: dict[str, str]) -> Manifest:
         grace=pod["terminationGracePeriodSeconds"],
         pre_stop=deployed.at(container, "lifecycle.preStop.sleep.seconds") or 0,
         ports=ports,
-        serving_port=ports[next(port["targetPort"] for port in service["ports"] if port["name"] == "http")],
+        serving_port=ports[
+            next(port["targetPort"] for port in service["ports"] if port["name"] == "http")
+        ],
         startup=_probe(container["startupProbe"], ports),
         liveness=_probe(container["livenessProbe"], ports),
         readiness=_probe(container["readinessProbe"], ports),
@@ -95,4 +102,6 @@ def _probe(text: dict[str, Any], ports: dict[str, int]) -> Probe:
         "successThreshold": "successes",
     }
     path, port = text["httpGet"]["path"], ports[text["httpGet"]["port"]]
-    return Probe(path, port, **{names[name]: value for name, value in text.items() if name != "httpGet"})
+    return Probe(
+        path, port, **{names[name]: value for name, value in text.items() if name != "httpGet"}
+    )

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 from tests.service_process import eventually
 
-COMMANDS = {"nginx": ("nginx", "-e", "stderr", "-c", "nginx.conf"), "haproxy": ("haproxy", "-db", "-f", "haproxy.cfg")}
+COMMANDS = {
+    "nginx": ("nginx", "-e", "stderr", "-c", "nginx.conf"),
+    "haproxy": ("haproxy", "-db", "-f", "haproxy.cfg"),
+}
 
 
 def program(name: str) -> str:
@@ -41,7 +44,9 @@ def proxy(name: str, port: int, instances: tuple[int, int]) -> Iterator[None]:
         if user:
             shutil.chown(folder, user)
         with output.open("w") as log:
-            process = subprocess.Popen([path, *options, file], user=user, cwd=folder, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                [path, *options, file], user=user, cwd=folder, stdout=log, stderr=log
+            )
         try:
             eventually(lambda: process.poll() is not None or listens(port))
             assert process.poll() is None, output.read_text()

@@ -24,14 +24,19 @@ MEGABYTE = 1 << 20
 PIECE = b"x" * 65_536
 SLOW_CLIENTS = 200
 TIMEOUT_SECONDS = 2  # for heads and for bodies
-SLACK_SECONDS = 5  # timeouts are looked at once a second, on a busy machine; without ours they take 10
+SLACK_SECONDS = (
+    5  # timeouts are looked at once a second, on a busy machine; without ours they take 10
+)
 BUSY_SECONDS = 5  # no other request may take longer, on a machine that has much to do
 
 
 @pytest.fixture(scope="module")
 def service(urls: dict[str, str]) -> Iterator[Service]:
     """One service, warm, for all attacks."""
-    timeouts = {"HEADER_TIMEOUT_SECONDS": str(TIMEOUT_SECONDS), "REQUEST_BODY_TIMEOUT_SECONDS": str(TIMEOUT_SECONDS)}
+    timeouts = {
+        "HEADER_TIMEOUT_SECONDS": str(TIMEOUT_SECONDS),
+        "REQUEST_BODY_TIMEOUT_SECONDS": str(TIMEOUT_SECONDS),
+    }
     with serving("tests.fault_routes:app", **timeouts, **urls) as service:
         service.wait()
         eventually(lambda: len(workers(service)) == 2)
@@ -44,11 +49,18 @@ def service(urls: dict[str, str]) -> Iterator[Service]:
 def bearing(service: Service) -> Iterator[None]:
     """Hold that memory stays bounded meanwhile, that no worker dies, and that other requests are served."""
     pids = workers(service)
-    with every(0.05, lambda: resident_bytes(pids)) as memory, load(service.port, 4 * [get("/", "GET")]) as others:
+    with (
+        every(0.05, lambda: resident_bytes(pids)) as memory,
+        load(service.port, 4 * [get("/", "GET")]) as others,
+    ):
         yield
-    growth = {pid: (max(seen.get(pid, 0) for seen in memory) - memory[0][pid]) / MEGABYTE for pid in pids}
+    growth = {
+        pid: (max(seen.get(pid, 0) for seen in memory) - memory[0][pid]) / MEGABYTE for pid in pids
+    }
     slowest = max(others.slowest_seconds.values())
-    print(f"memory grew by {max(growth.values()):.1f} MB; others: {others}, the slowest {slowest:.2f} s")
+    print(
+        f"memory grew by {max(growth.values()):.1f} MB; others: {others}, the slowest {slowest:.2f} s"
+    )
     assert max(growth.values()) < 20, growth
     assert others.failures == [], str(others)
     assert others.total > 0
@@ -71,7 +83,9 @@ def flood(port: int, head: bytes, piece: bytes, megabytes: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "piece", [PIECE, b"\r\n".join(repeat(b"X-Attack: " + b"x" * 100, 500))], ids=["one line", "many lines"]
+    "piece",
+    [PIECE, b"\r\n".join(repeat(b"X-Attack: " + b"x" * 100, 500))],
+    ids=["one line", "many lines"],
 )
 def test_a_header_of_100_megabytes_is_431_and_closed(service: Service, piece: bytes) -> None:
     with bearing(service), ThreadPoolExecutor(4) as pool:
@@ -120,7 +134,9 @@ def test_200_slow_clients_are_sent_away_in_time(service: Service) -> None:
     kinds = {half_a_head: b"HTTP/1.1 408", slow_body: b"HTTP/1.1 408", idle: b""}
 
     async def attack() -> list[tuple[bytes, float]]:
-        some = [kind for kind, _ in zip(SLOW_CLIENTS * list(kinds), range(SLOW_CLIENTS), strict=False)]
+        some = [
+            kind for kind, _ in zip(SLOW_CLIENTS * list(kinds), range(SLOW_CLIENTS), strict=False)
+        ]
         return await asyncio.gather(*(linger(service.port, *kind) for kind in some))
 
     with bearing(service):
@@ -132,13 +148,19 @@ def test_200_slow_clients_are_sent_away_in_time(service: Service) -> None:
     assert slowest < TIMEOUT_SECONDS + SLACK_SECONDS
 
 
-def test_300_connections_against_a_small_cap_are_refused_at_once_and_on_the_record(urls: dict[str, str]) -> None:
+def test_300_connections_against_a_small_cap_are_refused_at_once_and_on_the_record(
+    urls: dict[str, str],
+) -> None:
     cap, seconds = 20, 5.0
 
     async def attack(port: int) -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=300)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=30) as client:
-            return await asyncio.gather(*(client.get(f"/slow?seconds={seconds}") for _ in range(300)))
+        async with httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=30
+        ) as client:
+            return await asyncio.gather(
+                *(client.get(f"/slow?seconds={seconds}") for _ in range(300))
+            )
 
     with serving("tests.fault_routes:app", MAX_IN_FLIGHT=str(cap), **urls) as service:
         service.wait()
@@ -160,15 +182,24 @@ def test_300_connections_against_a_small_cap_are_refused_at_once_and_on_the_reco
         for answer in refused:
             assert answer.headers["retry-after"] == "1"
             assert answer.headers["content-type"] == "application/problem+json"
-            assert (answer.json()["status"], answer.json()["request_id"]) == (503, answer.headers["x-request-id"])
+            assert (answer.json()["status"], answer.json()["request_id"]) == (
+                503,
+                answer.headers["x-request-id"],
+            )
         eventually(lambda: counted(service, 'http_response_status_code="503"') >= len(refused))
         assert counted(service, 'http_response_status_code="503"') == len(refused)
         assert service.stop() == 0
-        logged = {line["request_id"] for line in service.lines if line["logger"] == "access" and line["status"] == 503}
+        logged = {
+            line["request_id"]
+            for line in service.lines
+            if line["logger"] == "access" and line["status"] == 503
+        }
         assert logged == ids
 
 
-def test_a_reader_of_the_log_that_stops_costs_access_lines_and_nothing_else(urls: dict[str, str]) -> None:
+def test_a_reader_of_the_log_that_stops_costs_access_lines_and_nothing_else(
+    urls: dict[str, str],
+) -> None:
     def dropped(service: Service) -> int:
         found = re.search(r"^access_log_dropped_lines_total (.+)$", service.metrics(), re.MULTILINE)
         return round(float(found[1])) if found else 0
@@ -186,7 +217,11 @@ def test_a_reader_of_the_log_that_stops_costs_access_lines_and_nothing_else(urls
         assert reader.wait(20) == 0
         kept.seek(0)
         lines = [json.loads(line) for line in kept]
-    written = [line for line in lines if line["logger"] == "access" and not line["route"].startswith("/health/")]
+    written = [
+        line
+        for line in lines
+        if line["logger"] == "access" and not line["route"].startswith("/health/")
+    ]
     print(f"{len(written)} access lines written, {number} dropped")
     assert len(written) + number == result.total
     assert {line["level"] for line in lines} == {"info"}

@@ -59,7 +59,9 @@ def writing(service: Service, clients: int = 4) -> Iterator[list[Write]]:
             reference = str(uuid4())
             payment = {"amount": 1, "currency": "EUR", "reference": reference}
             key = {"Idempotency-Key": reference}
-            writes.append(Write(reference, service.http.post("/payments", json=payment, headers=key)))
+            writes.append(
+                Write(reference, service.http.post("/payments", json=payment, headers=key))
+            )
 
     with ThreadPoolExecutor(clients) as threads:
         running = [threads.submit(client) for _ in range(clients)]
@@ -74,8 +76,14 @@ def writing(service: Service, clients: int = 4) -> Iterator[list[Write]]:
 def assert_nothing_lost(writes: list[Write], url: str) -> None:
     """Assert that every write was stored and said so, or was refused with the advice to try again."""
     assert {write.answer.status_code for write in writes} <= {201, 503}
-    assert all(write.answer.headers["retry-after"] for write in writes if write.answer.status_code == 503)
-    stored = sql(url, "select reference from payments where reference = any($1)", [write.reference for write in writes])
+    assert all(
+        write.answer.headers["retry-after"] for write in writes if write.answer.status_code == 503
+    )
+    stored = sql(
+        url,
+        "select reference from payments where reference = any($1)",
+        [write.reference for write in writes],
+    )
     references = [row["reference"] for row in stored]
     assert len(references) == len(set(references))  # nothing twice
     acknowledged = {write.reference for write in writes if write.answer.status_code == 201}
@@ -91,19 +99,27 @@ def assert_quiet(service: Service) -> None:
 
 def sample(service: Service, name: str) -> list[float]:
     """Return the values of a metric, whose labels may be given too."""
-    return [float(value) for value in re.findall(rf"^{re.escape(name)}\S* (\S+)$", service.metrics(), re.MULTILINE)]
+    return [
+        float(value)
+        for value in re.findall(rf"^{re.escape(name)}\S* (\S+)$", service.metrics(), re.MULTILINE)
+    ]
 
 
 def workers(service: Service) -> list[psutil.Process]:
     """Return the processes that serve."""
-    pids = re.findall(r'^worker_resident_memory_bytes{pid="(\d+)"}', service.metrics(), re.MULTILINE)
+    pids = re.findall(
+        r'^worker_resident_memory_bytes{pid="(\d+)"}', service.metrics(), re.MULTILINE
+    )
     return [psutil.Process(int(pid)) for pid in pids]
 
 
 def terminate(postgres: Postgres) -> None:
     """Terminate all connections, time and again."""
     for _ in range(10):
-        sql(postgres.url, "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()")
+        sql(
+            postgres.url,
+            "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()",
+        )
         time.sleep(0.3)
 
 
@@ -116,7 +132,11 @@ def restart(postgres: Postgres, mode: str) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [terminate, lambda postgres: restart(postgres, "fast"), lambda postgres: restart(postgres, "immediate")],
+    [
+        terminate,
+        lambda postgres: restart(postgres, "fast"),
+        lambda postgres: restart(postgres, "immediate"),
+    ],
     ids=["every connection terminated", "restarted", "crashed"],
 )
 def test_no_read_fails_and_no_write_is_lost(
@@ -133,12 +153,17 @@ def test_no_read_fails_and_no_write_is_lost(
         assert reads.total > 200
         assert_nothing_lost(writes, postgres.url)
         assert_quiet(service)
-        assert sql(postgres.url, "select 1 from pg_stat_activity where application_name = 'service'")
+        assert sql(
+            postgres.url, "select 1 from pg_stat_activity where application_name = 'service'"
+        )
 
 
 def test_a_frozen_postgres_bounds_every_request(urls: dict[str, str], postgres: Postgres) -> None:
     command_timeout = 3
-    settings = urls | {"DATABASE_COMMAND_TIMEOUT_SECONDS": str(command_timeout), "DATABASE_MAX_CONNECTIONS": "12"}
+    settings = urls | {
+        "DATABASE_COMMAND_TIMEOUT_SECONDS": str(command_timeout),
+        "DATABASE_MAX_CONNECTIONS": "12",
+    }
     with serving("dependency_routes:app", **settings) as service:
         service.wait()
         either = (200, 503)
@@ -155,7 +180,9 @@ def test_a_frozen_postgres_bounds_every_request(urls: dict[str, str], postgres: 
         print(result, result.slowest_seconds)
         assert result.failures == []
         assert result.slowest_seconds.pop("live") < 2
-        longest = command_timeout + 2  # half a second to cancel, and slack; not the timeout a second time
+        longest = (
+            command_timeout + 2
+        )  # half a second to cancel, and slack; not the timeout a second time
         assert max(result.slowest_seconds.values()) < longest
         assert max(write.answer.elapsed.total_seconds() for write in writes) < longest
         assert {write.answer.status_code for write in writes[thawed + 4 :]} == {201}
@@ -175,25 +202,35 @@ def test_an_exhausted_pool_sheds_what_does_not_fit(urls: dict[str, str]) -> None
         print(sorted((answer.status_code, answer.elapsed.total_seconds()) for answer in answers))
         assert {answer.status_code for answer in answers} == {200, 503}
         # none has waited for one that was served
-        assert all(answer.headers["retry-after"] and answer.elapsed.total_seconds() < 3 for answer in shed)
+        assert all(
+            answer.headers["retry-after"] and answer.elapsed.total_seconds() < 3 for answer in shed
+        )
         assert_quiet(service)
 
 
-def test_a_slow_query_is_cut_off_at_the_server_too(urls: dict[str, str], postgres: Postgres) -> None:
+def test_a_slow_query_is_cut_off_at_the_server_too(
+    urls: dict[str, str], postgres: Postgres
+) -> None:
     settings = urls | {"DATABASE_COMMAND_TIMEOUT_SECONDS": "0.5", "REQUEST_TIMEOUT_SECONDS": "1"}
-    running = "select 1 from pg_stat_activity where query like 'select pg_sleep%' and state = 'active'"
+    running = (
+        "select 1 from pg_stat_activity where query like 'select pg_sleep%' and state = 'active'"
+    )
     with serving("dependency_routes:app", **settings) as service:
         service.wait()
         assert service.get("/sleep?seconds=60").status_code == 503
         assert sql(postgres.url, running) == []
-    with serving("dependency_routes:app", **settings | {"DATABASE_COMMAND_TIMEOUT_SECONDS": "60"}) as service:
+    with serving(
+        "dependency_routes:app", **settings | {"DATABASE_COMMAND_TIMEOUT_SECONDS": "60"}
+    ) as service:
         service.wait()
         assert service.get("/sleep?seconds=60").status_code == 504
         eventually(lambda: sql(postgres.url, running) == [])
         assert_quiet(service)
 
 
-def test_a_long_outage_is_answered_at_once_and_costs_little(urls: dict[str, str], postgres: Postgres) -> None:
+def test_a_long_outage_is_answered_at_once_and_costs_little(
+    urls: dict[str, str], postgres: Postgres
+) -> None:
     with serving("dependency_routes:app", **urls) as service:
         service.wait()
         path = "/read"
@@ -206,7 +243,9 @@ def test_a_long_outage_is_answered_at_once_and_costs_little(urls: dict[str, str]
                 young = list(threads.map(service.get, 16 * [path]))
             used = sum(sum(each.cpu_times()[:2]) for each in processes) - used
             print(f"{used:.2f} s of CPU in {time.monotonic() - begin:.2f} s")
-            assert used < (time.monotonic() - begin) / 2  # a busy loop in each would use twice the time
+            assert (
+                used < (time.monotonic() - begin) / 2
+            )  # a busy loop in each would use twice the time
             old = [service.get(path) for _ in range(20)]
         finally:
             postgres.start()
@@ -236,7 +275,9 @@ def test_a_frozen_redis_slows_nothing_else_down(urls: dict[str, str], redis: Red
     with serving("dependency_routes:app", **urls) as service:
         service.wait()
         others = [LIVE, get("/health/ready", "ready", pause=0.05), get("/read", "read")]
-        with load(service.port, 50 * [get("/cached", "cached", statuses=(200, 503))], others) as result:
+        with load(
+            service.port, 50 * [get("/cached", "cached", statuses=(200, 503))], others
+        ) as result:
             time.sleep(1)
             with frozen(redis.pid):
                 eventually(lambda: sample(service, 'dependency_up{dependency="redis"}') == [0])
@@ -260,18 +301,32 @@ def test_gauges_add_up_over_the_workers(urls: dict[str, str], postgres: Postgres
     busy = get("/sleep?seconds=0.05", statuses=(200, 503), keeps_alive=False)
 
     def of_pool(gauge: str, pool: str) -> float:
-        return sum(sample(service, f'db_client_connection_{gauge}{{db_client_connection_pool_name="{pool}"'))
+        return sum(
+            sample(
+                service, f'db_client_connection_{gauge}{{db_client_connection_pool_name="{pool}"'
+            )
+        )
 
     with serving("dependency_routes:app", **urls, DATABASE_MAX_CONNECTIONS=str(budget)) as service:
         service.wait()
         with load(service.port, 16 * [busy], 8 * [get("/cached", keeps_alive=False)]):
-            eventually(lambda: of_pool("count", "postgres") == budget - 2)  # each worker has one for readiness
+            eventually(
+                lambda: of_pool("count", "postgres") == budget - 2
+            )  # each worker has one for readiness
             assert 0 < of_pool("count", "redis") <= 40
             assert len(sql(postgres.url, of_ours)) <= budget
         assert (of_pool("max", "postgres"), of_pool("max", "redis")) == (budget - 2, 40)
         assert sample(service, "worker_processes") == [2]
-        assert [size > 1 << 20 for size in sample(service, "worker_resident_memory_bytes")] == [True, True]
+        assert [size > 1 << 20 for size in sample(service, "worker_resident_memory_bytes")] == [
+            True,
+            True,
+        ]
         killed = workers(service)[0]
         killed.kill()
-        eventually(lambda: killed.pid not in {each.pid for each in workers(service)} and len(workers(service)) == 2)
+        eventually(
+            lambda: (
+                killed.pid not in {each.pid for each in workers(service)}
+                and len(workers(service)) == 2
+            )
+        )
         assert sample(service, "worker_processes") == [2]

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-from app.serving.listener import take_no_more
+from app.serving.listener import stop_accepting
 
 CLOSES = 100
 
@@ -17,7 +17,9 @@ def ask(address: list[tuple[str, int]], stop: threading.Event) -> Counter[str]:
     ends: Counter[str] = Counter()
     while not stop.is_set():
         with socket.socket() as client:
-            client.settimeout(0.02)  # or it would wait a second for its second try, and miss 30 closes
+            client.settimeout(
+                0.02
+            )  # or it would wait a second for its second try, and miss 30 closes
             try:
                 client.connect(address[-1])
             except OSError:
@@ -53,7 +55,7 @@ def test_a_listener_that_closes_resets_nobody() -> None:
                 end = time.monotonic() + 0.02
                 while time.monotonic() < end:
                     serve(listener)
-                take_no_more(listener)  # without it 10 to 20 are reset
+                stop_accepting(listener)  # without it 10 to 20 are reset
                 serve(listener)
         stop.set()
         ends = sum((client.result() for client in clients), Counter[str]())

@@ -69,7 +69,9 @@ class Consumer:
 
 
 @contextlib.contextmanager
-def consuming(number: int = 1, module: str = "app.payments.consumer", /, **settings: str) -> Iterator[list[Consumer]]:
+def consuming(
+    number: int = 1, module: str = "app.payments.consumer", /, **settings: str
+) -> Iterator[list[Consumer]]:
     """Run consumers until the end of the block."""
     consumers = [Consumer(module, **settings) for _ in range(number)]
     try:
@@ -192,14 +194,25 @@ def bank() -> Iterator[Gateway]:
 def settings(urls: dict[str, str], bank: Gateway) -> dict[str, str]:
     # payments of other tests are pending: a consumer would charge them too
     sql(urls["DATABASE_URL"], "truncate payments, outbox, inbox, idempotency_keys")
-    return urls | {"GATEWAY_URL": bank.url, "GRACEFUL_TIMEOUT_SECONDS": "20", "REQUEST_TIMEOUT_SECONDS": "6"}
+    return urls | {
+        "GATEWAY_URL": bank.url,
+        "GRACEFUL_TIMEOUT_SECONDS": "20",
+        "REQUEST_TIMEOUT_SECONDS": "6",
+    }
 
 
 def test_nothing_is_lost_and_nothing_doubled(
-    settings: dict[str, str], bank: Gateway, postgres: dev_services.Postgres, redis: dev_services.Redis
+    settings: dict[str, str],
+    bank: Gateway,
+    postgres: dev_services.Postgres,
+    redis: dev_services.Redis,
 ) -> None:
     run, kills = uuid4().hex[:8], Counter[str]()
-    with serving(**settings) as service, consuming(2, **settings) as consumers, tailing(redis.url) as tail:
+    with (
+        serving(**settings) as service,
+        consuming(2, **settings) as consumers,
+        tailing(redis.url) as tail,
+    ):
         service.wait()
         shop, begin, end = Shop(service, pause_seconds=0.3), time.monotonic(), threading.Event()
         with ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as at_last:
@@ -231,11 +244,17 @@ def test_nothing_is_lost_and_nothing_doubled(
         taken = time.monotonic()
         eventually(lambda: settled(postgres.url, run), SETTLED_SECONDS + 60)
         later = time.monotonic() - taken
-        print(f"{taken - begin:.1f} s, settled {later:.1f} s later; {dict(kills)}; {dict(shop.statuses)}")
+        print(
+            f"{taken - begin:.1f} s, settled {later:.1f} s later; {dict(kills)}; {dict(shop.statuses)}"
+        )
         time.sleep(1)  # a late second call or event would come now
-        eventually(lambda: all(consumer.is_ready() for consumer in consumers))  # or its end might come before its start
+        eventually(
+            lambda: all(consumer.is_ready() for consumer in consumers)
+        )  # or its end might come before its start
         rows = sql(
-            postgres.url, "select payment_id::text, reference from payments where reference like $1 || ' %'", run
+            postgres.url,
+            "select payment_id::text, reference from payments where reference like $1 || ' %'",
+            run,
         )
     stored = {row["reference"]: row["payment_id"] for row in rows}
     assert kills["worker"] >= 20
@@ -245,14 +264,18 @@ def test_nothing_is_lost_and_nothing_doubled(
     assert set(stored.values()) <= set(tail.events)
     assert {bank.charges[payment_id] for payment_id in stored.values()} == {1}
     assert bank.charges.total() == len(rows)
-    print(f"{len(rows)} payments, {bank.calls.total()} calls of the gateway, {tail.events.total()} events")
+    print(
+        f"{len(rows)} payments, {bank.calls.total()} calls of the gateway, {tail.events.total()} events"
+    )
 
 
 def test_control_without_one_key_for_all_tries_some_payments_are_doubled(
     settings: dict[str, str], postgres: dev_services.Postgres
 ) -> None:
     run, end = uuid4().hex[:8], threading.Event()
-    query = "select count(*) - count(distinct reference) from payments where reference like $1 || ' %'"
+    query = (
+        "select count(*) - count(distinct reference) from payments where reference like $1 || ' %'"
+    )
     with serving(**settings) as service:
         service.wait()
         shop, latest = Shop(service, one_key=False), time.monotonic() + 120
@@ -272,7 +295,10 @@ def test_control_without_one_key_for_all_tries_some_payments_are_doubled(
 
 @pytest.mark.parametrize("module", ["app.payments.consumer", "consumer_without_inbox"])
 def test_an_event_that_comes_again_has_its_effect_once_and_without_the_inbox_twice(
-    settings: dict[str, str], postgres: dev_services.Postgres, redis: dev_services.Redis, module: str
+    settings: dict[str, str],
+    postgres: dev_services.Postgres,
+    redis: dev_services.Redis,
+    module: str,
 ) -> None:
     run = uuid4().hex[:8]
     sql(postgres.url, "create table if not exists effects (payment_id uuid)")
@@ -282,9 +308,7 @@ def test_an_event_that_comes_again_has_its_effect_once_and_without_the_inbox_twi
         "create or replace function effect() returns trigger language plpgsql as $$ begin "
         "insert into effects values (new.payment_id); return new; end $$",
     )
-    trigger = (
-        "create or replace trigger effect after update of status on payments for each row execute function effect()"
-    )
+    trigger = "create or replace trigger effect after update of status on payments for each row execute function effect()"
     sql(postgres.url, trigger)
     client: Any = Client.from_url(redis.url)
     try:
@@ -294,15 +318,20 @@ def test_an_event_that_comes_again_has_its_effect_once_and_without_the_inbox_twi
             shop = Shop(service)
             with ThreadPoolExecutor(1) as thread:
                 running = thread.submit(shop.run, 200, run)
-                while not running.done():  # what a relay does that is killed between the publication and the commit
+                while (
+                    not running.done()
+                ):  # what a relay does that is killed between the publication and the commit
                     for _, fields in client.xrevrange("payment-events", count=5):
                         client.xadd("payment-events", fields)
                     time.sleep(0.05)
                 running.result()
             eventually(lambda: settled(postgres.url, run), SETTLED_SECONDS)
-            eventually(lambda: client.xinfo_groups("payment-events")[0]["pending"] == 0, SETTLED_SECONDS)
+            eventually(
+                lambda: client.xinfo_groups("payment-events")[0]["pending"] == 0, SETTLED_SECONDS
+            )
         most = sql(
-            postgres.url, "select max(n), sum(n) from (select count(*) as n from effects group by payment_id) as e"
+            postgres.url,
+            "select max(n), sum(n) from (select count(*) as n from effects group by payment_id) as e",
         )
     finally:
         sql(postgres.url, "drop trigger effect on payments")
@@ -310,7 +339,9 @@ def test_an_event_that_comes_again_has_its_effect_once_and_without_the_inbox_twi
     assert (most[0][0] == 1) == (module == "app.payments.consumer")
 
 
-def test_of_50_requests_with_one_key_one_is_taken(settings: dict[str, str], postgres: dev_services.Postgres) -> None:
+def test_of_50_requests_with_one_key_one_is_taken(
+    settings: dict[str, str], postgres: dev_services.Postgres
+) -> None:
     reference = str(uuid4())
     new = {"amount": 1, "currency": "EUR", "reference": reference}
     with serving(**settings) as service:
@@ -321,16 +352,24 @@ def test_of_50_requests_with_one_key_one_is_taken(settings: dict[str, str], post
 
         with ThreadPoolExecutor(50) as threads:
             answers = list(threads.map(send, range(50)))
-        found = Counter((answer.status_code, answer.headers.get("idempotent-replayed")) for answer in answers)
+        found = Counter(
+            (answer.status_code, answer.headers.get("idempotent-replayed")) for answer in answers
+        )
         print(dict(found))
         assert found[201, None] == 1
         assert set(found) <= {(201, None), (201, "true"), (409, None)}
         assert len({answer.content for answer in answers if answer.status_code == 201}) == 1
-        ((payment_id,),) = sql(postgres.url, "select payment_id::text from payments where reference = $1", reference)
+        ((payment_id,),) = sql(
+            postgres.url, "select payment_id::text from payments where reference = $1", reference
+        )
         client: Any = Client.from_url(settings["REDIS_URL"])
 
         def events() -> list[Any]:
-            return [each for each in client.xrange("payment-events") if payment_id.encode() in each[1][b"payload"]]
+            return [
+                each
+                for each in client.xrange("payment-events")
+                if payment_id.encode() in each[1][b"payload"]
+            ]
 
         eventually(lambda: len(events()) == 1)
         time.sleep(1)
@@ -399,7 +438,9 @@ def test_a_gateway_that_fails_for_long_touches_nobody_and_is_called_rarely(
         bank.status, bank.delay_seconds, back = 0, 0.0, time.monotonic()
         eventually(lambda: settled(postgres.url, run), SETTLED_SECONDS)
         later = time.monotonic() - back
-        print(f"{answer}: {calls} calls in {outage:.0f} s; {number} payments are settled {later:.1f} s after it")
+        print(
+            f"{answer}: {calls} calls in {outage:.0f} s; {number} payments are settled {later:.1f} s after it"
+        )
         if answer == "down":
             assert calls <= 8 + lasted / 3 + 2  # until it is left alone; then one for each 3 s
             assert later < 15

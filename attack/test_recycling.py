@@ -20,7 +20,10 @@ def bear(attack: Callable[[Service], None], **settings: str) -> tuple[Result, in
     with serving("tests.fault_routes:app", **settings) as service:
         service.wait()
         eventually(lambda: len(workers(service)) == 2)
-        with every(0.5, lambda: counted(service, OF_LOAD)) as counts, load(service.port, MIXED) as result:
+        with (
+            every(0.5, lambda: counted(service, OF_LOAD)) as counts,
+            load(service.port, MIXED) as result,
+        ):
             time.sleep(1)
             attack(service)
 
@@ -28,7 +31,9 @@ def bear(attack: Callable[[Service], None], **settings: str) -> tuple[Result, in
             counts.append(counted(service, OF_LOAD))
             return counts[-1] >= result.total
 
-        with contextlib.suppress(AssertionError):  # a worker hands over a moment later, and one that was killed never
+        with contextlib.suppress(
+            AssertionError
+        ):  # a worker hands over a moment later, and one that was killed never
             eventually(are_all_counted, 5)
         print(f"{result}; {counts[-1]} counted")
         assert all(before <= after for before, after in pairwise(counts)), counts

@@ -15,7 +15,9 @@ from proxies import proxy
 
 RESTARTS = 10
 REQUESTS = 50_000  # at least, behind each proxy
-STOCK = {"GUNICORN_CMD_ARGS": f"--config {shlex.quote(str(Path(__file__).with_name('stock_gunicorn.conf.py')))}"}
+STOCK = {
+    "GUNICORN_CMD_ARGS": f"--config {shlex.quote(str(Path(__file__).with_name('stock_gunicorn.conf.py')))}"
+}
 
 
 def lasting_port() -> int:
@@ -34,7 +36,9 @@ class Instance:
         self.port, self.settings, self.stack = lasting_port(), settings, contextlib.ExitStack()
 
     def __enter__(self) -> "Instance":
-        self.service = self.stack.enter_context(serving("tests.fault_routes:app", self.port, **self.settings))
+        self.service = self.stack.enter_context(
+            serving("tests.fault_routes:app", self.port, **self.settings)
+        )
         self.service.wait()
         return self
 
@@ -64,11 +68,15 @@ def roll(name: str, settings: dict[str, str], is_enough: Callable[[int, Result],
 @pytest.mark.parametrize("name", ["nginx", "haproxy"])
 def test_rolling_restarts_lose_no_request(name: str, urls: dict[str, str]) -> None:
     settings = {"DRAIN_SECONDS": "3", "RETIRE_SECONDS": "2", **urls}
-    result = roll(name, settings, lambda restarts, result: restarts >= RESTARTS and result.total >= REQUESTS)
+    result = roll(
+        name, settings, lambda restarts, result: restarts >= RESTARTS and result.total >= REQUESTS
+    )
     assert result.failures == [], str(result)
 
 
 @pytest.mark.parametrize("name", ["nginx", "haproxy"])
 def test_with_the_usual_worker_the_same_restarts_lose_some(name: str, urls: dict[str, str]) -> None:
-    result = roll(name, {**STOCK, **urls}, lambda restarts, result: restarts >= 30 or result.failures)
+    result = roll(
+        name, {**STOCK, **urls}, lambda restarts, result: restarts >= 30 or result.failures
+    )
     assert result.failures

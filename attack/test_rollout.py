@@ -24,7 +24,10 @@ REQUESTS = 10_000  # over connections of each kind, at least
 UPDATE_SECONDS = 120.0
 PATIENCE_SECONDS = 2.0  # of the clients of a pod that is frozen
 SLACK_SECONDS = 2.0  # the machine has much to do
-NOBODY = {"database_url": "postgresql://app@127.0.0.1:1/postgres", "redis_url": "redis://127.0.0.1:1/0"}
+NOBODY = {
+    "database_url": "postgresql://app@127.0.0.1:1/postgres",
+    "redis_url": "redis://127.0.0.1:1/0",
+}
 
 
 def clients(number: int, reference: str, timeout_seconds: float = TIMEOUT_SECONDS) -> list[Kind]:
@@ -44,13 +47,18 @@ def clients(number: int, reference: str, timeout_seconds: float = TIMEOUT_SECOND
 def fewest(result: Result) -> int:
     """Return how many requests were answered over connections of the kind that had fewer."""
     kinds = ("keep-alive", "new connection")
-    return min(sum(n for (name, _), n in result.answered.items() if name.endswith(kind)) for kind in kinds)
+    return min(
+        sum(n for (name, _), n in result.answered.items() if name.endswith(kind)) for kind in kinds
+    )
 
 
 def report(cluster: Cluster, result: Result) -> None:
     """Print what happened when, failed requests among it."""
     failures = [
-        (each.begin, f"{each.kind} to {each.host}: {each.reason} after {each.end - each.begin:.3f} s")
+        (
+            each.begin,
+            f"{each.kind} to {each.host}: {each.reason} after {each.end - each.begin:.3f} s",
+        )
         for each in result.failures[:50]
     ]
     events = sorted(cluster.events + failures)
@@ -63,7 +71,11 @@ def stored(url: str, reference: str) -> int:
     async def count() -> int:
         connection = await asyncpg.connect(url)
         try:
-            return int(await connection.fetchval("select count(*) from payments where reference = $1", reference))
+            return int(
+                await connection.fetchval(
+                    "select count(*) from payments where reference = $1", reference
+                )
+            )
         finally:
             await connection.close()
 
@@ -73,7 +85,9 @@ def stored(url: str, reference: str) -> int:
 @pytest.fixture(scope="module")
 def prod(database_url: str, redis: Redis) -> Manifest:
     if sys.platform != "linux":
-        pytest.skip("a pod has an address of its own in 127.0.0.0/8: only Linux has them all without set-up")
+        pytest.skip(
+            "a pod has an address of its own in 127.0.0.0/8: only Linux has them all without set-up"
+        )
     return read("prod", {"database_url": database_url, "redis_url": redis.url})
 
 
@@ -116,10 +130,14 @@ def test_a_rolling_update_loses_no_request(prod: Manifest, database_url: str) ->
                 eventually(lambda: cluster.is_settled, UPDATE_SECONDS)
         report(cluster, result)
         assert result.failures == []
-        assert stored(database_url, "update") == sum(n for (_, status), n in result.answered.items() if status == 201)
+        assert stored(database_url, "update") == sum(
+            n for (_, status), n in result.answered.items() if status == 201
+        )
         ended = cluster.pods[: -prod.replicas]
         assert [pod.exits for pod in ended] == [[0]] * prod.replicas * updates
-        assert {json.loads(line)["level"] for pod in ended for line in pod.text.splitlines()} == {"info"}
+        assert {json.loads(line)["level"] for pod in ended for line in pod.text.splitlines()} == {
+            "info"
+        }
 
 
 def test_without_the_drain_the_same_update_loses_some(prod: Manifest) -> None:
@@ -131,7 +149,9 @@ def test_without_the_drain_the_same_update_loses_some(prod: Manifest) -> None:
         assert result.failures
 
 
-def test_a_release_that_never_becomes_ready_stops_at_one_pod_and_its_undo_loses_no_request(prod: Manifest) -> None:
+def test_a_release_that_never_becomes_ready_stops_at_one_pod_and_its_undo_loses_no_request(
+    prod: Manifest,
+) -> None:
     deadline = 20  # the manifest's 300 would be too long here
     with running(prod) as cluster:
         before = cluster.live
@@ -164,13 +184,17 @@ def test_a_node_drain_waits_for_the_budget_and_loses_no_request(prod: Manifest) 
         assert [pod.exits for pod in cluster.pods] == [[0]] * prod.replicas + [[]] * prod.replicas
 
 
-def test_a_frozen_pod_costs_no_more_than_its_probes_promise(frozen: "tuple[Freeze, Future[None]]") -> None:
+def test_a_frozen_pod_costs_no_more_than_its_probes_promise(
+    frozen: "tuple[Freeze, Future[None]]",
+) -> None:
     freeze, future = frozen
     future.result()
     report(freeze.cluster, freeze.result)
     failures, promised = freeze.result.failures, freeze.prod.readiness.notices_within + LAG_SECONDS
     last = max(failure.begin for failure in failures) - freeze.begin
-    print(f"{len(failures)} failed; the last was sent {last:.1f} s after the freeze, and {promised} s are promised")
+    print(
+        f"{len(failures)} failed; the last was sent {last:.1f} s after the freeze, and {promised} s are promised"
+    )
     assert {failure.host for failure in failures} == {freeze.pod.address}
     assert last < promised + SLACK_SECONDS
     assert len(failures) <= len(clients(3, "")) * (promised + SLACK_SECONDS) / PATIENCE_SECONDS

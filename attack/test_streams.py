@@ -67,9 +67,13 @@ class Reading:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("last_words", [b"", CLOSE_FRAME], ids=["silent", "closing"])
-def test_a_websocket_that_is_not_read_holds_nothing_up(urls: dict[str, str], number: int, last_words: bytes) -> None:
+def test_a_websocket_that_is_not_read_holds_nothing_up(
+    urls: dict[str, str], number: int, last_words: bytes
+) -> None:
     with started(urls, **TIMES) as service:
-        with connect(f"ws://127.0.0.1:{service.port}/flood", compression=None, close_timeout=1) as client:
+        with connect(
+            f"ws://127.0.0.1:{service.port}/flood", compression=None, close_timeout=1
+        ) as client:
             time.sleep(0.5)
             client.socket.sendall(last_words)
             time.sleep(0.5)
@@ -92,20 +96,29 @@ def test_streams_end_after_the_time_to_retire(urls: dict[str, str]) -> None:
         for reading in readings:
             reading.thread.join(20)
             seconds = reading.ended_at - start
-            print(f"a stream ended {seconds:.1f} s after the signal: {reading.end}, {reading.size} bytes")
+            print(
+                f"a stream ended {seconds:.1f} s after the signal: {reading.end}, {reading.size} bytes"
+            )
             assert seconds > DRAIN_SECONDS + RETIRE_SECONDS - 0.5
             assert seconds < 20
         assert_clean_end(service)
 
 
 def test_a_second_term_changes_nothing(urls: dict[str, str]) -> None:
-    drain_seconds = 6.0  # longer than all that is asked meanwhile, and shorter than what is under way
+    drain_seconds = (
+        6.0  # longer than all that is asked meanwhile, and shorter than what is under way
+    )
     with started(urls, DRAIN_SECONDS=str(drain_seconds), RETIRE_SECONDS="1") as service:
-        with load(service.port, [get("/", "GET")], 4 * [get("/slow?seconds=8", "GET of 8 s")]) as result:
+        with load(
+            service.port, [get("/", "GET")], 4 * [get("/slow?seconds=8", "GET of 8 s")]
+        ) as result:
             time.sleep(0.5)
             start = time.monotonic()
             for _ in range(4):  # a group's signal reaches master and workers
-                for process in [psutil.Process(service.process.pid), *map(psutil.Process, workers(service))]:
+                for process in [
+                    psutil.Process(service.process.pid),
+                    *map(psutil.Process, workers(service)),
+                ]:
                     process.send_signal(signal.SIGTERM)
                 time.sleep(0.2)
                 assert service.get("/health/ready").json()["status"] == "draining"

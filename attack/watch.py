@@ -15,13 +15,19 @@ Seen = TypeVar("Seen")
 
 def workers(service: Service) -> set[int]:
     """Return the pids of the workers that serve, as the metrics name them."""
-    return set(map(int, re.findall(r'worker_resident_memory_bytes{pid="(\d+)"}', service.metrics())))
+    return set(
+        map(int, re.findall(r'worker_resident_memory_bytes{pid="(\d+)"}', service.metrics()))
+    )
 
 
 def counted(service: Service, labels: str = "") -> int:
     """Return how many requests were answered, as the metrics say; `labels` is a regular expression."""
     pattern = r"^http_server_request_duration_seconds_count{.*" + labels + r".*} (?P<value>.+)$"
-    return round(sum(float(found["value"]) for found in re.finditer(pattern, service.metrics(), re.MULTILINE)))
+    return round(
+        sum(
+            float(found["value"]) for found in re.finditer(pattern, service.metrics(), re.MULTILINE)
+        )
+    )
 
 
 def resident_bytes(pids: set[int]) -> dict[int, int]:

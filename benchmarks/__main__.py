@@ -95,9 +95,13 @@ def alternate(title: str, servers: dict[str, Server], size: Size) -> Figures:
                 runs[name].append(run)
     figures = {}
     for name, server in servers.items():
-        figures[name] = {key: [run._asdict()[key] for run in runs[name]] for key in load.Run._fields}
+        figures[name] = {
+            key: [run._asdict()[key] for run in runs[name]] for key in load.Run._fields
+        }
         cpu, rate, p99 = (median(figures[name][key]) for key in load.Run._fields)
-        say(f"  {server.name}, {name}: {cpu:.0f} us CPU per request, {rate:,.0f} requests/s, p99 {p99:.1f} ms")
+        say(
+            f"  {server.name}, {name}: {cpu:.0f} us CPU per request, {rate:,.0f} requests/s, p99 {p99:.1f} ms"
+        )
     return figures
 
 
@@ -105,7 +109,9 @@ def same_answer(first: Server, second: Server) -> None:
     """Raise `BenchError` unless two servers give the same answer."""
     answers = [fetch(server.url) for server in (first, second)]
     if answers[0] != answers[1]:
-        raise BenchError(f"{first.name} and {second.name} do not do the same: {answers[0]} and {answers[1]}")
+        raise BenchError(
+            f"{first.name} and {second.name} do not do the same: {answers[0]} and {answers[1]}"
+        )
 
 
 def requests(site: Site, payment: str, peer: Peer | None, size: Size) -> tuple[Figures, Figures]:
@@ -119,7 +125,9 @@ def requests(site: Site, payment: str, peer: Peer | None, size: Size) -> tuple[F
             same_answer(bare, server)
         if peer:
             own = "/api/health"
-            servers |= {f"{pin}_health": stack.enter_context(peer.server(own, variant=pin)) for pin in PINS}
+            servers |= {
+                f"{pin}_health": stack.enter_context(peer.server(own, variant=pin)) for pin in PINS
+            }
         small = alternate("small JSON", servers, size)
     with site.bare("bare_postgres", payment) as bare, site.service(payment) as service:
         same_answer(bare, service)
@@ -170,9 +178,14 @@ def ramp(site: Site, payment: str, size: Size) -> Figures:
     figures: Figures = {"bare": [], "service": []}
     for rate in size.rates:
         service = site.service(payment, MAX_IN_FLIGHT=str(MAX_IN_FLIGHT))
-        for name, server in {"bare": site.bare("bare_postgres", payment), "service": service}.items():
+        for name, server in {
+            "bare": site.bare("bare_postgres", payment),
+            "service": service,
+        }.items():
             with server:
-                seen = load.ramp_step(server, rate, 2 * PATIENCE_SECONDS, size.ramp_seconds, PATIENCE_SECONDS)
+                seen = load.ramp_step(
+                    server, rate, 2 * PATIENCE_SECONDS, size.ramp_seconds, PATIENCE_SECONDS
+                )
             figures[name].append(seen._asdict())
             p99 = "no 200" if seen.p99_ms is None else f"p99 {seen.p99_ms:.0f} ms"
             say(
@@ -184,7 +197,9 @@ def ramp(site: Site, payment: str, size: Size) -> Figures:
 
 def machine(site: Site, peer: Peer | None, size: Size) -> Figures:
     """Return what the figures depend on."""
-    wrk = subprocess.run(["wrk", "-v"], capture_output=True, text=True, check=False).stdout.split(" [")[0]
+    wrk = subprocess.run(["wrk", "-v"], capture_output=True, text=True, check=False).stdout.split(
+        " ["
+    )[0]
     return {
         "command": "make bench" if size is FULL else "make bench QUICK=1",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -194,10 +209,18 @@ def machine(site: Site, peer: Peer | None, size: Size) -> Figures:
         "size": size.__dict__ | {"connections": load.CONNECTIONS},
         "versions": site.versions(),
         "peer": {
-            name: {"package": f"{PACKAGE} {VERSION}", "pin": PINS[name], "versions": versions(python)}
+            name: {
+                "package": f"{PACKAGE} {VERSION}",
+                "pin": PINS[name],
+                "versions": versions(python),
+            }
             for name, python in (peer.pythons.items() if peer else ())
         },
-        "ramp": {"query_ms": QUERY_SECONDS * 1000, "max_in_flight": MAX_IN_FLIGHT, "patience_s": PATIENCE_SECONDS},
+        "ramp": {
+            "query_ms": QUERY_SECONDS * 1000,
+            "max_in_flight": MAX_IN_FLIGHT,
+            "patience_s": PATIENCE_SECONDS,
+        },
         "pool_size": POOL_SIZE,
     }
 

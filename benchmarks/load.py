@@ -46,7 +46,9 @@ def measure(server: Server, seconds: float) -> Run:
     try:
         seen = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        raise BenchError(f"wrk failed on {server.url}: {(done.stderr or done.stdout).strip()[:200]}") from None
+        raise BenchError(
+            f"wrk failed on {server.url}: {(done.stderr or done.stdout).strip()[:200]}"
+        ) from None
     failed = ", ".join(f"{number} {kind}" for kind, number in seen["failed"].items() if number)
     if failed or not seen["requests"]:
         about = f"errors beside {seen['requests']} requests of wrk: {failed}: {server.last_words}"
@@ -80,9 +82,13 @@ class Clients:
     def __init__(self, url: str, patience: float) -> None:
         """Take the seconds after which a client gives up and closes its connection."""
         self.address, self.patience = urlsplit(url), patience
-        self.request = f"GET {self.address.path} HTTP/1.1\r\nHost: {self.address.netloc}\r\n\r\n".encode()
+        self.request = (
+            f"GET {self.address.path} HTTP/1.1\r\nHost: {self.address.netloc}\r\n\r\n".encode()
+        )
         self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-        self.seconds: defaultdict[int, list[float]] = defaultdict(list)  # until the answer, by its status
+        self.seconds: defaultdict[int, list[float]] = defaultdict(
+            list
+        )  # until the answer, by its status
 
     async def ask(self, due: float, *, counts: bool) -> None:
         """Ask, and count the answer if it `counts`: 0 is for whoever gave up."""
@@ -99,7 +105,9 @@ class Clients:
         try:
             writer.write(self.request)
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
-            await reader.readexactly(int(head.partition(b"content-length:")[2].partition(b"\r\n")[0]))
+            await reader.readexactly(
+                int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
+            )
             reusable = b"connection: close" not in head
         finally:
             if reusable:
@@ -128,16 +136,22 @@ class Clients:
             raise BenchError(f"{self.address.geturl()}: answered {strange.pop()} under load")
         answered, shed, given_up = (len(self.seconds[status]) / seconds for status in (200, 503, 0))
         p99 = percentile(self.seconds[200], 0.99) * 1000 if self.seconds[200] else None
-        of_all = percentile([each for status in self.seconds.values() for each in status], 0.99) * 1000
+        of_all = (
+            percentile([each for status in self.seconds.values() for each in status], 0.99) * 1000
+        )
         return Outcome(rate, answered, shed, given_up, p99, of_all)
 
 
-def ramp_step(server: Server, rate: float, settle: float, seconds: float, patience: float) -> Outcome:
+def ramp_step(
+    server: Server, rate: float, settle: float, seconds: float, patience: float
+) -> Outcome:
     """Offer one rate to a server; raises `BenchError` if it ends, or answers anything but 200 and 503."""
     try:
         outcome = asyncio.run(Clients(server.url, patience).offer(rate, settle, seconds))
     except ExceptionGroup as errors:
         server.check()
-        raise BenchError(f"{server.name}: {errors.exceptions[0]!r} at {rate:g} requests/s") from None
+        raise BenchError(
+            f"{server.name}: {errors.exceptions[0]!r} at {rate:g} requests/s"
+        ) from None
     server.check()
     return outcome

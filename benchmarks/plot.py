@@ -60,7 +60,10 @@ def workers(axes: Axes, figures: dict[str, Any]) -> None:
 
 def overload(axes: Axes, figures: dict[str, Any], key: str, title: str) -> None:
     """Draw one figure of the load ramp for both servers."""
-    for name, label, colour in (("bare", "bare FastAPI + asyncpg", BARE), ("service", "this template", SERVICE)):
+    for name, label, colour in (
+        ("bare", "bare FastAPI + asyncpg", BARE),
+        ("service", "this template", SERVICE),
+    ):
         steps = figures["ramp"][name]
         rates, values = [step["offered"] for step in steps], [step[key] for step in steps]
         axes.plot(rates, values, "o-", color=colour, label=label, linewidth=2, markersize=4)

@@ -45,18 +45,30 @@ def summary(figures: Figures) -> str:
         runs = [figures[part].get(name) for name in names]
         rows += [
             [f"{title}: CPU per request", *(shown(mid(run, "cpu_us"), 0, "µs") for run in runs)],
-            [f"{title}: efficiency, bare = 1", *(shown(efficiency(figures, part, name), 2) for name in names)],
-            [f"{title}: requests/s, one worker", *(shown(mid(run, "requests_per_second")) for run in runs)],
+            [
+                f"{title}: efficiency, bare = 1",
+                *(shown(efficiency(figures, part, name), 2) for name in names),
+            ],
+            [
+                f"{title}: requests/s, one worker",
+                *(shown(mid(run, "requests_per_second")) for run in runs),
+            ],
             [f"{title}: p99", *(shown(mid(run, "p99_ms"), 1, "ms") for run in runs)],
         ]
     idle = [figures["idle"][name] for name in names]
     two = [of["memory_2"] for of in idle]
     rows += [
         ["idle worker, RSS", *(shown(of["memory_1"]["worker_rss_mb"], 0, "MB") for of in idle)],
-        ["idle worker, PSS", *(shown(of["memory_1"].get("workers_pss_mb"), 0, "MB") for of in idle)],
+        [
+            "idle worker, PSS",
+            *(shown(of["memory_1"].get("workers_pss_mb"), 0, "MB") for of in idle),
+        ],
         ["two idle workers, PSS", *(shown(of.get("workers_pss_mb"), 0, "MB") for of in two)],
         ["their master, PSS", *(shown(of.get("master_pss_mb"), 0, "MB") for of in two)],
-        ["their metrics process, PSS", *(shown(of.get("metrics_pss_mb") or None, 0, "MB") for of in two)],
+        [
+            "their metrics process, PSS",
+            *(shown(of.get("metrics_pss_mb") or None, 0, "MB") for of in two),
+        ],
         ["start to the first 200", *(shown(median(of["start_seconds"]), 2, "s") for of in idle)],
     ]
     return table(["", *names.values()], rows)
@@ -68,19 +80,30 @@ def workers(figures: Figures) -> str:
     rows = []
     for number, runs in figures["workers"].items():
         rate = mid(runs, "requests_per_second") or 0.0
-        name = f"{number} (2 x CPU + 1)" if int(number) == 2 * figures["machine"]["cpus"] + 1 else number
+        name = (
+            f"{number} (2 x CPU + 1)"
+            if int(number) == 2 * figures["machine"]["cpus"] + 1
+            else number
+        )
         rows.append([name, shown(rate), shown(rate / one, 2), shown(mid(runs, "p99_ms"), 0, "ms")])
     return table(["workers", "requests/s", "relative", "p99"], rows)
 
 
 def ramp(figures: Figures) -> str:
     """Return the table of the load ramp."""
-    columns = {"200s/s": "answered", "503s/s": "shed", "given up/s": "given_up", "p99 of 200s": "p99_ms"}
+    columns = {
+        "200s/s": "answered",
+        "503s/s": "shed",
+        "given up/s": "given_up",
+        "p99 of 200s": "p99_ms",
+    }
     columns["p99 of all"] = "p99_of_all_ms"
     rows = []
     for steps in zip(figures["ramp"]["bare"], figures["ramp"]["service"], strict=True):
         for name, step in zip(NAMES.values(), steps, strict=True):
-            cells = (shown(step[key], 0, "ms" if key.endswith("ms") else "") for key in columns.values())
+            cells = (
+                shown(step[key], 0, "ms" if key.endswith("ms") else "") for key in columns.values()
+            )
             rows.append([f"{step['offered']:,}/s to {name}", *cells])
     return table(["offered", *columns], rows)
 
@@ -90,11 +113,17 @@ def peer(figures: Figures) -> str:
     small, rows = figures["small"], []
     service = mid(small["service"], "cpu_us") or 1.0
     for name, about in figures["machine"]["peer"].items():
-        for key, route in {name: "the same handler, added", f"{name}_health": "its own health check (`def`)"}.items():
+        for key, route in {
+            name: "the same handler, added",
+            f"{name}_health": "its own health check (`def`)",
+        }.items():
             cpu = mid(small[key], "cpu_us") or 0.0
             pin = f"`{about['pin']}`, FastAPI {about['versions']['fastapi']}"
             rows.append([f"{route}; {pin}", shown(cpu, 0, "µs"), shown(cpu / service, 2)])
-    return table([figures["machine"]["peer"]["peer"]["package"], "CPU per request", "times this template"], rows)
+    return table(
+        [figures["machine"]["peer"]["peer"]["package"], "CPU per request", "times this template"],
+        rows,
+    )
 
 
 def versions(about: dict[str, str]) -> str:
@@ -131,7 +160,10 @@ def document(figures: Figures) -> str:
             "all that the two share held at the service's versions; or an older FastAPI from within it. \"The same "
             'handler": the route of bare FastAPI and the service was added to it, since its own health check is a '
             "plain `def` and pays for a thread. The table above has the first line.\n\n",
-            *(f"- `{about['pin']}`: {versions(about['versions'])}\n" for about in machine["peer"].values()),
+            *(
+                f"- `{about['pin']}`: {versions(about['versions'])}\n"
+                for about in machine["peer"].values()
+            ),
             "\n",
         ]
     parts += [

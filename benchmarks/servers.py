@@ -32,7 +32,10 @@ def environment(**settings: str) -> dict[str, str]:
 
 
 def fetch(
-    url: str, method: str = "GET", body: bytes | None = None, headers: Mapping[str, str] | None = None
+    url: str,
+    method: str = "GET",
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> tuple[int, bytes]:
     """Return status and body of an answer; 0 where there was none."""
     fields = {"Content-Type": "application/json", **(headers or {})}
@@ -57,7 +60,9 @@ def pss_mb(process: psutil.Process) -> float:
 def listens(process: psutil.Process, port: int) -> bool:
     """Tell whether a process listens on a port."""
     sockets = process.net_connections(kind="tcp")
-    return any(socket.status == psutil.CONN_LISTEN and socket.laddr.port == port for socket in sockets)
+    return any(
+        socket.status == psutil.CONN_LISTEN and socket.laddr.port == port for socket in sockets
+    )
 
 
 @dataclass
@@ -90,7 +95,9 @@ class Server:
             while fetch(self.url)[0] != 200:
                 self.check()
                 if time.monotonic() > start + START_SECONDS:
-                    raise BenchError(f"{self.name}: no 200 from {self.path} in {START_SECONDS} s: {self.last_words}")
+                    raise BenchError(
+                        f"{self.name}: no 200 from {self.path} in {START_SECONDS} s: {self.last_words}"
+                    )
                 time.sleep(0.005)
         except BaseException:
             self.__exit__(None, None, None)
@@ -127,7 +134,9 @@ class Server:
     def last_words(self) -> str:
         """The last line it wrote."""
         lines = b"".join(self.said).decode(errors="replace").split("\n")
-        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it wrote nothing")
+        return next(
+            (line.strip()[:300] for line in reversed(lines) if line.strip()), "it wrote nothing"
+        )
 
     def check(self) -> None:
         """Raise `BenchError` if it has ended."""
@@ -145,7 +154,9 @@ class Server:
         master = psutil.Process(self.process.pid).cpu_times()
         total = master.children_user + master.children_system
         for process in self.tree():
-            with contextlib.suppress(psutil.NoSuchProcess):  # then it is in the master's sum next time
+            with contextlib.suppress(
+                psutil.NoSuchProcess
+            ):  # then it is in the master's sum next time
                 times = process.cpu_times()
                 total += times.user + times.system
         return total

@@ -66,7 +66,12 @@ class Site:
         """Run the service's Python with a command; raises `BenchError` if that fails."""
         settings = environment(DATABASE_URL=self.database.geturl())
         done = subprocess.run(
-            [self.python, *command], cwd=self.project, env=settings, capture_output=True, text=True, check=False
+            [self.python, *command],
+            cwd=self.project,
+            env=settings,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise BenchError(f"{' '.join(command)[:80]!r} failed: {done.stderr.strip()[-300:]}")
@@ -78,9 +83,16 @@ class Site:
     def bare(self, app: str = "bare", path: str = "/", workers: int = 1) -> Server:
         """An app of `apps/` on the stock worker of gunicorn and uvicorn."""
         port = free_port()
-        command = [*(str(self.python), "-m", "gunicorn", f"{app}:app"), *("--bind", f"127.0.0.1:{port}")]
+        command = [
+            *(str(self.python), "-m", "gunicorn", f"{app}:app"),
+            *("--bind", f"127.0.0.1:{port}"),
+        ]
         command += [*("--workers", str(workers), "--worker-class", "uvicorn_worker.UvicornWorker")]
-        command += ["--no-control-socket", "--keep-alive", "75"]  # no file in a home; as the service's
+        command += [
+            "--no-control-socket",
+            "--keep-alive",
+            "75",
+        ]  # no file in a home; as the service's
         settings = {"DATABASE_URL": self.database.geturl(), "POOL_SIZE": str(POOL_SIZE)}
         name = "bare FastAPI" + (" + asyncpg" if app == "bare_postgres" else "")
         return Server(name, command, self.folder / "apps", port, path, settings)
@@ -104,7 +116,9 @@ class Site:
         """Store a payment; return its path."""
         with self.service("/health/ready") as service:
             base = service.url.removesuffix(service.path)
-            status, body = fetch(base + "/payments", "POST", PAYMENT, {"Idempotency-Key": uuid4().hex})
+            status, body = fetch(
+                base + "/payments", "POST", PAYMENT, {"Idempotency-Key": uuid4().hex}
+            )
         if status != 201:
             raise BenchError(f"POST /payments answered {status}: {body.decode()[:200]}")
         return f"/stored/{json.loads(body)['payment_id']}"
@@ -116,7 +130,16 @@ class Site:
 
 def versions(python: Path) -> dict[str, str]:
     """Return the version of Python and of the packages that are installed for it, of those that decide on speed."""
-    names = ["gunicorn", "uvicorn", "uvicorn-worker", "uvloop", "httptools", "fastapi", "starlette", "pydantic"]
+    names = [
+        "gunicorn",
+        "uvicorn",
+        "uvicorn-worker",
+        "uvloop",
+        "httptools",
+        "fastapi",
+        "starlette",
+        "pydantic",
+    ]
     names += ["asyncpg", "prometheus-client", "prometheus-fastapi-instrumentator"]
     code = (
         "import importlib.metadata as m, json, platform, sys\n"

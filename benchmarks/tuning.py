@@ -21,7 +21,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-async def beside(server: Server, heavy: str) -> tuple[float, float, float]:
+async def background_task(server: Server, heavy: str) -> tuple[float, float, float]:
     """Ask for `heavy` without a pause; return how often that was answered per second, and p50 and p99 of `/` in ms."""
     base = server.url.removesuffix(server.path)
     small, large = Clients(f"{base}/", patience=5), Clients(base + heavy, patience=5)
@@ -57,8 +57,8 @@ def cpu_heavy(site: Site) -> None:
         server = site.service("/health/live")
         server.command[-1] = "cpu_heavy:app"
         with server:
-            asyncio.run(beside(server, path))  # warm
-            rate, p50, p99 = asyncio.run(beside(server, path))
+            asyncio.run(background_task(server, path))  # warm
+            rate, p50, p99 = asyncio.run(background_task(server, path))
         say(f"| {name} | {rate:.0f} | {p50:.1f} ms | {p99:.0f} ms |")
 
 
@@ -70,7 +70,9 @@ def pool_sizes(site: Site) -> None:
         with site.service(path, DATABASE_MAX_CONNECTIONS=str(size + 1)) as server:
             measure(server, 1)
             run = measure(server, SECONDS)
-        say(f"| {size} | {run.requests_per_second:.0f} | {run.p99_ms:.1f} ms | {run.cpu_us:.0f} us |")
+        say(
+            f"| {size} | {run.requests_per_second:.0f} | {run.p99_ms:.1f} ms | {run.cpu_us:.0f} us |"
+        )
 
 
 def main() -> None:

@@ -17,9 +17,19 @@ def replace(file, before, after):
 
 slug, description = ANSWERS["project_slug"], json.dumps(ANSWERS["description"], ensure_ascii=False)
 replace("pyproject.toml", 'name = "service"', 'name = "%s"' % slug)
-replace("pyproject.toml", 'description = "A production FastAPI service."', "description = %s" % description)
-replace("app/settings.py", '    service_name: Name = "service"', '    service_name: Name = "%s"' % slug)
+replace(
+    "pyproject.toml",
+    'description = "A production FastAPI service."',
+    "description = %s" % description,
+)
+replace(
+    "app/settings.py",
+    '    service_name: ServiceName = "service"',
+    '    service_name: ServiceName = "%s"' % slug,
+)
 replace(".env.example", "SERVICE_NAME=service", "SERVICE_NAME=%s" % slug)
 if not ANSWERS["include_example"]:
     runpy.run_path("scripts/remove_example.py")["remove"](Path.cwd())
-sys.stdout.write("\n%s is ready. Next:\n\n    cd %s\n    make dev\n\nREADME.md has the rest.\n" % (slug, slug))
+sys.stdout.write(
+    "\n%s is ready. Next:\n\n    cd %s\n    make dev\n\nREADME.md has the rest.\n" % (slug, slug)
+)

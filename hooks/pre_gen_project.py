@@ -12,9 +12,34 @@ LONGEST = {"project_slug": 40, "project_name": 60, "description": 200, "owner": 
 #: Names that Windows keeps for devices, and names of this project's own dependencies and folders, which would hide
 #: what they name.
 RESERVED = {
-    *("con", "prn", "aux", "nul", *(f"{device}{number}" for device in ("com", "lpt") for number in range(10))),
-    *("alembic", "asyncpg", "fastapi", "gunicorn", "httptools", "httpx", "orjson", "pydantic", "pydantic-settings"),
-    *("prometheus-client", "pytest", "redis", "sqlalchemy", "starlette", "uvicorn", "uvicorn-worker", "uvloop"),
+    *(
+        "con",
+        "prn",
+        "aux",
+        "nul",
+        *(f"{device}{number}" for device in ("com", "lpt") for number in range(10)),
+    ),
+    *(
+        "alembic",
+        "asyncpg",
+        "fastapi",
+        "gunicorn",
+        "httptools",
+        "httpx",
+        "orjson",
+        "pydantic",
+        "pydantic-settings",
+    ),
+    *(
+        "prometheus-client",
+        "pytest",
+        "redis",
+        "sqlalchemy",
+        "starlette",
+        "uvicorn",
+        "uvicorn-worker",
+        "uvloop",
+    ),
     *("app", "migrations", "postgres", "scripts", "test", "tests"),
 }
 

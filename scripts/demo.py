@@ -58,7 +58,11 @@ def wait_until_ready(process: subprocess.Popen[bytes]) -> bool:
 def set_up(project: Path, **variables: str) -> dict[str, str]:
     """Make the environment of a project; return the variables, these among them, that its make targets take."""
     # The project's make must not take over what this one was told.
-    environment = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "VENV"}}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"MAKEFLAGS", "MFLAGS", "VENV"}
+    }
     environment |= variables
     subprocess.run(["make", "--silent", "setup"], cwd=project, check=True, env=environment)
     return environment
@@ -70,16 +74,23 @@ def main() -> int:
         sys.exit(f"{', '.join(taken)}: somebody listens there already; end that first")
     shutil.rmtree(FOLDER, ignore_errors=True)
     start = time.monotonic()
-    project = Path(cookiecutter(str(ROOT), no_input=True, default_config=True, output_dir=str(FOLDER)))
+    project = Path(
+        cookiecutter(str(ROOT), no_input=True, default_config=True, output_dir=str(FOLDER))
+    )
     sys.stdout.write(f"baked in {time.monotonic() - start:.1f} s; setting up its environment ...\n")
     sys.stdout.flush()
     pid = FOLDER / "gunicorn.pid"
     environment = set_up(project, GUNICORN_CMD_ARGS=f"--pid {pid}", BIND=BIND, METRICS_BIND=METRICS)
     process = subprocess.Popen(["make", "--silent", "run"], cwd=project, env=environment)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the service gets Ctrl-C too, and ends by itself
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # the service gets Ctrl-C too, and ends by itself
         signal.signal(number, lambda *_: None)
     if wait_until_ready(process):
-        sys.stdout.write(GUIDE.format(project=project.relative_to(Path.cwd()), pid=pid.relative_to(Path.cwd())))
+        sys.stdout.write(
+            GUIDE.format(project=project.relative_to(Path.cwd()), pid=pid.relative_to(Path.cwd()))
+        )
         sys.stdout.flush()
     process.wait()
     return 0

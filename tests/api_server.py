@@ -10,7 +10,11 @@ from typing import Any
 
 Document = dict[str, Any]
 KINDS = {
-    "v1": {"Namespace": "namespaces", "ServiceAccount": "serviceaccounts", "ConfigMap": "configmaps"}
+    "v1": {
+        "Namespace": "namespaces",
+        "ServiceAccount": "serviceaccounts",
+        "ConfigMap": "configmaps",
+    }
     | {"Secret": "secrets", "Service": "services", "Pod": "pods"},
     "apps/v1": {"Deployment": "deployments"},
     "batch/v1": {"Job": "jobs"},
@@ -47,7 +51,11 @@ class ApiServer(ThreadingHTTPServer):
         """Say of an object what controllers would have said after a while."""
         document["metadata"].update({"uid": "1", "resourceVersion": "1", "generation": 1})
         if document["kind"] == "Job":
-            ends = ("FailureTarget", "Failed") if self.migrations_fail else ("SuccessCriteriaMet", "Complete")
+            ends = (
+                ("FailureTarget", "Failed")
+                if self.migrations_fail
+                else ("SuccessCriteriaMet", "Complete")
+            )
             document["status"] = {"conditions": [{"type": end, "status": "True"} for end in ends]}
         if document["kind"] == "Deployment":
             document["spec"]["replicas"] = 3
@@ -75,7 +83,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, code: int, reason: str, message: str) -> None:
         """Send an error."""
-        status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "message": message}
+        status = {
+            "kind": "Status",
+            "apiVersion": "v1",
+            "status": "Failure",
+            "reason": reason,
+            "message": message,
+        }
         self.answer({**status, "code": code}, code)
 
     @property
@@ -97,33 +111,63 @@ class Handler(BaseHTTPRequestHandler):
         """Answer discovery, an object, or a list; a watch tells of no change."""
         resources = {
             version: [
-                {"name": name, "kind": kind, "namespaced": kind != "Namespace", "verbs": VERBS, "singularName": ""}
+                {
+                    "name": name,
+                    "kind": kind,
+                    "namespaced": kind != "Namespace",
+                    "verbs": VERBS,
+                    "singularName": "",
+                }
                 | {"shortNames": SHORT.get(name, [])}
                 for kind, name in kinds.items()
             ]
             for version, kinds in KINDS.items()
         }
-        listed = {name: (version, kind) for version, kinds in KINDS.items() for kind, name in kinds.items()}
-        versions = [{"groupVersion": version, "version": version.split("/")[-1]} for version in KINDS if "/" in version]
+        listed = {
+            name: (version, kind)
+            for version, kinds in KINDS.items()
+            for kind, name in kinds.items()
+        }
+        versions = [
+            {"groupVersion": version, "version": version.split("/")[-1]}
+            for version in KINDS
+            if "/" in version
+        ]
         folder, _, last = self.where.rpartition("/")
         if self.where == "/api":
             self.answer({"kind": "APIVersions", "versions": ["v1"]})
         elif self.where == "/apis":
             groups = [
-                {"name": one["groupVersion"].split("/")[0], "versions": [one], "preferredVersion": one}
+                {
+                    "name": one["groupVersion"].split("/")[0],
+                    "versions": [one],
+                    "preferredVersion": one,
+                }
                 for one in versions
             ]
             self.answer({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
         elif (version := self.where.removeprefix("/apis/").removeprefix("/api/")) in resources:
-            self.answer({"kind": "APIResourceList", "groupVersion": version, "resources": resources[version]})
+            self.answer(
+                {
+                    "kind": "APIResourceList",
+                    "groupVersion": version,
+                    "resources": resources[version],
+                }
+            )
         elif self.where in self.server.objects:
             self.answer(self.server.objects[self.where])
         elif "watch=" in self.path:
             self.answer({})
         elif last in listed:
             version, kind = listed[last]
-            found = [value for path, value in self.server.objects.items() if path.rpartition("/")[0] == self.where]
-            self.answer({"kind": f"{kind}List", "apiVersion": version, "metadata": {}, "items": found})
+            found = [
+                value
+                for path, value in self.server.objects.items()
+                if path.rpartition("/")[0] == self.where
+            ]
+            self.answer(
+                {"kind": f"{kind}List", "apiVersion": version, "metadata": {}, "items": found}
+            )
         else:
             self.refuse(404, "NotFound", f"{folder.rpartition('/')[2]} {last!r} not found")
 

@@ -30,7 +30,11 @@ Bake = Callable[..., Path]
 def tracked() -> list[str]:
     """Return the files of the template as git would commit them now; caches and environments are not among them."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout.decode().split("\0")
+    names = (
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+        .stdout.decode()
+        .split("\0")
+    )
     return sorted(name for name in names if name and (ROOT / name).is_file())
 
 
@@ -54,7 +58,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bake_to(template: Path, output: Path, accept_hooks: bool = True, **answers: object) -> Path:
     """Bake the template with answers into a folder of `output`; return it."""
     options = {"no_input": True, "default_config": True, "accept_hooks": accept_hooks}
-    return Path(cookiecutter(str(template), output_dir=str(output), extra_context=answers, **options))
+    return Path(
+        cookiecutter(str(template), output_dir=str(output), extra_context=answers, **options)
+    )
 
 
 @pytest.fixture
@@ -103,4 +109,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let processes share the work, file by file: the longest come first, then what is quick."""
     longest = ["test_ordinary_user.py", "test_service.py", "test_generated.py"]
     order = {name: place for place, name in enumerate(longest)}
-    items.sort(key=lambda item: (order.get(item.path.name, len(order)), bool(item.get_closest_marker("slow"))))
+    items.sort(
+        key=lambda item: (
+            order.get(item.path.name, len(order)),
+            bool(item.get_closest_marker("slow")),
+        )
+    )

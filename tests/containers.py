@@ -20,14 +20,22 @@ BASE, POSTGRES, REDIS, NGINX = "python:3.13-slim", "postgres:18", "redis:8", "ng
 #: What a pod is allowed, in the words of Docker.
 RESTRICTED = [
     *("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges:true"),
-    *("--memory=256m", "--memory-swap=256m", "--cpus=1", "--tmpfs=/tmp:size=32m", "--stop-timeout=60"),
+    *(
+        "--memory=256m",
+        "--memory-swap=256m",
+        "--cpus=1",
+        "--tmpfs=/tmp:size=32m",
+        "--stop-timeout=60",
+    ),
 ]
 
 
 def docker(*arguments: str, check: bool = True) -> str:
     """Run docker and return what it prints; raise with what it says when it fails."""
     done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 or not check, f"docker {' '.join(arguments)}: {done.stderr or done.stdout}"
+    assert done.returncode == 0 or not check, (
+        f"docker {' '.join(arguments)}: {done.stderr or done.stdout}"
+    )
     return done.stdout.strip()
 
 
@@ -40,7 +48,9 @@ def needs_engine() -> None:
         missing("a running container engine (`.ci/engine` starts one on Debian)")
     for image in (BASE, POSTGRES, REDIS, NGINX):
         if not docker("image", "ls", "--quiet", image):
-            subprocess.run(["docker", "pull", "--quiet", image], check=False, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                ["docker", "pull", "--quiet", image], check=False, stdout=subprocess.DEVNULL
+            )
         if not docker("image", "ls", "--quiet", image):
             missing(f"the image {image} (`.ci/engine` makes a stand-in on Debian)")
 
@@ -53,7 +63,9 @@ def inspect(name: str, *, kind: str = "container") -> Any:
 def logs(name: str) -> str:
     """Return what a container has printed, to stdout and stderr."""
     command = ["docker", "logs", name]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    ).stdout
 
 
 @contextlib.contextmanager
@@ -92,7 +104,11 @@ def eventually(look: Callable[[], object], seconds: float = 30) -> None:
 
 def make(project: Path, *targets: str, **variables: str) -> str:
     """Run make targets of a generated project and return what they print; raise with it when they fail."""
-    inherited = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "VENV"}}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"MAKEFLAGS", "MFLAGS", "VENV"}
+    }
     done = subprocess.run(
         ["make", *targets],
         cwd=project,

@@ -23,7 +23,12 @@ def make(project: Path, *targets: str, python: str, **other: str | None) -> None
     user = other.get("user")
     account = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
     if user:
-        environment |= {"HOME": str(project.parent), "PATH": os.defpath, "USER": user, "LOGNAME": user}
+        environment |= {
+            "HOME": str(project.parent),
+            "PATH": os.defpath,
+            "USER": user,
+            "LOGNAME": user,
+        }
         environment |= {"LD_LIBRARY_PATH": str(Path(python).parent.parent / "lib")}
     done = subprocess.run(
         ["make", "--silent", *targets],

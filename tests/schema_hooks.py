@@ -21,7 +21,9 @@ def before_call(_: Any, case: Any, __: Any) -> None:
             case.headers[name] = str(uuid4())
     body = case.body if isinstance(case.body, dict) else {}
     amount, reference = body.get("amount"), body.get("reference")
-    if isinstance(amount, float) and amount.is_integer():  # 1.0 is an integer for a schema, and not for us
+    if (
+        isinstance(amount, float) and amount.is_integer()
+    ):  # 1.0 is an integer for a schema, and not for us
         body["amount"] = amount = int(amount)
     if isinstance(amount, int) and 2**63 <= amount < ROUNDED:
         body["amount"] = 2**63 - 1

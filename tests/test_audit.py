@@ -33,9 +33,13 @@ FOREIGN = {"HTTPRoute", "ServiceMonitor"}
 YAMLLINT = {
     "extends": "default",
     "rules": {
-        "comments": {"min-spaces-from-content": 1},  # as in the Makefile; one is what GitHub's own tools write
+        "comments": {
+            "min-spaces-from-content": 1
+        },  # as in the Makefile; one is what GitHub's own tools write
         "document-start": "disable",  # each file is one document
-        "indentation": {"indent-sequences": "consistent"},  # kustomize writes lists at the level of their key
+        "indentation": {
+            "indent-sequences": "consistent"
+        },  # kustomize writes lists at the level of their key
         "line-length": {"max": 120},  # as everywhere in the project
         "truthy": {"check-keys": False},  # `on` is what GitHub calls it
     },
@@ -43,7 +47,9 @@ YAMLLINT = {
 #: What kustomize writes has the lines that it has: images with their digests are longer.
 YAMLLINT_RENDERED = {"extends": "default", "rules": YAMLLINT["rules"] | {"line-length": "disable"}}  # type: ignore[operator]
 #: What tells an auditor in place to overlook something, and what is said beside it.
-OVERLOOK = re.compile(r"(?:hadolint ignore=|shellcheck disable=|zizmor: ignore|yamllint disable|checkov:skip=)\S*(.*)")
+OVERLOOK = re.compile(
+    r"(?:hadolint ignore=|shellcheck disable=|zizmor: ignore|yamllint disable|checkov:skip=)\S*(.*)"
+)
 SHELL = re.compile(rb"#!.*\b(ba|da)?sh\b")
 
 
@@ -52,7 +58,9 @@ def audit(auditor: str, *arguments: str | Path, folder: Path) -> subprocess.Comp
     program = AUDITORS / auditor
     if not program.exists():
         missing(f"{auditor}, which `make audit` installs,")
-    return subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [program, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
 
 
 def hadolint(folder: Path) -> set[str]:
@@ -65,16 +73,33 @@ def hadolint(folder: Path) -> set[str]:
 
 def checkov(folder: Path) -> set[str]:
     """Return what checkov says of manifests, Dockerfiles and workflows below a folder; hold that it read them all."""
-    options = ("--skip-download", "--output", "json", "--skip-path", "/deploy/k8s/")  # that is rendered
+    options = (
+        "--skip-download",
+        "--output",
+        "json",
+        "--skip-path",
+        "/deploy/k8s/",
+    )  # that is rendered
     frameworks = ("kubernetes", "dockerfile", "github_actions")
     done = audit("checkov", "--directory", ".", *options, "--framework", *frameworks, folder=folder)
     reports = json.loads(done.stdout)
-    results = [report["results"] for report in (reports if isinstance(reports, list) else [reports])]
-    checks = [check for result in results for kind in ("passed", "failed") for check in result[f"{kind}_checks"]]
+    results = [
+        report["results"] for report in (reports if isinstance(reports, list) else [reports])
+    ]
+    checks = [
+        check
+        for result in results
+        for kind in ("passed", "failed")
+        for check in result[f"{kind}_checks"]
+    ]
     files = {
-        path.relative_to(folder) for glob in ("Dockerfile", "rendered/*", "workflows/*") for path in folder.rglob(glob)
+        path.relative_to(folder)
+        for glob in ("Dockerfile", "rendered/*", "workflows/*")
+        for path in folder.rglob(glob)
     }
-    assert {check["file_path"].lstrip("/") for check in checks} == {path.as_posix() for path in files}, done.stderr
+    assert {check["file_path"].lstrip("/") for check in checks} == {
+        path.as_posix() for path in files
+    }, done.stderr
     return {
         f"{check['file_path'].lstrip('/')}: {check['check_id']}"
         for result in results
@@ -88,7 +113,11 @@ def kubernetes_validate(folder: Path, *version: str) -> set[str]:
     assert files
     done = audit("kubernetes-validate", "--strict", *version, *files, folder=folder)
     lines = done.stdout.splitlines()
-    foreign = [line for line in lines if line.startswith("WARN") and line.split("kind ")[1].split()[0] in FOREIGN]
+    foreign = [
+        line
+        for line in lines
+        if line.startswith("WARN") and line.split("kind ")[1].split()[0] in FOREIGN
+    ]
     documents = [document for file in files for document in yaml.safe_load_all(file.read_text())]
     assert len(lines) == len(documents), done.stderr
     return {line for line in lines if not line.startswith("INFO")} - set(foreign)
@@ -98,8 +127,19 @@ def yamllint(folder: Path) -> set[str]:
     """Return what yamllint says of the YAML below a folder, rendered or written."""
     found = set()
     for rendered, rules in ((False, YAMLLINT), (True, YAMLLINT_RENDERED)):
-        files = [path for path in folder.rglob("*.y*ml") if (path.parent.name == "rendered") is rendered]
-        done = audit("yamllint", "--strict", "--format", "parsable", "-d", json.dumps(rules), *files, folder=folder)
+        files = [
+            path for path in folder.rglob("*.y*ml") if (path.parent.name == "rendered") is rendered
+        ]
+        done = audit(
+            "yamllint",
+            "--strict",
+            "--format",
+            "parsable",
+            "-d",
+            json.dumps(rules),
+            *files,
+            folder=folder,
+        )
         assert (done.returncode == 0) is (done.stdout == ""), done.stderr
         found |= set(done.stdout.splitlines())
     return found
@@ -107,7 +147,9 @@ def yamllint(folder: Path) -> set[str]:
 
 def shellcheck(folder: Path) -> set[str]:
     """Return what shellcheck says of the shell below a folder: scripts, and the steps of workflows."""
-    scripts = [path for path in folder.rglob("*") if path.is_file() and SHELL.match(path.read_bytes())]
+    scripts = [
+        path for path in folder.rglob("*") if path.is_file() and SHELL.match(path.read_bytes())
+    ]
     for workflow in folder.rglob("workflows/*.yml"):
         for name, job in yaml.safe_load(workflow.read_text())["jobs"].items():
             for number, step in enumerate(job.get("steps", [])):
@@ -122,7 +164,13 @@ def shellcheck(folder: Path) -> set[str]:
 
 def zizmor(folder: Path) -> set[str]:
     """Return what zizmor says of the workflows and the configuration of Dependabot below a folder."""
-    options = ("--offline", "--collect=all", "--strict-collection", "--persona=pedantic", "--no-exit-codes")
+    options = (
+        "--offline",
+        "--collect=all",
+        "--strict-collection",
+        "--persona=pedantic",
+        "--no-exit-codes",
+    )
     done = audit("zizmor", *options, "--format=json-v1", ".", folder=folder)
     assert done.returncode == 0, done.stderr
     files = {path.relative_to(folder).as_posix() for path in folder.rglob(".github/**/*.yml")}
@@ -140,10 +188,15 @@ def overlays(project: Path) -> dict[str, str]:
     rendered = {name: render(folder / "overlays" / name) for name in OVERLAYS}
     components = sorted(path.name for path in (folder / "components").iterdir())
     staging = yaml.safe_load((folder / "overlays/staging/kustomization.yaml").read_text())
-    for name, chosen in {"all": components, **{component: [component] for component in components}}.items():
+    for name, chosen in {
+        "all": components,
+        **{component: [component] for component in components},
+    }.items():
         place = folder / "overlays" / name
         place.mkdir()
-        manifest = staging | {"components": [f"../../components/{component}" for component in chosen]}
+        manifest = staging | {
+            "components": [f"../../components/{component}" for component in chosen]
+        }
         (place / "kustomization.yaml").write_text(yaml.safe_dump(manifest))
         rendered[f"staging-{name}"] = render(place)
         shutil.rmtree(place)
@@ -155,7 +208,9 @@ def audited(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both answers, each with its manifests in `rendered/`, and the scripts of this repository."""
     folder = tmp_path_factory.mktemp("audit")
     for answer in (True, False):
-        project = bake_to(template, folder / f"example-{answer}", project_slug="orders", include_example=answer)
+        project = bake_to(
+            template, folder / f"example-{answer}", project_slug="orders", include_example=answer
+        )
         (project / "rendered").mkdir()
         for name, text in overlays(project).items():
             (project / "rendered" / f"{name}.yaml").write_text(text)
@@ -171,11 +226,17 @@ def test_hadolint_finds_nothing(audited: Path) -> None:
 
 
 def test_checkov_finds_nothing_but_what_dev_is_for(audited: Path) -> None:
-    on_purpose = {f"example-{answer}/orders/rendered/dev.yaml: {check}" for answer in (True, False) for check in DEV}
+    on_purpose = {
+        f"example-{answer}/orders/rendered/dev.yaml: {check}"
+        for answer in (True, False)
+        for check in DEV
+    }
     assert checkov(audited) == on_purpose
 
 
-@pytest.mark.parametrize("version", [("--kubernetes-version", OLDEST), ()], ids=["oldest", "newest"])
+@pytest.mark.parametrize(
+    "version", [("--kubernetes-version", OLDEST), ()], ids=["oldest", "newest"]
+)
 def test_kubernetes_knows_every_field(audited: Path, version: tuple[str, ...]) -> None:
     assert kubernetes_validate(audited, *version) == set()
 
@@ -229,11 +290,26 @@ PLANTED = {
     ("auditor", "expected"),
     [
         (hadolint, {"Dockerfile: DL3007"}),
-        (checkov, {"pod.yaml: CKV_K8S_16", "Dockerfile: CKV_DOCKER_7", "ci.yml: CKV_GHA_2", "ci.yml: CKV2_GHA_1"}),
+        (
+            checkov,
+            {
+                "pod.yaml: CKV_K8S_16",
+                "Dockerfile: CKV_DOCKER_7",
+                "ci.yml: CKV_GHA_2",
+                "ci.yml: CKV2_GHA_1",
+            },
+        ),
         (kubernetes_validate, {"'ressources' was unexpected"}),
         (yamllint, {"(key-duplicates)"}),
         (shellcheck, {"script:2:4: note: ", "[SC2086]"}),
-        (zizmor, {"ci.yml: unpinned-uses", "ci.yml: template-injection", "ci.yml: excessive-permissions"}),
+        (
+            zizmor,
+            {
+                "ci.yml: unpinned-uses",
+                "ci.yml: template-injection",
+                "ci.yml: excessive-permissions",
+            },
+        ),
     ],
 )
 def test_an_auditor_reports_what_is_planted(

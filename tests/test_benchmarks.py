@@ -19,7 +19,13 @@ from tests.containers import eventually
 from tests.test_readme import READY_SECONDS, terminal
 
 RESULTS = ROOT / "benchmarks"
-QUICK = ["make", "bench", "QUICK=1", f"VENV={sys.prefix}", f"TOOLS={os.environ.get('TOOLS', ROOT / '.tools')}"]
+QUICK = [
+    "make",
+    "bench",
+    "QUICK=1",
+    f"VENV={sys.prefix}",
+    f"TOOLS={os.environ.get('TOOLS', ROOT / '.tools')}",
+]
 #: A server that answers its first request, and then does what it is told to.
 SERVER = """
 import http.server, os, sys
@@ -61,20 +67,31 @@ def test_readme_and_results_show_the_figures_of_one_run() -> None:
 
 def test_a_missing_wrk_is_one_line_that_names_its_package(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks"]
-    done = subprocess.run(command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "benchmark failed: wrk is missing; install it: apt-get install wrk, or brew install wrk\n"
+    assert (
+        done.stderr
+        == "benchmark failed: wrk is missing; install it: apt-get install wrk, or brew install wrk\n"
+    )
 
 
 def test_the_figure_of_a_server_that_fails_is_none() -> None:
     needs_wrk()
-    with server("pass") as failing, pytest.raises(BenchError, match=r"a server at /: errors .* status"):
+    with (
+        server("pass") as failing,
+        pytest.raises(BenchError, match=r"a server at /: errors .* status"),
+    ):
         load.measure(failing, 1)
 
 
 def test_a_server_that_ends_is_named_with_its_last_words() -> None:
     needs_wrk()
-    with server("os._exit(3)") as ending, pytest.raises(BenchError, match=r"ended with exit code 3: the last words"):
+    with (
+        server("os._exit(3)") as ending,
+        pytest.raises(BenchError, match=r"ended with exit code 3: the last words"),
+    ):
         load.measure(ending, 1)
 
 
@@ -98,7 +115,12 @@ def test_a_quick_run_measures_everything_and_overwrites_nothing() -> None:
     try:
         figures = json.loads((folder / "results.json").read_text())
         assert report.document(figures) == (folder / "results.md").read_text()
-        assert {"bare", "service"} == set(figures["small"]) == set(figures["query"]) == set(figures["ramp"])
+        assert (
+            {"bare", "service"}
+            == set(figures["small"])
+            == set(figures["query"])
+            == set(figures["ramp"])
+        )
         assert {"results.svg", "results.png"} <= {path.name for path in folder.iterdir()}
     finally:
         shutil.rmtree(folder)

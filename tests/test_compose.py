@@ -11,7 +11,16 @@ import pytest
 from cookiecutter.main import cookiecutter
 
 from attack.load import GET, GET_NEW, POST, POST_NEW, load
-from tests.containers import docker, eventually, free_port, inspect, logs, make, needs_engine, published
+from tests.containers import (
+    docker,
+    eventually,
+    free_port,
+    inspect,
+    logs,
+    make,
+    needs_engine,
+    published,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 PROJECT, NETWORK = "parcels", "10.203.72"
@@ -21,17 +30,25 @@ PAYMENT = {"amount": 1250, "currency": "EUR", "reference": "compose"}
 @pytest.fixture(scope="module")
 def ports() -> dict[str, str]:
     """Ports and a network that are free; without these the stack takes those of the README."""
-    ports = {"HTTP_PORT": str(free_port()), "METRICS_PORT": str(free_port()), "EDGE_PORT": str(free_port())}
+    ports = {
+        "HTTP_PORT": str(free_port()),
+        "METRICS_PORT": str(free_port()),
+        "EDGE_PORT": str(free_port()),
+    }
     return {**ports, "EDGE_NETWORK": NETWORK}
 
 
 @pytest.fixture(scope="module")
-def project(template: Path, tmp_path_factory: pytest.TempPathFactory, ports: dict[str, str]) -> Iterator[Path]:
+def project(
+    template: Path, tmp_path_factory: pytest.TempPathFactory, ports: dict[str, str]
+) -> Iterator[Path]:
     """A new project; what it has started is ended, whatever happens."""
     needs_engine()
     answers = {"project_slug": PROJECT}
     output = str(tmp_path_factory.mktemp("compose"))
-    path = cookiecutter(str(template), no_input=True, default_config=True, output_dir=output, extra_context=answers)
+    path = cookiecutter(
+        str(template), no_input=True, default_config=True, output_dir=output, extra_context=answers
+    )
     yield Path(path)
     make(Path(path), "down", **ports)
     docker("image", "rm", "--force", *docker("image", "ls", "--quiet", PROJECT).split())
@@ -39,7 +56,11 @@ def project(template: Path, tmp_path_factory: pytest.TempPathFactory, ports: dic
 
 def containers(service: str = "") -> list[str]:
     """Return the containers of the project, or of one of its services, those that have ended too."""
-    label = f"com.docker.compose.service={service}" if service else f"com.docker.compose.project={PROJECT}"
+    label = (
+        f"com.docker.compose.service={service}"
+        if service
+        else f"com.docker.compose.project={PROJECT}"
+    )
     filters = [f"--filter=label=com.docker.compose.project={PROJECT}", f"--filter=label={label}"]
     return docker("ps", "--all", "--quiet", *filters).split()
 
@@ -75,7 +96,9 @@ def test_up_returns_when_everything_is_ready(up: str, ports: dict[str, str]) -> 
     answer = httpx.post(f"{up}/payments", json=PAYMENT, headers={"Idempotency-Key": "compose-1"})
     assert answer.status_code == 201  # so its migration has run
     payment = f"{up}{answer.headers['location']}"
-    eventually(lambda: httpx.get(payment).json()["status"] == "settled")  # so the consumer and its gateway work
+    eventually(
+        lambda: httpx.get(payment).json()["status"] == "settled"
+    )  # so the consumer and its gateway work
     assert httpx.get(f"{up}/").json()["service"] == PROJECT
     metrics = httpx.get(f"http://127.0.0.1:{ports['METRICS_PORT']}/metrics").text
     assert 'dependency_up{dependency="postgres"} 1.0' in metrics
@@ -101,7 +124,11 @@ def test_the_password_is_in_files_alone(project: Path, up: str) -> None:
 
 
 def test_one_id_is_in_all_logs_and_the_clients_address_is_nginx_word_alone(edge: int) -> None:
-    headers = {"X-Request-ID": "over-the-edge-1", "X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"}
+    headers = {
+        "X-Request-ID": "over-the-edge-1",
+        "X-Forwarded-For": "203.0.113.7",
+        "X-Forwarded-Proto": "https",
+    }
     answer = httpx.get(f"http://127.0.0.1:{edge}/", headers=headers)
     assert answer.headers["x-request-id"] == "over-the-edge-1"
     given = httpx.get(f"http://127.0.0.1:{edge}/").headers["x-request-id"]
@@ -111,7 +138,9 @@ def test_one_id_is_in_all_logs_and_the_clients_address_is_nginx_word_alone(edge:
 
     def everywhere() -> bool:
         texts = "".join(lines()), logs(containers("nginx")[0])
-        return all(request_id in text for request_id in ("over-the-edge-1", given) for text in texts)
+        return all(
+            request_id in text for request_id in ("over-the-edge-1", given) for text in texts
+        )
 
     eventually(everywhere)
     line = next(json.loads(line) for line in lines() if "over-the-edge-1" in line)

@@ -21,7 +21,9 @@ IDENTITY = {
 def git(folder: Path, *command: str) -> str:
     environment = os.environ | IDENTITY
     run = ["git", "-c", "init.defaultBranch=main", *command]
-    return subprocess.run(run, cwd=folder, check=True, env=environment, stdout=subprocess.PIPE).stdout.decode()
+    return subprocess.run(
+        run, cwd=folder, check=True, env=environment, stdout=subprocess.PIPE
+    ).stdout.decode()
 
 
 def commit(folder: Path, message: str) -> None:
@@ -32,7 +34,9 @@ def commit(folder: Path, message: str) -> None:
 def cruft(folder: Path, *command: str, home: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | IDENTITY | {"HOME": str(home)}
     run = [sys.executable, "-m", "cruft", *command]
-    return subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        run, cwd=folder, capture_output=True, text=True, check=False, env=environment
+    )
 
 
 def edit(path: Path, before: str, after: str) -> None:
@@ -54,7 +58,15 @@ def repository(template: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def project(repository: Path, tmp_path: Path) -> Path:
     """A team's project, made with cruft and committed."""
-    made = cruft(tmp_path, "create", str(repository), "--no-input", "--output-dir", str(tmp_path), home=tmp_path)
+    made = cruft(
+        tmp_path,
+        "create",
+        str(repository),
+        "--no-input",
+        "--output-dir",
+        str(tmp_path),
+        home=tmp_path,
+    )
     assert made.returncode == 0, made.stderr
     folder = tmp_path / "my-service"
     git(folder, "init", "--quiet")
@@ -65,7 +77,11 @@ def project(repository: Path, tmp_path: Path) -> Path:
 def change_template(repository: Path) -> None:
     """Change what every project has, and the example."""
     edit(repository / SOURCE / "app/health.py", "CACHE_SECONDS = 1.0", "CACHE_SECONDS = 1.5")
-    edit(repository / SOURCE / "app/payments/router.py", '"""Look a payment up."""', '"""Find a payment."""')
+    edit(
+        repository / SOURCE / "app/payments/router.py",
+        '"""Look a payment up."""',
+        '"""Find a payment."""',
+    )
     (repository / SOURCE / "app/added.py").write_text('"""New."""\n')
     edit(repository / SOURCE / ".gitignore", ".env\n", ".env\n*.log\n")
     commit(repository, "second")
@@ -75,7 +91,9 @@ def check(project: Path, home: Path) -> bool:
     return cruft(project, "check", home=home).returncode == 0
 
 
-def test_an_update_brings_changes_in_and_keeps_edits(repository: Path, project: Path, tmp_path: Path) -> None:
+def test_an_update_brings_changes_in_and_keeps_edits(
+    repository: Path, project: Path, tmp_path: Path
+) -> None:
     assert check(project, tmp_path)
     assert cruft(project, "diff", "--exit-code", home=tmp_path).returncode == 0
     edit(project / "app/health.py", "WATCH_SECONDS = 5.0", "WATCH_SECONDS = 7.0")
@@ -91,14 +109,23 @@ def test_an_update_brings_changes_in_and_keeps_edits(repository: Path, project: 
     assert (project / "app/added.py").exists()
     assert (project / "app/mine.py").exists()
     assert "Find a payment." in (project / "app/payments/router.py").read_text()
-    assert 'service_name: Name = "my-service"' in (project / "app/settings.py").read_text()
+    assert 'service_name: ServiceName = "my-service"' in (project / "app/settings.py").read_text()
     assert not list(project.rglob("*.rej"))
     assert check(project, tmp_path)
 
 
-def test_an_update_after_the_example_was_removed_leaves_it_out(repository: Path, project: Path, tmp_path: Path) -> None:
-    subprocess.run(["make", "--silent", "remove-example"], cwd=project, check=True, stdout=subprocess.DEVNULL)
-    assert json.loads((project / ".cruft.json").read_text())["context"]["cookiecutter"]["include_example"] is False
+def test_an_update_after_the_example_was_removed_leaves_it_out(
+    repository: Path, project: Path, tmp_path: Path
+) -> None:
+    subprocess.run(
+        ["make", "--silent", "remove-example"], cwd=project, check=True, stdout=subprocess.DEVNULL
+    )
+    assert (
+        json.loads((project / ".cruft.json").read_text())["context"]["cookiecutter"][
+            "include_example"
+        ]
+        is False
+    )
     commit(project, "without the example")
     assert cruft(project, "diff", "--exit-code", home=tmp_path).returncode == 0
     change_template(repository)
@@ -111,7 +138,9 @@ def test_an_update_after_the_example_was_removed_leaves_it_out(repository: Path,
     assert check(project, tmp_path)
 
 
-def test_locks_that_a_team_renewed_are_left_alone(repository: Path, project: Path, tmp_path: Path) -> None:
+def test_locks_that_a_team_renewed_are_left_alone(
+    repository: Path, project: Path, tmp_path: Path
+) -> None:
     (project / "requirements.txt").write_text("theirs\n")
     commit(project, "locks of the team's own")
     (repository / SOURCE / "requirements.txt").write_text("ours\n")

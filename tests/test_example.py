@@ -8,7 +8,9 @@ from tests.conftest import SERVICE_BIN, Bake, tree
 
 
 def remove(project: Path) -> None:
-    subprocess.run(["make", "--silent", "remove-example"], cwd=project, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ["make", "--silent", "remove-example"], cwd=project, check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def test_hook_and_make_target_give_identical_projects(bake: Bake) -> None:
@@ -33,7 +35,9 @@ def test_only_the_teams_own_project_is_touched(bake: Bake) -> None:
     assert {name: (project / name).read_text() for name in kept} == kept
 
 
-def test_migrations_of_the_team_that_followed_the_examples_come_first_from_then_on(bake: Bake) -> None:
+def test_migrations_of_the_team_that_followed_the_examples_come_first_from_then_on(
+    bake: Bake,
+) -> None:
     project = bake()
     versions = project / "migrations/versions"
     for name, before in (("0003_ours", "0002_patterns"), ("0004_ours", "0003_ours")):
@@ -41,7 +45,9 @@ def test_migrations_of_the_team_that_followed_the_examples_come_first_from_then_
         (versions / f"{name}.py").write_text(text)
     remove(project)
     command = [str(SERVICE_BIN / "alembic"), "history"]
-    history = subprocess.run(command, cwd=project, check=True, stdout=subprocess.PIPE).stdout.decode()
+    history = subprocess.run(
+        command, cwd=project, check=True, stdout=subprocess.PIPE
+    ).stdout.decode()
     assert [line.split(",")[0] for line in history.splitlines()] == [
         "0003_ours -> 0004_ours (head)",
         "<base> -> 0003_ours",
@@ -54,4 +60,7 @@ def test_updates_of_the_template_leave_the_example_out_from_then_on(bake: Bake) 
     (project / ".cruft.json").write_text(json.dumps(answers, indent=2))
     remove(project)
     stored = json.loads((project / ".cruft.json").read_text())
-    assert stored["context"]["cookiecutter"] == {"include_example": False, "project_slug": "my-service"}
+    assert stored["context"]["cookiecutter"] == {
+        "include_example": False,
+        "project_slug": "my-service",
+    }

@@ -9,7 +9,9 @@ import pytest
 
 from tests.conftest import JINJA_ALLOWED, SOURCE, Bake, tree
 
-SLUG_RULE = "takes lower-case letters, digits and single hyphens between them, and starts with a letter"
+SLUG_RULE = (
+    "takes lower-case letters, digits and single hyphens between them, and starts with a letter"
+)
 HOSTILE = [
     ("project_slug", "", '"": must not be empty'),
     ("project_slug", "   ", '"   ": must not be empty'),
@@ -51,9 +53,20 @@ HARMLESS = [
 
 
 def cookiecutter(template: Path, output: Path, *answers: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cookiecutter", str(template), "--no-input", "--default-config", "-o", str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "cookiecutter",
+        str(template),
+        "--no-input",
+        "--default-config",
+        "-o",
+        str(output),
+    ]
     environment = os.environ | {"PYTHONUTF8": "1"}
-    return subprocess.run([*command, *answers], capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        [*command, *answers], capture_output=True, text=True, check=False, env=environment
+    )
 
 
 @pytest.mark.parametrize(("name", "value", "line"), HOSTILE)
@@ -77,20 +90,29 @@ def test_each_fault_has_its_line(template: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", HARMLESS)
 def test_odd_texts_are_data(template: Path, tmp_path: Path, text: str) -> None:
     done = cookiecutter(
-        template, tmp_path, "project_slug=fine", f"project_name={text[:60]}", f"description={text}", f"owner={text}"
+        template,
+        tmp_path,
+        "project_slug=fine",
+        f"project_name={text[:60]}",
+        f"description={text}",
+        f"owner={text}",
     )
     assert done.returncode == 0, done.stderr
     assert text in (tmp_path / "fine/README.md").read_text(encoding="utf-8")
     check = "import tomllib, sys; print(tomllib.load(open('pyproject.toml', 'rb'))['project']['description'])"
     shown = subprocess.run(
-        [sys.executable, "-X", "utf8", "-c", check], cwd=tmp_path / "fine", stdout=subprocess.PIPE, check=True
+        [sys.executable, "-X", "utf8", "-c", check],
+        cwd=tmp_path / "fine",
+        stdout=subprocess.PIPE,
+        check=True,
     )
     assert shown.stdout.decode().strip() == text.strip()
     assert list(tmp_path.rglob("hacked")) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "slug"), [("Zahlungen für Müller", "zahlungen-fur-muller"), ("  Order   Desk! ", "order-desk")]
+    ("name", "slug"),
+    [("Zahlungen für Müller", "zahlungen-fur-muller"), ("  Order   Desk! ", "order-desk")],
 )
 def test_the_name_for_machines_follows_from_the_name(bake: Bake, name: str, slug: str) -> None:
     assert bake(project_name=name).name == slug
@@ -110,5 +132,7 @@ def test_the_post_hook_may_run_twice(bake: Bake, template: Path, tmp_path: Path)
     answers = '{"project_slug": "orders", "description": "A production FastAPI service.", "include_example": true}'
     script = tmp_path / "again.py"
     script.write_text(hook.replace("{{ cookiecutter | tojson }}", answers))
-    subprocess.run([sys.executable, str(script)], cwd=project, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, str(script)], cwd=project, check=True, stdout=subprocess.DEVNULL
+    )
     assert tree(project) == before

@@ -69,10 +69,17 @@ def dependencies(image: str) -> Iterator[list[str]]:
     """A Postgres and a Redis in a network of their own; arguments that put a container there and tell it the URLs."""
     network = docker("network", "create", f"template-{time.monotonic_ns()}")
     join = [f"--network={network}"]
-    postgres = ["--env=POSTGRES_USER=app", "--env=POSTGRES_DB=app", "--env=POSTGRES_PASSWORD=secret", POSTGRES]
+    postgres = [
+        "--env=POSTGRES_USER=app",
+        "--env=POSTGRES_DB=app",
+        "--env=POSTGRES_PASSWORD=secret",
+        POSTGRES,
+    ]
     with contextlib.ExitStack() as stack:
         stack.callback(docker, "network", "rm", network)
-        database = stack.enter_context(container(*join, "--network-alias=postgres", "--user=postgres", *postgres))
+        database = stack.enter_context(
+            container(*join, "--network-alias=postgres", "--user=postgres", *postgres)
+        )
         stack.enter_context(container(*join, "--network-alias=redis", REDIS))
         ready = "pg_isready --host=127.0.0.1 --username=app --dbname=app && echo yes"
         eventually(lambda: "yes" in docker("exec", database, "sh", "-c", ready, check=False))
@@ -101,11 +108,23 @@ def test_its_shared_objects_are_stripped(image: str) -> None:
 
 
 def test_it_holds_what_runs_and_nothing_else(image: str) -> None:
-    assert run(image, "ls -A /app").split() == ["alembic.ini", "app", "gunicorn.conf.py", "migrations"]
-    found = run(image, "for name in gcc cc ld strip make git uv pytest mypy ruff; do command -v $name; done; true")
+    assert run(image, "ls -A /app").split() == [
+        "alembic.ini",
+        "app",
+        "gunicorn.conf.py",
+        "migrations",
+    ]
+    found = run(
+        image,
+        "for name in gcc cc ld strip make git uv pytest mypy ruff; do command -v $name; done; true",
+    )
     assert found == ""
     assert (
-        run(image, "find / -xdev -path '*/.cache/*' -type f; find /opt/venv /app -name 'tests' -o -name '.env'") == ""
+        run(
+            image,
+            "find / -xdev -path '*/.cache/*' -type f; find /opt/venv /app -name 'tests' -o -name '.env'",
+        )
+        == ""
     )
     installed = set(run(image, "ls /opt/venv/lib/python3*/site-packages").split())
     assert {"fastapi", "alembic"} <= installed
@@ -123,7 +142,11 @@ def test_it_says_what_it_is_and_how_it_is_run(image: str) -> None:
     config = inspect(image, kind="image")["Config"]
     labels = {name.rpartition(".")[2]: value for name, value in config["Labels"].items()}
     assert labels == {"title": "my-service", "version": VERSION, "revision": "abcdef"}
-    assert (config["User"], config["Cmd"], config["StopSignal"]) == ("10001:10001", ["gunicorn"], "SIGTERM")
+    assert (config["User"], config["Cmd"], config["StopSignal"]) == (
+        "10001:10001",
+        ["gunicorn"],
+        "SIGTERM",
+    )
     assert config["Healthcheck"]["Test"] == ["CMD", "python", "-m", "app.serving.healthcheck"]
     assert config["Entrypoint"] is None
 
@@ -136,22 +159,30 @@ def processes(name: str, file: str) -> str:
 def cpu(name: str) -> float:
     """Return the seconds of CPU that a container's processes have taken, which a busy machine hardly changes."""
     fields = [line.rpartition(")")[2].split() for line in processes(name, "stat").splitlines()]
-    return sum(float(ticks) for process in fields for ticks in process[11:15]) / os.sysconf("SC_CLK_TCK")
+    return sum(float(ticks) for process in fields for ticks in process[11:15]) / os.sysconf(
+        "SC_CLK_TCK"
+    )
 
 
 def counted(port: int) -> float:
     """Return how many POSTs of payments the metrics have counted."""
     metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-    found = re.search(r'_count.*http_request_method="POST".*http_route="/payments".* (.+)$', metrics, re.MULTILINE)
+    found = re.search(
+        r'_count.*http_request_method="POST".*http_route="/payments".* (.+)$', metrics, re.MULTILINE
+    )
     return float(found[1]) if found else 0
 
 
 @pytest.mark.parametrize("user", USERS)
-def test_it_serves_and_migrates_restricted_as_any_user(image: str, dependencies: list[str], user: str) -> None:
+def test_it_serves_and_migrates_restricted_as_any_user(
+    image: str, dependencies: list[str], user: str
+) -> None:
     restricted = [*RESTRICTED, f"--user={user}", *dependencies]
     docker("run", "--rm", *restricted, image, "alembic", "upgrade", "head")
     begin = time.monotonic()
-    with container(*restricted, "--publish=127.0.0.1::8000", "--publish=127.0.0.1::9464", image) as name:
+    with container(
+        *restricted, "--publish=127.0.0.1::8000", "--publish=127.0.0.1::9464", image
+    ) as name:
         port = published(name, 8000)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
             eventually(lambda: http.get("/health/ready").status_code == 200)
@@ -176,7 +207,9 @@ def test_it_serves_and_migrates_restricted_as_any_user(image: str, dependencies:
         assert inspect(name)["State"]["ExitCode"] == 0
         assert time.monotonic() - begin < 30
     assert cpu_seconds < 2  # of the three seconds that it may take at one CPU; the rest is waiting
-    print(f"as {user}: ready {seconds:.1f} s after `docker run`, with {cpu_seconds:.1f} s of CPU; {result}")
+    print(
+        f"as {user}: ready {seconds:.1f} s after `docker run`, with {cpu_seconds:.1f} s of CPU; {result}"
+    )
 
 
 def test_nothing_is_written_outside_of_memory(image: str, dependencies: list[str]) -> None:
@@ -186,7 +219,11 @@ def test_nothing_is_written_outside_of_memory(image: str, dependencies: list[str
     ) as name:
         port = published(name, 8000)
         eventually(lambda: httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200)
-        httpx.post(f"http://127.0.0.1:{port}/payments", json=PAYMENT, headers={"Idempotency-Key": "written"})
+        httpx.post(
+            f"http://127.0.0.1:{port}/payments",
+            json=PAYMENT,
+            headers={"Idempotency-Key": "written"},
+        )
         docker("exec", name, "alembic", "upgrade", "head")
         eventually(lambda: inspect(name)["State"]["Health"]["Status"] == "healthy")
         started = logs(name).count("Application startup complete")

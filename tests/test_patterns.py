@@ -26,10 +26,14 @@ def add_tables(project: Path, needs: str) -> None:
     tables = re.findall(r"table `(\w+)`", needs)
     statements = [
         statement
-        for statement in re.findall(r'op\.execute\((?:"""|")(.*?)(?:"""|")\)', SQL.split("def downgrade")[0], re.DOTALL)
+        for statement in re.findall(
+            r'op\.execute\((?:"""|")(.*?)(?:"""|")\)', SQL.split("def downgrade")[0], re.DOTALL
+        )
         if any(re.search(rf"(table|on) {table}\b", statement) for table in tables)
     ]
-    upgrade = "".join(f"    op.execute({statement!r})\n" for statement in statements) or "    pass\n"
+    upgrade = (
+        "".join(f"    op.execute({statement!r})\n" for statement in statements) or "    pass\n"
+    )
     (project / "migrations/versions/0001_ours.py").write_text(
         f'from alembic import op\n\nrevision = "0001_ours"\ndown_revision = None\n\n\ndef upgrade():\n{upgrade}\n\n'
         "def downgrade():\n    pass\n"
@@ -37,8 +41,12 @@ def add_tables(project: Path, needs: str) -> None:
 
 
 def test_the_table_names_every_pattern() -> None:
-    patterns = {path.name for path in (ROOT / SOURCE / "app/patterns").glob("*.py")} - {"__init__.py"}
-    assert {f"{name}.py" for name, *_ in ROWS} | {file for row in ROWS for file in files(row[1])} == patterns
+    patterns = {path.name for path in (ROOT / SOURCE / "app/patterns").glob("*.py")} - {
+        "__init__.py"
+    }
+    assert {f"{name}.py" for name, *_ in ROWS} | {
+        file for row in ROWS for file in files(row[1])
+    } == patterns
     tests = {path.name for path in (ROOT / SOURCE / "tests/patterns").glob("test_*.py")}
     assert {file for row in ROWS for file in files(row[2])} == tests
 
@@ -59,5 +67,7 @@ def test_a_pattern_is_taken_alone(bake: Bake, name: str, along: str, test: str, 
     if files(test):
         command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/patterns"]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr

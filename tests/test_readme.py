@@ -44,11 +44,16 @@ def test_every_make_target_is_explained_and_exists() -> None:
     ).stdout.decode()
     targets = {line.split()[0] for line in help_text.splitlines()}
     assert set(re.findall(r"`make ([a-z0-9-]+)`", README)) - OF_THE_PROJECT <= targets
-    project = subprocess.run(["make", "--silent", "help"], cwd=ROOT / SOURCE, check=True, stdout=subprocess.PIPE)
+    project = subprocess.run(
+        ["make", "--silent", "help"], cwd=ROOT / SOURCE, check=True, stdout=subprocess.PIPE
+    )
     own = {line.split()[0] for line in project.stdout.decode().splitlines()}
     text = (ROOT / SOURCE / "README.md").read_text()
     assert set(re.findall(r"`make ([a-z0-9-]+)`", text)) <= own
-    assert all(len(line.split(maxsplit=1)) == 2 for line in (help_text + project.stdout.decode()).splitlines())
+    assert all(
+        len(line.split(maxsplit=1)) == 2
+        for line in (help_text + project.stdout.decode()).splitlines()
+    )
 
 
 def test_the_questions_of_the_readme_are_those_of_the_template() -> None:
@@ -69,7 +74,9 @@ class Terminal:
     def __init__(self, command: list[str], folder: Path, temporary: Path, **settings: str) -> None:
         self.temporary = temporary
         self.master, slave = pty.openpty()
-        environment = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS"}}
+        environment = {
+            name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS"}
+        }
         self.process = subprocess.Popen(
             command,
             cwd=folder,
@@ -122,7 +129,12 @@ class Terminal:
     def folders(self, family: list[psutil.Process]) -> list[Path]:
         """Return the folders of its throw-away Postgres and of its metrics."""
         metrics = [f"metrics-{process.pid}-*" for process in family]
-        both = [path for place in (self.temporary, Path("/dev/shm")) for name in metrics for path in place.glob(name)]
+        both = [
+            path
+            for place in (self.temporary, Path("/dev/shm"))
+            for name in metrics
+            for path in place.glob(name)
+        ]
         return [*self.temporary.glob("postgres-*"), *both]
 
 
@@ -130,7 +142,9 @@ class Terminal:
 def terminal(command: list[str], folder: Path = ROOT, **settings: str) -> Iterator[Terminal]:
     """Run a command in a terminal, with a temporary folder of its own, and end it, whatever happens."""
     with tempfile.TemporaryDirectory() as temporary:
-        Path(temporary).chmod(0o755)  # for the user of a throw-away Postgres, whom pytest's folders keep out
+        Path(temporary).chmod(
+            0o755
+        )  # for the user of a throw-away Postgres, whom pytest's folders keep out
         running = Terminal(command, folder, Path(temporary), **settings)
         try:
             yield running
@@ -153,7 +167,9 @@ def demo() -> Iterator[Terminal]:
 @pytest.mark.slow
 def test_the_demo_answers_what_the_readme_asks(demo: Terminal) -> None:
     (asked,) = [block for block in BLOCKS if block.startswith("curl -i http://127.0.0.1:8000/\n")]
-    answers = subprocess.run(["bash", "-ec", asked], capture_output=True, check=True).stdout.decode()
+    answers = subprocess.run(
+        ["bash", "-ec", asked], capture_output=True, check=True
+    ).stdout.decode()
     assert re.findall(r"HTTP/1\.1 (\d+) ", answers) == ["200", "200", "201"]
     assert "http_server_request_duration_seconds_count" in answers
     for path in ("/health/live", "/health/startup"):
@@ -178,7 +194,9 @@ def test_ctrl_c_ends_the_demo_without_a_drain_and_leaves_nothing(demo: Terminal)
 @pytest.mark.slow
 def test_a_second_demo_says_what_is_in_its_way(template: Path) -> None:
     with socket.create_server(("127.0.0.1", 8000)):
-        done = subprocess.run([sys.executable, "-m", "scripts.demo"], cwd=ROOT, capture_output=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "scripts.demo"], cwd=ROOT, capture_output=True, check=False
+        )
     assert done.returncode == 1
     assert done.stderr == b"127.0.0.1:8000: somebody listens there already; end that first\n"
 
@@ -189,7 +207,11 @@ def test_the_commands_without_make_set_the_template_up(template: Path, tmp_path:
     copy = shutil.copytree(template, tmp_path / "copy")
     subprocess.run(["git", "init", "--quiet"], cwd=copy, check=True)
     done = subprocess.run(
-        ["bash", "-ec", commands], cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        ["bash", "-ec", commands],
+        cwd=copy,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
     )
     assert done.returncode == 0, done.stdout.decode()[-5000:]
 
@@ -207,7 +229,9 @@ def addresses() -> dict[str, str]:
 def test_the_projects_commands_without_make_run_it(bake: Bake) -> None:
     project, free = bake(), addresses()
     text = (project / "README.md").read_text()
-    (commands,) = [block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "pip install" in block]
+    (commands,) = [
+        block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "pip install" in block
+    ]
     with terminal(["bash", "-ec", commands], project, **free) as running:
         running.wait_for(f"http://{free['BIND']}/health/ready")
         assert running.interrupt() < INTERRUPT_SECONDS
@@ -221,9 +245,15 @@ def test_make_dev_reloads_serves_docs_and_metrics_and_reads_dot_env(bake: Bake) 
     tools = f"TOOLS={os.environ.get('TOOLS', ROOT / '.tools')}"
     with terminal(["make", "dev", tools], project, **free) as running:
         running.wait_for(base + "/health/ready")
-        assert httpx.get(base + "/").json() == {"service": "my-service", "version": "1.2.3 from .env"}
+        assert httpx.get(base + "/").json() == {
+            "service": "my-service",
+            "version": "1.2.3 from .env",
+        }
         assert httpx.get(base + "/docs").status_code == 200
-        assert "http_server_request_duration_seconds_count" in httpx.get(f"http://{free['METRICS_BIND']}/metrics").text
+        assert (
+            "http_server_request_duration_seconds_count"
+            in httpx.get(f"http://{free['METRICS_BIND']}/metrics").text
+        )
         main = project / "app/main.py"
         main.write_text(main.read_text().replace('"service": settings', '"renamed": settings'))
         eventually(lambda: "renamed" in httpx.get(base + "/").json(), READY_SECONDS)
@@ -236,18 +266,28 @@ def test_make_dev_reloads_serves_docs_and_metrics_and_reads_dot_env(bake: Bake) 
 def test_the_session_with_payments_can_be_pasted(bake: Bake) -> None:
     project, free = bake(), addresses()
     text = (project / "README.md").read_text()
-    (session,) = [block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "Idempotency-Key" in block]
-    session = session.replace("127.0.0.1:8000", free["BIND"]).replace("127.0.0.1:9464", free["METRICS_BIND"])
+    (session,) = [
+        block
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        if "Idempotency-Key" in block
+    ]
+    session = session.replace("127.0.0.1:8000", free["BIND"]).replace(
+        "127.0.0.1:9464", free["METRICS_BIND"]
+    )
     tools = f"TOOLS={os.environ.get('TOOLS', ROOT / '.tools')}"
     with terminal(["make", "dev", tools], project, **free) as running:
         running.wait_for(f"http://{free['BIND']}/health/ready")
-        printed = subprocess.run(["bash", "-ec", session], capture_output=True, text=True, check=True).stdout.lower()
+        printed = subprocess.run(
+            ["bash", "-ec", session], capture_output=True, text=True, check=True
+        ).stdout.lower()
         first, second = re.findall(r"http/1.1 201 created.*?(\{.*?\})", printed, re.DOTALL)
         assert first == second
         assert printed.count("idempotent-replayed: true") == 1
         assert "http/1.1 200 ok" in printed
         assert "http_server_request_duration_seconds_count" in printed
-        eventually(lambda: "settled" in httpx.get(f"http://{free['BIND']}/payments").text, READY_SECONDS)
+        eventually(
+            lambda: "settled" in httpx.get(f"http://{free['BIND']}/payments").text, READY_SECONDS
+        )
         running.interrupt()
 
 
@@ -257,7 +297,9 @@ def test_make_run_checks_the_settings_before_gunicorn_does(bake: Bake) -> None:
     environment = os.environ | {"WEB_CONCURRENCY": "two"}
     for target in ("run", "doctor"):
         command = ["make", "--silent", target, tools]
-        done = subprocess.run(command, cwd=bake(target), env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=bake(target), env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode != 0
         assert "configuration error: WEB_CONCURRENCY=two: " in done.stderr
         assert "Traceback" not in done.stderr

@@ -33,7 +33,9 @@ class Runbook:
         self.project, self.folder = project, folder
         self.text = (project / "docs/runbook.md").read_text()
         parts = zip(["", *HEADING.findall(self.text)], HEADING.split(self.text)[::2], strict=True)
-        self.blocks = {name: [textwrap.dedent(block) for block in BLOCK.findall(part)] for name, part in parts}
+        self.blocks = {
+            name: [textwrap.dedent(block) for block in BLOCK.findall(part)] for name, part in parts
+        }
 
     def run(self, server: ApiServer, *blocks: str) -> subprocess.CompletedProcess[str]:
         """Run blocks in one shell that ends at the first command that fails."""
@@ -42,7 +44,9 @@ class Runbook:
             kubectl.parent.mkdir()
             kubectl.write_text(WRAPPER.replace("KUBECTL", str(shutil.which("kubectl"))))
             editor = self.folder / "bin/editor"
-            editor.write_text('#!/bin/sh\nfor file; do echo "postgresql://app@postgres/app" > "$file"; done\n')
+            editor.write_text(
+                '#!/bin/sh\nfor file; do echo "postgresql://app@postgres/app" > "$file"; done\n'
+            )
             for program in (kubectl, editor):
                 program.chmod(0o755)
         environment = os.environ | {
@@ -58,7 +62,9 @@ class Runbook:
         )
         script = cluster + "".join([*self.blocks[""], *blocks])
         command = ["bash", "-euo", "pipefail", "-c", script]
-        return subprocess.run(command, cwd=self.project, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=self.project, env=environment, capture_output=True, text=True, check=False
+        )
 
 
 @pytest.fixture
@@ -84,7 +90,9 @@ def server() -> Iterator[ApiServer]:
 
 def test_every_command_of_kubectl_exists_with_its_options(runbook: Runbook) -> None:
     blocks = "".join(block for found in runbook.blocks.values() for block in found)
-    commands = [command.strip() for line in blocks.splitlines() for command in re.split(r"[|]|&&", line)]
+    commands = [
+        command.strip() for line in blocks.splitlines() for command in re.split(r"[|]|&&", line)
+    ]
     own = [command.split(">")[0] for command in commands if command.startswith("kubectl ")]
     assert len(own) > 20
     for command in own:
@@ -94,7 +102,10 @@ def test_every_command_of_kubectl_exists_with_its_options(runbook: Runbook) -> N
 
 
 def test_its_links_lead_somewhere(runbook: Runbook) -> None:
-    anchors = {re.sub(r"[^a-z0-9 -]", "", name.lower()).replace(" ", "-") for name in HEADING.findall(runbook.text)}
+    anchors = {
+        re.sub(r"[^a-z0-9 -]", "", name.lower()).replace(" ", "-")
+        for name in HEADING.findall(runbook.text)
+    }
     assert set(re.findall(r"\]\(#([^)]+)\)", runbook.text)) <= anchors
     for name in re.findall(r"`(deploy/[\w/.-]+)`", runbook.text):
         assert (runbook.project / name).exists(), name
@@ -108,13 +119,19 @@ def test_a_first_deploy_ends_with_all_pods_ready_and_a_second_runs_a_migration_o
     _, migrate, rollout = runbook.blocks["Rollout"]
     first = runbook.run(server, render, secret, label, migrate, rollout, wait)
     assert first.returncode == 0, first.stderr
-    for words in ("secret/my-service-secrets created", "namespace/ingress labeled", "successfully rolled out"):
+    for words in (
+        "secret/my-service-secrets created",
+        "namespace/ingress labeled",
+        "successfully rolled out",
+    ):
         assert words in first.stdout
     at = server.done.index
     assert at("POST namespaces/my-service-prod") < at("POST secrets/my-service-secrets")
     assert at("POST networkpolicies/my-service") < at("POST jobs/my-service-migrate")
     assert (
-        at("POST secrets/my-service-secrets") < at("POST jobs/my-service-migrate") < at("POST deployments/my-service")
+        at("POST secrets/my-service-secrets")
+        < at("POST jobs/my-service-migrate")
+        < at("POST deployments/my-service")
     )
     assert not list(runbook.folder.rglob("database_url"))
 
@@ -124,7 +141,11 @@ def test_a_first_deploy_ends_with_all_pods_ready_and_a_second_runs_a_migration_o
     second = runbook.run(server, render, migrate, rollout)
     assert second.returncode == 0, second.stderr
     changes = [change for change in server.done if "jobs/" in change or "deployments/" in change]
-    expected = ["DELETE jobs/my-service-migrate", "POST jobs/my-service-migrate", "PATCH deployments/my-service"]
+    expected = [
+        "DELETE jobs/my-service-migrate",
+        "POST jobs/my-service-migrate",
+        "PATCH deployments/my-service",
+    ]
     assert changes == expected
 
 
@@ -140,11 +161,15 @@ def test_a_job_that_is_not_deleted_cannot_be_applied(runbook: Runbook, server: A
 
 
 @pytest.mark.slow
-def test_a_migration_that_fails_stops_the_rollout_before_any_pod(runbook: Runbook, server: ApiServer) -> None:
+def test_a_migration_that_fails_stops_the_rollout_before_any_pod(
+    runbook: Runbook, server: ApiServer
+) -> None:
     server.migrations_fail = True
     render, secret, _, _, _ = runbook.blocks["First deploy"]
     _, migrate, rollout = runbook.blocks["Rollout"]
-    done = runbook.run(server, render, secret, migrate.replace("--timeout=30s", "--timeout=1s"), rollout)
+    done = runbook.run(
+        server, render, secret, migrate.replace("--timeout=30s", "--timeout=1s"), rollout
+    )
     assert done.returncode != 0
     assert "timed out waiting for the condition" in done.stderr
     assert "POST jobs/my-service-migrate" in server.done
@@ -152,7 +177,9 @@ def test_a_migration_that_fails_stops_the_rollout_before_any_pod(runbook: Runboo
 
 
 @pytest.mark.slow
-def test_a_rotation_keeps_the_other_secret_and_restarts_the_pods(runbook: Runbook, server: ApiServer) -> None:
+def test_a_rotation_keeps_the_other_secret_and_restarts_the_pods(
+    runbook: Runbook, server: ApiServer
+) -> None:
     render, secret, _, _, _ = runbook.blocks["First deploy"]
     _, migrate, rollout = runbook.blocks["Rollout"]
     (rotate,) = runbook.blocks["Rotate a secret"]

@@ -11,5 +11,5 @@ from app.storage.postgres import DatabaseDependency
 @app.get("/stored/{payment_id}")
 async def read(payment_id: UUID, database: DatabaseDependency) -> Payment | None:
     """Look a payment up."""
-    found = await database.retry(lambda connection: repository.find(connection, payment_id))
+    found = await database.retry(lambda connection: repository.get(connection, payment_id))
     return found[0] if found else None

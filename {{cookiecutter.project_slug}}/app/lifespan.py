@@ -11,11 +11,11 @@ from redis.asyncio import Redis
 from app.lifecycle import Lifecycle
 from app.payments.service import Payments  # example
 from app.settings import Settings
-from app.sizing.plan import make_plan
-from app.sizing.resources import detect
-from app.storage import redis as redis_client
+from app.sizing.plan import plan_workers
+from app.sizing.resources import detect_resources
 from app.storage.postgres import Database
-from app.tasks import Background, beside
+from app.storage.redis import create_redis
+from app.tasks import Background, background_task
 from app.telemetry.process_metrics import WorkerMetrics
 from app.web.health import Check, Health
 
@@ -25,7 +25,7 @@ class State(TypedDict):
 
     settings: Settings
     database: Database
-    cache: Redis
+    redis: Redis
     background: Background
     health: Health
     payments: Payments  # example
@@ -47,10 +47,12 @@ async def open_state(
     """
     lifecycle = lifecycle or Lifecycle()
     async with contextlib.AsyncExitStack() as stack:
-        share = make_plan(settings, detect()).connections_per_worker
+        share = plan_workers(settings, detect_resources()).connections_per_worker
         database = await stack.enter_async_context(Database(settings, share))
-        redis = await stack.enter_async_context(redis_client.connect(settings))
-        probe = await stack.enter_async_context(redis_client.connect(settings, max_connections=1))  # readiness' own
+        redis = await stack.enter_async_context(create_redis(settings))
+        probe = await stack.enter_async_context(
+            create_redis(settings, max_connections=1)
+        )  # readiness' own
         background = await stack.enter_async_context(Background(lifecycle.seconds_left))
         checks: dict[str, Check] = {"postgres": database.check, "redis": probe.ping}
         metrics = WorkerMetrics()
@@ -58,23 +60,23 @@ async def open_state(
         state: State = {
             "settings": settings,
             "database": database,
-            "cache": redis,
+            "redis": redis,
             "background": background,
             "health": health,
             "payments": Payments(settings, database, redis),  # example
         }
-        await stack.enter_async_context(beside(health.watch()))
-        await stack.enter_async_context(beside(_measure(metrics, state)))
-        await stack.enter_async_context(beside(_warm_up(state, warm_ups)))
+        await stack.enter_async_context(background_task(health.watch()))
+        await stack.enter_async_context(background_task(_measure(metrics, state)))
+        await stack.enter_async_context(background_task(_warm_up(state, warm_ups)))
         for work in state["payments"].work():  # example
-            await stack.enter_async_context(beside(work))  # example
+            await stack.enter_async_context(background_task(work))  # example
         yield state
 
 
 async def _measure(metrics: WorkerMetrics, state: State) -> None:
     """Keep the metrics of this process up to date."""
     while True:
-        metrics.update(state["database"].pool, state["cache"].connection_pool)
+        metrics.update(state["database"].pool, state["redis"].connection_pool)
         await asyncio.sleep(MEASURE_SECONDS)
 
 

@@ -14,7 +14,7 @@ from app.lifespan import WarmUp, open_state
 from app.payments.router import router as payments_router  # example
 from app.settings import Settings, load_settings
 from app.web import health, problems
-from app.web.middleware import Observe
+from app.web.middleware import RequestMiddleware
 
 
 class Service(FastAPI):
@@ -29,22 +29,36 @@ class Service(FastAPI):
 def create_app(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> FastAPI:
     """Return the application; it opens nothing before its lifespan starts."""
     middleware = [  # outermost first
-        Middleware(Observe, settings=settings)  # request ID, access line, metrics, the answer to a bug
+        Middleware(
+            RequestMiddleware, settings=settings
+        )  # request ID, access line, metrics, the answer to a bug
     ]
     if origins := settings.cors_allow_origins:
-        anything: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["X-Request-ID"]}
+        anything: dict[str, Any] = {
+            "allow_methods": ["*"],
+            "allow_headers": ["*"],
+            "expose_headers": ["X-Request-ID"],
+        }
         middleware.append(Middleware(CORSMiddleware, allow_origins=origins, **anything))
     app = Service(
         title=settings.service_name,
         version=settings.service_version,
         lifespan=lambda app: open_state(settings, warm_ups, app.state.lifecycle),
         middleware=middleware,
-        responses=problems.responses(408, 413, 431, 500, 503, 504),  # of any route: see app/web/limits.py
-        openapi_url="/openapi.json" if settings.docs_enabled else None,  # /docs and /redoc go with it
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # else looked for on every request
+        responses=problems.problem_responses(
+            408, 413, 431, 500, 503, 504
+        ),  # of any route: see app/web/limits.py
+        openapi_url="/openapi.json"
+        if settings.docs_enabled
+        else None,  # /docs and /redoc go with it
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+        },  # else looked for on every request
     )
     app.state.settings, app.state.lifecycle = settings, Lifecycle()  # shared with the server
-    problems.install(app)
+    problems.install_handlers(app)
 
     @app.get("/", tags=["service"])
     async def describe() -> dict[str, str]:

@@ -17,9 +17,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from redis.asyncio import Redis
 
 from app.settings import Settings
-from app.storage import redis as redis_client
 from app.storage.postgres import Database
-from app.tasks import beside
+from app.storage.redis import create_redis
+from app.tasks import background_task
 from app.telemetry import logs
 from app.web import health
 
@@ -50,19 +50,29 @@ def run(settings: Settings, work: Work) -> None:
         listener = socket.create_server((host.strip("[]"), int(port)), family=family)
     except OSError as error:
         sys.exit(f"configuration error: METRICS_BIND={settings.metrics_bind}: {error.strerror}")
-    options: dict[str, Any] = {"log_config": logs.config(settings), "access_log": False, "server_header": False}
+    options: dict[str, Any] = {
+        "log_config": logs.config(settings),
+        "access_log": False,
+        "server_header": False,
+    }
     _Server(uvicorn.Config(app, lifespan="on", **options)).run(sockets=[listener])
 
 
 @contextlib.asynccontextmanager
 async def _open(settings: Settings, work: Work) -> AsyncIterator[dict[str, Any]]:
     async with contextlib.AsyncExitStack() as stack:
-        database = await stack.enter_async_context(Database(settings, max(2, settings.database_max_connections)))
-        redis = await stack.enter_async_context(redis_client.connect(settings))
-        probe = await stack.enter_async_context(redis_client.connect(settings, max_connections=1))  # readiness' own
+        database = await stack.enter_async_context(
+            Database(settings, max(2, settings.database_max_connections))
+        )
+        redis = await stack.enter_async_context(create_redis(settings))
+        probe = await stack.enter_async_context(
+            create_redis(settings, max_connections=1)
+        )  # readiness' own
         both = settings.model_copy(update={"readiness_required": ("postgres", "redis")})
-        state = health.Health(both, {"postgres": database.check, "redis": probe.ping}, lambda: False, _UP)
+        state = health.Health(
+            both, {"postgres": database.check, "redis": probe.ping}, lambda: False, _UP
+        )
         state.started = True
-        await stack.enter_async_context(beside(state.watch()))
+        await stack.enter_async_context(background_task(state.watch()))
         await stack.enter_async_context(work(settings, database, redis))
         yield {"health": state}

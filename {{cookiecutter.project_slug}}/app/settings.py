@@ -8,11 +8,26 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import Field, NonNegativeInt, PositiveInt, SecretStr
 from pydantic_core import ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 from pydantic_settings.sources import InitSettingsSource, SecretsSettingsSource
 
 from app import setting_types  # example
-from app.setting_types import Address, CommaSeparated, Lower, Name, NonNegative, Positive, PostgresUrl, Prefix, RedisUrl
+from app.setting_types import (
+    CommaSeparated,
+    HostPort,
+    LowerCase,
+    NonNegativeSeconds,
+    PathPrefix,
+    PositiveSeconds,
+    PostgresUrl,
+    RedisUrl,
+    ServiceName,
+)
 
 
 class Settings(BaseSettings):
@@ -24,61 +39,74 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
 
-    service_name: Name = "service"
+    service_name: ServiceName = "service"
     service_version: str = "0.0.0"
-    environment: Annotated[Literal["development", "staging", "production"], Lower] = "production"
+    environment: Annotated[Literal["development", "staging", "production"], LowerCase] = (
+        "production"
+    )
     secrets_dir: Path | None = None
 
     database_url: PostgresUrl = SecretStr("postgresql://postgres@127.0.0.1:5432/postgres")
     database_max_connections: PositiveInt = 8
-    database_command_timeout_seconds: Positive = 5
-    database_acquire_timeout_seconds: Positive = 1
-    database_retry_seconds: NonNegative = 3
+    database_command_timeout_seconds: PositiveSeconds = 5
+    database_acquire_timeout_seconds: PositiveSeconds = 1
+    database_retry_seconds: NonNegativeSeconds = 3
     database_statement_cache_size: NonNegativeInt = 100
     postgres_max_connections: PositiveInt = 200
     redis_url: RedisUrl = SecretStr("redis://127.0.0.1:6379/0")
-    readiness_required: Annotated[tuple[Literal["postgres", "redis"], ...], *CommaSeparated] = ("postgres",)
-    readiness_timeout_seconds: Positive = 1
+    readiness_required: Annotated[tuple[Literal["postgres", "redis"], ...], *CommaSeparated] = (
+        "postgres",
+    )
+    readiness_timeout_seconds: PositiveSeconds = 1
 
-    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], Lower] = "info"
-    log_format: Annotated[Literal["auto", "json", "console"], Lower] = "auto"
+    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], LowerCase] = (
+        "info"
+    )
+    log_format: Annotated[Literal["auto", "json", "console"], LowerCase] = "auto"
     access_log_flush_ms: NonNegativeInt = 100
-    docs_enabled: bool = Field(default_factory=lambda data: data.get("environment") == "development")
+    docs_enabled: bool = Field(
+        default_factory=lambda data: data.get("environment") == "development"
+    )
     cors_allow_origins: Annotated[tuple[str, ...], *CommaSeparated] = ()
-    root_path: Prefix = ""
+    root_path: PathPrefix = ""
     forwarded_allow_ips: Annotated[str, Field(pattern=r"^[0-9a-fA-F.:/*, ]+$")] = "127.0.0.1,::1"
 
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    bind: Address = Field(default_factory=lambda data: f"0.0.0.0:{p}" if (p := data.get("port")) else "127.0.0.1:8000")
-    metrics_bind: Address = "127.0.0.1:9464"
+    bind: HostPort = Field(
+        default_factory=lambda data: f"0.0.0.0:{p}" if (p := data.get("port")) else "127.0.0.1:8000"
+    )
+    metrics_bind: HostPort = "127.0.0.1:9464"
     prometheus_multiproc_dir: Path | None = None
 
     max_header_bytes: PositiveInt = 32_768
     max_body_bytes: PositiveInt = 1_048_576
     max_in_flight: PositiveInt = 256
-    header_timeout_seconds: Positive = 10
-    request_body_timeout_seconds: Positive = 15
-    request_timeout_seconds: Positive = 30
+    header_timeout_seconds: PositiveSeconds = 10
+    request_body_timeout_seconds: PositiveSeconds = 15
+    request_timeout_seconds: PositiveSeconds = 30
     keepalive_seconds: PositiveInt = 75
     gateway_url: setting_types.HttpUrl = "http://127.0.0.1:8090"  # example
     message_concurrency_per_worker: PositiveInt = 8  # example
     rate_limit_per_minute: PositiveInt = 60_000  # example
 
     web_concurrency: PositiveInt | None = None
-    workers_per_core: Positive = 1
+    workers_per_core: PositiveSeconds = 1
     max_workers: PositiveInt | None = None
     worker_memory_mb: PositiveInt = 120
     worker_timeout_seconds: NonNegativeInt = 30
     graceful_timeout_seconds: PositiveInt = 50
     termination_grace_seconds: PositiveInt = 60
-    drain_seconds: NonNegative = 10
-    retire_seconds: NonNegative = 5
+    drain_seconds: NonNegativeSeconds = 10
+    retire_seconds: NonNegativeSeconds = 5
     max_requests: NonNegativeInt = 20_000
     max_requests_jitter: NonNegativeInt = 2_000
 
     @classmethod
     def settings_customise_sources(  # type: ignore[override]  # noqa: D102
-        cls, settings_cls: type[BaseSettings], env_settings: PydanticBaseSettingsSource, **sources: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        env_settings: PydanticBaseSettingsSource,
+        **sources: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         if not (folder := os.environ.get("SECRETS_DIR")):
             return sources["init_settings"], env_settings
@@ -93,7 +121,9 @@ class Settings(BaseSettings):
         except (SettingsError, Warning) as error:
             _refuse(f"SECRETS_DIR={folder}: {error}: {type(error.__cause__).__name__}")
         if twice:
-            _refuse(f"{', '.join(twice).upper()}: stands in SECRETS_DIR and in the environment; remove one of them")
+            _refuse(
+                f"{', '.join(twice).upper()}: stands in SECRETS_DIR and in the environment; remove one of them"
+            )
         return sources["init_settings"], InitSettingsSource(settings_cls, files), env_settings
 
 

@@ -40,7 +40,9 @@ class Background:
             return
         logger.info("waiting for %d tasks in the background", len(self.tasks))
         finished, left = 0, set(self.tasks)
-        while left and self.seconds_left() > 0:  # in steps, since the end may become a quick one meanwhile
+        while (
+            left and self.seconds_left() > 0
+        ):  # in steps, since the end may become a quick one meanwhile
             done, left = await asyncio.wait(left, timeout=0.1)
             finished += len(done)
         for task in left:
@@ -52,14 +54,16 @@ class Background:
 
 
 @contextlib.asynccontextmanager
-async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def background_task(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run something beside the requests; cancel it at the end."""
     task = asyncio.create_task(work)
     task.add_done_callback(_report)
     try:
         yield
     finally:
-        while not task.done():  # Python 3.11's wait_for, which redis-py uses, can lose a cancellation
+        while (
+            not task.done()
+        ):  # Python 3.11's wait_for, which redis-py uses, can lose a cancellation
             task.cancel()
             await asyncio.wait([task], timeout=1)
 
@@ -69,7 +73,7 @@ def _report(task: asyncio.Task[None]) -> None:
         logger.error("what ran beside the requests has failed", exc_info=error)
 
 
-async def unbroken(step: Awaitable[Result]) -> Result:
+async def run_to_completion(step: Awaitable[Result]) -> Result:
     """Await a step of a loop. A cancellation takes effect when the step has ended; a second one, at once."""
     task = asyncio.ensure_future(step)
     try:

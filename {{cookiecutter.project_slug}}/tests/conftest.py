@@ -15,7 +15,9 @@ from starlette.types import Receive, Scope, Send
 from app.settings import Settings
 from scripts import dev_services
 
-for name in Settings.model_fields:  # whoever runs the tests may have settings of the service in their environment
+for name in (
+    Settings.model_fields
+):  # whoever runs the tests may have settings of the service in their environment
     os.environ.pop(name.upper(), None)
 
 from app.main import create_app
@@ -45,7 +47,11 @@ def database_url(postgres: dev_services.Postgres) -> str:
     """A database with the migrations applied."""
     run = [sys.executable, "-m", "alembic", "upgrade", "head"]
     subprocess.run(
-        run, check=True, cwd=PROJECT, env=os.environ | {"DATABASE_URL": postgres.url}, stdout=subprocess.PIPE
+        run,
+        check=True,
+        cwd=PROJECT,
+        env=os.environ | {"DATABASE_URL": postgres.url},
+        stdout=subprocess.PIPE,
     )
     return postgres.url
 

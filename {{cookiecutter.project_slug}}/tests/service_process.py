@@ -18,7 +18,9 @@ import psutil
 from scripts.dev_services import free_port
 
 PROJECT = Path(__file__).parent.parent
-DEADLINE_SECONDS = 30.0  # a start takes 10 where others run their tests too; under GRACEFUL_TIMEOUT_SECONDS
+DEADLINE_SECONDS = (
+    30.0  # a start takes 10 where others run their tests too; under GRACEFUL_TIMEOUT_SECONDS
+)
 
 
 def eventually(look: Callable[[], object], seconds: float = DEADLINE_SECONDS) -> None:
@@ -70,16 +72,23 @@ class Running:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """All whole lines printed so far; fails on one that is not JSON."""
-        return [json.loads(line) for line in self.text.splitlines(keepends=True) if line.endswith("\n")]
+        return [
+            json.loads(line) for line in self.text.splitlines(keepends=True) if line.endswith("\n")
+        ]
 
 
 class Service(Running):
     """A running gunicorn with the service."""
 
-    def __init__(self, app: str | None, port: int, stdout: IO[bytes] | None, /, **settings: str) -> None:
+    def __init__(
+        self, app: str | None, port: int, stdout: IO[bytes] | None, /, **settings: str
+    ) -> None:
         self.port, self.metrics_port = port or free_port(), free_port()
         self.output = stdout or tempfile.TemporaryFile()  # noqa: SIM115 - closed by serving()
-        addresses = {"BIND": f"127.0.0.1:{self.port}", "METRICS_BIND": f"127.0.0.1:{self.metrics_port}"}
+        addresses = {
+            "BIND": f"127.0.0.1:{self.port}",
+            "METRICS_BIND": f"127.0.0.1:{self.metrics_port}",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gunicorn", *([app] if app else [])],
             cwd=PROJECT,
@@ -105,7 +114,9 @@ class Service(Running):
         """Wait until so many workers have started, those that have ended included."""
         eventually(lambda: self.text.count("Application startup complete.") == number)
 
-    def wait(self, path: str = "/health/ready", status: int = 200, seconds: float = DEADLINE_SECONDS) -> None:
+    def wait(
+        self, path: str = "/health/ready", status: int = 200, seconds: float = DEADLINE_SECONDS
+    ) -> None:
         """Wait until a path answers with a status, or fail."""
 
         def answers() -> bool:

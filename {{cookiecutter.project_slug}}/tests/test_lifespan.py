@@ -14,20 +14,25 @@ from redis.exceptions import RedisError
 from app.errors import UnavailableError
 from app.lifespan import open_state
 from app.settings import Settings
-from app.storage import redis as cache
 from app.storage.postgres import Database
+from app.storage.redis import create_redis
 from scripts.dev_services import Postgres, free_port
 from tests.service_process import frozen
 
 
 async def test_nothing_connects_before_first_use(settings: Settings) -> None:
     nowhere = f"127.0.0.1:{free_port()}"
-    urls: dict[str, Any] = {"database_url": f"postgresql://a:b@{nowhere}/c", "redis_url": f"redis://{nowhere}"}
+    urls: dict[str, Any] = {
+        "database_url": f"postgresql://a:b@{nowhere}/c",
+        "redis_url": f"redis://{nowhere}",
+    }
     async with open_state(Settings(**urls)) as state:
         assert state["database"].pool.get_size() == 0
 
 
-async def test_what_was_opened_is_closed_in_reverse(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_was_opened_is_closed_in_reverse(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     closed = []
     close_redis: Any = Redis.__aexit__
     close_database: Any = Database.__aexit__
@@ -45,7 +50,7 @@ async def test_what_was_opened_is_closed_in_reverse(settings: Settings, monkeypa
     async with open_state(settings) as state:
         async with state["database"].acquire() as connection:
             assert await connection.fetchval("select 1") == 1
-        assert await state["cache"].ping()
+        assert await state["redis"].ping()
     assert closed == ["redis", "redis", "database"]
 
 
@@ -63,7 +68,7 @@ async def test_a_start_that_fails_half_way_closes_what_it_opened(
         raise RuntimeError("half-way")
 
     monkeypatch.setattr(Database, "__aenter__", remembered)
-    monkeypatch.setattr("app.storage.redis.connect", fail)
+    monkeypatch.setattr("app.storage.redis.create_redis", fail)
     with pytest.raises(RuntimeError, match="half-way"):
         async with open_state(settings):
             pass
@@ -71,10 +76,14 @@ async def test_a_start_that_fails_half_way_closes_what_it_opened(
 
 
 async def test_an_exhausted_pool_sheds_requests_and_stays_ready(settings: Settings) -> None:
-    tight = settings.model_copy(update={"database_acquire_timeout_seconds": 0.1, "web_concurrency": 4})
+    tight = settings.model_copy(
+        update={"database_acquire_timeout_seconds": 0.1, "web_concurrency": 4}
+    )
     async with open_state(tight) as state:
         await asyncio.sleep(0)
-        async with state["database"].pool.acquire():  # the only one; connecting may take longer than 0.1 s
+        async with state[
+            "database"
+        ].pool.acquire():  # the only one; connecting may take longer than 0.1 s
             with pytest.raises(UnavailableError) as error:
                 async with state["database"].acquire():
                     pass
@@ -85,15 +94,21 @@ async def test_an_exhausted_pool_sheds_requests_and_stays_ready(settings: Settin
 
 
 async def test_a_slow_query_is_cut_off(settings: Settings) -> None:
-    async with open_state(settings.model_copy(update={"database_command_timeout_seconds": 0.1})) as state:
+    async with open_state(
+        settings.model_copy(update={"database_command_timeout_seconds": 0.1})
+    ) as state:
         with pytest.raises(UnavailableError):
             async with state["database"].acquire() as connection:
                 await connection.execute("select pg_sleep(5)")
 
 
-async def test_a_query_on_a_server_that_freezes_ends_in_time(settings: Settings, postgres: Postgres) -> None:
+async def test_a_query_on_a_server_that_freezes_ends_in_time(
+    settings: Settings, postgres: Postgres
+) -> None:
     loop = asyncio.get_running_loop()
-    async with open_state(settings.model_copy(update={"database_command_timeout_seconds": 2})) as state:
+    async with open_state(
+        settings.model_copy(update={"database_command_timeout_seconds": 2})
+    ) as state:
         async with state["database"].acquire() as connection:
             await connection.execute("select")
         with frozen(postgres.pid):
@@ -142,8 +157,10 @@ async def test_closing_does_not_wait_for_a_connection_that_hangs(
 
 
 async def test_redis_gives_up_soon(settings: Settings) -> None:
-    nowhere = settings.model_copy(update={"redis_url": SecretStr(f"redis://127.0.0.1:{free_port()}")})
-    async with cache.connect(nowhere) as client:
+    nowhere = settings.model_copy(
+        update={"redis_url": SecretStr(f"redis://127.0.0.1:{free_port()}")}
+    )
+    async with create_redis(nowhere) as client:
         start = asyncio.get_running_loop().time()
         with pytest.raises(RedisError):
             await client.ping()

@@ -15,7 +15,11 @@ from tests.service_process import PROJECT
 def alembic(url: str, *command: str) -> subprocess.Popen[bytes]:
     run = [sys.executable, "-m", "alembic", *(command or ("upgrade", "head"))]
     return subprocess.Popen(
-        run, cwd=PROJECT, env=os.environ | {"DATABASE_URL": url}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        run,
+        cwd=PROJECT,
+        env=os.environ | {"DATABASE_URL": url},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -47,11 +51,14 @@ def test_a_database_that_cannot_be_reached_is_one_clear_line(fresh: Postgres, wr
     urls = {
         "away": f"postgresql://app:hunter2@127.0.0.1:{free_port()}/app",
         "password": f"postgresql://app:hunter2@127.0.0.1:{fresh.port}/postgres",
-        "database": fresh.url.replace("/postgres", "/hunter2")[: fresh.url.rindex("/")] + "/nothere",
+        "database": fresh.url.replace("/postgres", "/hunter2")[: fresh.url.rindex("/")]
+        + "/nothere",
     }
     run = alembic(urls[wrong])
     output, errors = run.communicate(timeout=60)
     assert run.returncode != 0
-    assert json.loads(output)["message"].startswith("the database of DATABASE_URL cannot be reached")
+    assert json.loads(output)["message"].startswith(
+        "the database of DATABASE_URL cannot be reached"
+    )
     assert errors == b""
     assert b"hunter2" not in output + errors

@@ -29,7 +29,9 @@ def refusal(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
 
 def test_env_example_lists_every_setting_once_with_its_default() -> None:
     listed = re.findall(r"^#?([A-Z_]+)=(.*)$", EXAMPLE, re.MULTILINE)
-    assert sorted(name for name, _ in listed) == sorted(name.upper() for name in Settings.model_fields)
+    assert sorted(name for name, _ in listed) == sorted(
+        name.upper() for name in Settings.model_fields
+    )
 
 
 def test_env_example_as_it_stands_changes_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,9 +61,17 @@ def test_an_empty_value_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_words_may_be_in_upper_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"ENVIRONMENT": "Staging", "LOG_FORMAT": "JSON", "LOG_LEVEL": "DEBUG"}.items():
+    for name, value in {
+        "ENVIRONMENT": "Staging",
+        "LOG_FORMAT": "JSON",
+        "LOG_LEVEL": "DEBUG",
+    }.items():
         monkeypatch.setenv(name, value)
-    assert (Settings().environment, Settings().log_format, Settings().log_level) == ("staging", "json", "debug")
+    assert (Settings().environment, Settings().log_format, Settings().log_level) == (
+        "staging",
+        "json",
+        "debug",
+    )
 
 
 @pytest.mark.parametrize(("port", "bind"), [("", "127.0.0.1:8000"), ("8080", "0.0.0.0:8080")])
@@ -70,8 +80,12 @@ def test_bind_follows_port(monkeypatch: pytest.MonkeyPatch, port: str, bind: str
     assert Settings().bind == bind
 
 
-@pytest.mark.parametrize(("environment", "enabled"), [("development", True), ("staging", False), ("production", False)])
-def test_docs_are_on_in_development_only(monkeypatch: pytest.MonkeyPatch, environment: str, enabled: bool) -> None:
+@pytest.mark.parametrize(
+    ("environment", "enabled"), [("development", True), ("staging", False), ("production", False)]
+)
+def test_docs_are_on_in_development_only(
+    monkeypatch: pytest.MonkeyPatch, environment: str, enabled: bool
+) -> None:
     monkeypatch.setenv("ENVIRONMENT", environment)
     assert Settings().docs_enabled is enabled
 
@@ -124,7 +138,9 @@ def test_several_faults_stand_in_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         ("REDIS_URL", "redis://:hunter2@cache:99999/0"),
     ],
 )
-def test_a_wrong_secret_is_named_and_not_shown(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_a_wrong_secret_is_named_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     line = refusal(monkeypatch, **{name: value})
     assert line.startswith(f"{name}: takes ")
     assert "hunter2" not in line
@@ -146,14 +162,18 @@ def test_a_secret_file_sets_its_setting(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "pw" not in repr(load_settings())
 
 
-def test_an_empty_secret_file_counts_as_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_empty_secret_file_counts_as_unset(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "REDIS_URL").write_text("\n")
     monkeypatch.setenv("SECRETS_DIR", str(tmp_path))
     monkeypatch.setenv("REDIS_URL", "redis://b")
     assert load_settings().redis_url.get_secret_value() == "redis://b"
 
 
-def test_a_secret_that_is_a_folder_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_secret_that_is_a_folder_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "REDIS_URL").mkdir()
     assert "redis_url" in refusal(monkeypatch, SECRETS_DIR=str(tmp_path)).lower()
 
@@ -167,10 +187,14 @@ def test_the_same_setting_as_file_and_in_the_environment_is_refused(
 
 
 def test_a_secrets_folder_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refusal(monkeypatch, SECRETS_DIR="/does/not/exist").startswith("SECRETS_DIR=/does/not/exist: ")
+    assert refusal(monkeypatch, SECRETS_DIR="/does/not/exist").startswith(
+        "SECRETS_DIR=/does/not/exist: "
+    )
 
 
-def test_a_secret_file_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_secret_file_that_is_no_text_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "REDIS_URL").write_bytes(b"\xff\xfe")
     assert "redis_url" in refusal(monkeypatch, SECRETS_DIR=str(tmp_path))
 
@@ -181,11 +205,17 @@ def test_settings_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["-m", "gunicorn"], ["-m", "app.sizing"], ["-m", "app.settings"], ["-c", "import app.main"]]
+    "command",
+    [["-m", "gunicorn"], ["-m", "app.sizing"], ["-m", "app.settings"], ["-c", "import app.main"]],
 )
 def test_every_entry_point_ends_with_the_line_alone(command: list[str]) -> None:
     environment = os.environ | {"REDIS_URL": "nonsense:hunter2"}
-    done = subprocess.run([sys.executable, *command], cwd=PROJECT, env=environment, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=PROJECT, env=environment, capture_output=True, check=False
+    )
     assert done.returncode != 0
-    assert done.stderr.decode() == "configuration error: REDIS_URL: takes redis://:password@host:port/0\n"
+    assert (
+        done.stderr.decode()
+        == "configuration error: REDIS_URL: takes redis://:password@host:port/0\n"
+    )
     assert done.stdout == b""

@@ -10,11 +10,16 @@ from collections.abc import Iterator
 
 from prometheus_client import Gauge
 
-_STATE = Gauge("circuit_breaker_open", "1 while an upstream is left alone.", ["upstream"], multiprocess_mode="livemax")
+_STATE = Gauge(
+    "circuit_breaker_open",
+    "1 while an upstream is left alone.",
+    ["upstream"],
+    multiprocess_mode="livemax",
+)
 logger = logging.getLogger("app.breaker")
 
 
-class OpenError(Exception):
+class CircuitOpenError(Exception):
     """The upstream is left alone; `retry_in` is the seconds after which it makes sense to ask again."""
 
     def __init__(self, upstream: str, retry_in: float) -> None:
@@ -22,7 +27,7 @@ class OpenError(Exception):
         self.retry_in = retry_in
 
 
-class Breaker:
+class CircuitBreaker:
     """Counts failures in a row. From the first on, no more calls get through than `failures` in all.
 
     So an upstream that dies is called `failures` times, and by those that were under way; then it is left alone (open)
@@ -38,7 +43,7 @@ class Breaker:
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """Make a call in this block, or raise `OpenError`. What it raises is a failure; a cancellation says nothing."""
+        """Make a call in this block, or raise `CircuitOpenError`. What it raises is a failure; a cancellation says nothing."""
         is_probe = self._admit()
         self.under_way += 1
         try:
@@ -59,19 +64,21 @@ class Breaker:
                 self.is_probing = False
 
     def _admit(self) -> bool:
-        """Return whether this call is the one that looks; raise `OpenError` if it must not be made."""
+        """Return whether this call is the one that looks; raise `CircuitOpenError` if it must not be made."""
         if self.opened_at is None:
             if self.failed and self.failed + self.under_way >= self.failures:
-                raise OpenError(self.upstream, 0.1)
+                raise CircuitOpenError(self.upstream, 0.1)
             return False
         left = self.opened_at + self.reset_seconds - time.monotonic()
         if left > 0 or self.is_probing:
-            raise OpenError(self.upstream, max(left, 0.1))
+            raise CircuitOpenError(self.upstream, max(left, 0.1))
         self.is_probing = True
         return True
 
     def _set(self, opened_at: float | None) -> None:
         if (opened_at is None) != (self.opened_at is None):
-            logger.warning("%s %s", self.upstream, "is left alone" if opened_at else "is called again")
+            logger.warning(
+                "%s %s", self.upstream, "is left alone" if opened_at else "is called again"
+            )
         self.opened_at = opened_at
         _STATE.labels(self.upstream).set(opened_at is not None)

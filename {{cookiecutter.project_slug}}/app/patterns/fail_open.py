@@ -18,18 +18,20 @@ class FailOpen:
         self.budget_seconds = budget_seconds
         self.away_until = 0.0
 
-    async def ask(self, command: Callable[[], Awaitable[Result]]) -> Result | None:
+    async def call_if_available(self, command: Callable[[], Awaitable[Result]]) -> Result | None:
         """Return the answer, or None: in time, and at once while Redis is known to be away."""
         now = time.monotonic()
         if now < self.away_until:
             return None
-        if self.away_until:  # this caller looks whether it is back; those who come meanwhile do not wait with it
+        if (
+            self.away_until
+        ):  # this caller looks whether it is back; those who come meanwhile do not wait with it
             self.away_until = now + COOL_DOWN_SECONDS
-        answer = await self.insist(command)
+        answer = await self.call(command)
         self.away_until = time.monotonic() + COOL_DOWN_SECONDS if answer is None else 0.0
         return answer
 
-    async def insist(self, command: Callable[[], Awaitable[Result]]) -> Result | None:
+    async def call(self, command: Callable[[], Awaitable[Result]]) -> Result | None:
         """Return the answer, or None if there is none in time; it asks in any case."""
         try:
             async with asyncio.timeout(self.budget_seconds):

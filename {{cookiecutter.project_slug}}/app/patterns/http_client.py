@@ -13,13 +13,15 @@ import httpx
 import stamina
 from prometheus_client import Histogram
 
-from app.patterns.circuit_breaker import Breaker
+from app.patterns.circuit_breaker import CircuitBreaker
 from app.telemetry.context import request_id
 
-MAX_ANSWER_BYTES = 1 << 20
+MAX_RESPONSE_BYTES = 1 << 20
 ATTEMPTS, ATTEMPT_SECONDS, DEADLINE_SECONDS = 3, 2.0, 5.0
 _SAFE = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}  # to do twice (RFC 9110, section 9.2.2)
-_SECONDS = Histogram("http_client_request_duration_seconds", "Each try, by its outcome.", ["upstream", "outcome"])
+_SECONDS = Histogram(
+    "http_client_request_duration_seconds", "Each try, by its outcome.", ["upstream", "outcome"]
+)
 logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
 
 
@@ -27,31 +29,39 @@ class UpstreamError(Exception):
     """No answer, or one that says "not now": 429 or 5xx. The call may have had its effect, or not."""
 
 
-class Answer(NamedTuple):
+class UpstreamResponse(NamedTuple):
     """What came back: a status under 500, and the body as it was sent."""
 
     status: int
     body: bytes
 
 
-class Client:
+class UpstreamClient:
     """A pool of connections to one upstream; close it with `http.aclose()`."""
 
-    def __init__(self, upstream: str, url: str, breaker: Breaker, connections: int = 20) -> None:
+    def __init__(
+        self, upstream: str, url: str, breaker: CircuitBreaker, connections: int = 20
+    ) -> None:
         self.upstream, self.breaker = upstream, breaker
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self.http = httpx.AsyncClient(base_url=url, timeout=ATTEMPT_SECONDS, limits=limits, trust_env=False)
+        self.http = httpx.AsyncClient(
+            base_url=url, timeout=ATTEMPT_SECONDS, limits=limits, trust_env=False
+        )
         self.http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # it keeps none
         self.http.headers["Accept-Encoding"] = "identity"  # what is small when packed may be large
 
-    async def request(self, method: str, path: str, headers: dict[str, str], **content: Any) -> Answer:
-        """Call, within `DEADLINE_SECONDS`; `content` is httpx's. Raises `UpstreamError`, or the breaker's `OpenError`.
+    async def request(
+        self, method: str, path: str, headers: dict[str, str], **content: Any
+    ) -> UpstreamResponse:
+        """Call, within `DEADLINE_SECONDS`; `content` is httpx's. Raises `UpstreamError`, or the breaker's `CircuitOpenError`.
 
         A call that is not safe is tried again only with an `Idempotency-Key`. The request's ID goes with it.
         """
         attempts = ATTEMPTS if method in _SAFE or "Idempotency-Key" in headers else 1
         sent = headers | {"X-Request-ID": request_id()}
-        retries = stamina.retry_context(UpstreamError, attempts=attempts, timeout=DEADLINE_SECONDS, wait_jitter=0.1)
+        retries = stamina.retry_context(
+            UpstreamError, attempts=attempts, timeout=DEADLINE_SECONDS, wait_jitter=0.1
+        )
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 async for attempt in retries:
@@ -61,19 +71,22 @@ class Client:
             pass
         raise UpstreamError(self.upstream, "no answer in time")
 
-    async def _try(self, *request: str, **options: Any) -> Answer:
+    async def _try(self, *request: str, **options: Any) -> UpstreamResponse:
         start, body, outcome = time.perf_counter(), b"", "Cancelled"
         try:
-            async with asyncio.timeout(ATTEMPT_SECONDS), self.http.stream(*request, **options) as response:
+            async with (
+                asyncio.timeout(ATTEMPT_SECONDS),
+                self.http.stream(*request, **options) as response,
+            ):
                 async for part in response.aiter_raw():
                     body += part
-                    if len(body) > MAX_ANSWER_BYTES:
+                    if len(body) > MAX_RESPONSE_BYTES:
                         break
-            outcome = str(response.status_code) if len(body) <= MAX_ANSWER_BYTES else "TooLarge"
+            outcome = str(response.status_code) if len(body) <= MAX_RESPONSE_BYTES else "TooLarge"
         except (httpx.HTTPError, TimeoutError) as error:
             outcome = type(error).__name__
         finally:
             _SECONDS.labels(self.upstream, outcome).observe(time.perf_counter() - start)
         if not outcome.isdigit() or outcome == "429" or int(outcome) >= 500:
             raise UpstreamError(self.upstream, outcome)
-        return Answer(int(outcome), body)
+        return UpstreamResponse(int(outcome), body)

@@ -14,13 +14,19 @@ from fastapi import Depends, Request, Response
 from app.errors import ServiceError
 from app.storage.postgres import Connection
 
-_KEY = re.compile(r'"([ -~]{1,255})"|(?!"")([ -~]{1,255})')  # quoted, as the draft wants it, or bare, as most send it
-_FIND = "select fingerprint, status, headers, body from idempotency_keys where (scope, key) = ($1, $2)"
+_KEY = re.compile(
+    r'"([ -~]{1,255})"|(?!"")([ -~]{1,255})'
+)  # quoted, as the draft wants it, or bare, as most send it
+_FIND = (
+    "select fingerprint, status, headers, body from idempotency_keys where (scope, key) = ($1, $2)"
+)
 _COLUMNS = "scope, key, fingerprint, status, headers, body"
 _STORE = f"insert into idempotency_keys ({_COLUMNS}) values ($1, $2, $3, $4, $5, $6)"  # noqa: S608
 _SCHEMA = {"type": "string", "pattern": '^("[ -~]{1,255}"|[ -~]{1,255})$'}
 #: For `openapi_extra=` of a route.
-DOCS = {"parameters": [{"name": "Idempotency-Key", "in": "header", "required": True, "schema": _SCHEMA}]}
+OPENAPI_PARAMETERS = {
+    "parameters": [{"name": "Idempotency-Key", "in": "header", "required": True, "schema": _SCHEMA}]
+}
 
 
 class IdempotencyError(ServiceError):
@@ -31,7 +37,7 @@ class IdempotencyError(ServiceError):
         super().__init__(detail, {"Retry-After": "1"} if status == 409 else None)
 
 
-class Answer(NamedTuple):
+class StoredResponse(NamedTuple):
     """What is stored with a key, and sent again: a status, header fields, a body of JSON."""
 
     status: int
@@ -40,9 +46,13 @@ class Answer(NamedTuple):
 
 
 async def _key(request: Request) -> str:
-    if found := _KEY.fullmatch("\n".join(request.headers.getlist("idempotency-key"))):  # which refuses two
+    if found := _KEY.fullmatch(
+        "\n".join(request.headers.getlist("idempotency-key"))
+    ):  # which refuses two
         return found[1] or found[2]
-    raise IdempotencyError(400, "The header field Idempotency-Key takes 1 to 255 printable characters.")
+    raise IdempotencyError(
+        400, "The header field Idempotency-Key takes 1 to 255 printable characters."
+    )
 
 
 #: The type of a route's parameter: the key of the request.
@@ -50,7 +60,11 @@ IdempotencyKey = Annotated[str, Depends(_key)]
 
 
 async def once(
-    connection: Connection, scope: str, key: str, content: bytes, work: Callable[[Connection], Awaitable[Answer]]
+    connection: Connection,
+    scope: str,
+    key: str,
+    content: bytes,
+    work: Callable[[Connection], Awaitable[StoredResponse]],
 ) -> Response:
     """Do `work` in a transaction, or answer as before, with `Idempotent-Replayed`. Raises `IdempotencyError`.
 
@@ -72,7 +86,7 @@ async def once(
     return Response(body, status, headers, "application/json")
 
 
-async def forget(connection: Connection, batch: int, hours: int = 24) -> int:
+async def delete_expired(connection: Connection, batch: int, hours: int = 24) -> int:
     """Delete up to `batch` keys that are older, and return how many; several may do so at once."""
     old = "select ctid from idempotency_keys where created_at < now() - make_interval(hours => $1) limit $2"
     query = f"delete from idempotency_keys where ctid = any(array({old} for update skip locked))"  # noqa: S608

@@ -8,7 +8,7 @@ from uuid import UUID
 from app.storage.postgres import Connection
 
 
-async def is_new(connection: Connection, message_id: UUID) -> bool:
+async def claim(connection: Connection, message_id: UUID) -> bool:
     """Tell whether this message has had no effect yet, and note that it has one now.
 
     A second transaction with the same message waits here for the end of the first. Raises `RuntimeError` outside of a
@@ -21,7 +21,7 @@ async def is_new(connection: Connection, message_id: UUID) -> bool:
     return await connection.fetchval(query, message_id) is True
 
 
-async def forget(connection: Connection, batch: int, days: int = 30) -> int:
+async def delete_expired(connection: Connection, batch: int, days: int = 30) -> int:
     """Delete up to `batch` older notes, and return how many. Let none be younger than what may come again."""
     old = "select ctid from inbox where received_at < now() - make_interval(days => $1) limit $2"
     query = f"delete from inbox where ctid = any(array({old} for update skip locked))"  # noqa: S608

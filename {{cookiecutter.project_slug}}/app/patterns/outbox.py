@@ -15,17 +15,24 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from app.storage.postgres import Connection, Database
-from app.tasks import unbroken
+from app.tasks import run_to_completion
 
 BATCH, POLL_SECONDS, PUBLISH_SECONDS, MAX_PAUSE_SECONDS = 200, 0.2, 1.0, 5.0
 _TAKE = "select id, topic, event_id, type, payload from outbox order by id limit $1 for update skip locked"
 _ROWS = Gauge("outbox_backlog_events", "Events that wait.", ["table"], multiprocess_mode="livemax")
-_AGE = Gauge("outbox_lag_seconds", "Age of the oldest event that waits.", ["table"], multiprocess_mode="livemax")
-_BACKLOG = "select count(*), coalesce(extract(epoch from now() - min(created_at)), 0)::float from outbox"
+_AGE = Gauge(
+    "outbox_lag_seconds",
+    "Age of the oldest event that waits.",
+    ["table"],
+    multiprocess_mode="livemax",
+)
+_BACKLOG = (
+    "select count(*), coalesce(extract(epoch from now() - min(created_at)), 0)::float from outbox"
+)
 logger = logging.getLogger("app.outbox")
 
 
-async def write(connection: Connection, topic: str, event_id: UUID, kind: str, payload: str) -> None:
+async def add(connection: Connection, topic: str, event_id: UUID, kind: str, payload: str) -> None:
     """Store an event, unless it waits already; `payload` is JSON. Raises `RuntimeError` outside of a transaction."""
     if not connection.is_in_transaction():
         raise RuntimeError("an event belongs into the transaction of the change that it reports")
@@ -38,8 +45,10 @@ async def relay(database: Database, redis: Redis, max_length: int) -> None:
     pause = 0.0
     while True:
         try:
-            await unbroken(redis.ping())  # first: no connection to the database waits for a Redis that is away
-            found = await unbroken(publish(database, redis, max_length))
+            await run_to_completion(
+                redis.ping()
+            )  # first: no connection to the database waits for a Redis that is away
+            found = await run_to_completion(publish(database, redis, max_length))
             if pause:
                 logger.info("events are published again")
             pause = 0.0
@@ -55,15 +64,27 @@ async def publish(database: Database, redis: Redis, max_length: int) -> int:
     """Publish the oldest events, up to `BATCH`, and return how many. What fails stays, and raises a `RedisError`."""
     async with database.acquire() as connection, connection.transaction():
         rows = await connection.fetch(_TAKE, BATCH)
-        pipeline: Any = redis.pipeline(transaction=False)  # a transaction of Redis would undo nothing
+        pipeline: Any = redis.pipeline(
+            transaction=False
+        )  # a transaction of Redis would undo nothing
         for _, topic, event_id, kind, payload in rows:
-            pipeline.xadd(topic, {"event_id": str(event_id), "type": kind, "payload": payload}, maxlen=max_length)
+            pipeline.xadd(
+                topic,
+                {"event_id": str(event_id), "type": kind, "payload": payload},
+                maxlen=max_length,
+            )
         try:
-            async with asyncio.timeout(PUBLISH_SECONDS):  # for which the connection may wait for Redis
+            async with asyncio.timeout(
+                PUBLISH_SECONDS
+            ):  # for which the connection may wait for Redis
                 answers = await pipeline.execute(raise_on_error=False)
         except TimeoutError as error:  # which here would be taken for the database's
             raise RedisError(f"no answer in {PUBLISH_SECONDS} s") from error
-        refusals = {row["id"]: each for row, each in zip(rows, answers, strict=True) if isinstance(each, Exception)}
+        refusals = {
+            row["id"]: each
+            for row, each in zip(rows, answers, strict=True)
+            if isinstance(each, Exception)
+        }
         sent = [row["id"] for row in rows if row["id"] not in refusals]
         await connection.execute("delete from outbox where id = any($1)", sent)
     for refusal in refusals.values():
@@ -71,7 +92,7 @@ async def publish(database: Database, redis: Redis, max_length: int) -> int:
     return len(rows)
 
 
-async def measure(connection: Connection, _: int) -> int:
+async def update_metrics(connection: Connection, _: int) -> int:
     """Tell the metrics what waits: a work for `batches.repeat`, with nothing left to do."""
     row: Any = await connection.fetchrow(_BACKLOG)
     _ROWS.labels("outbox").set(row[0])

@@ -22,7 +22,9 @@ _COUNT = """
     if left < 1 then count, left = 1, ARGV[1] redis.call('SET', KEYS[1], 1, 'PX', left) end -- new, or just about to end
     return {count, tonumber(left)}
 """
-_OPEN = Counter("rate_limit_unchecked_requests", "Requests let through since Redis did not answer.", ["limit"])
+_OPEN = Counter(
+    "rate_limit_unchecked_requests", "Requests let through since Redis did not answer.", ["limit"]
+)
 _REFUSED = Counter("rate_limit_refused_requests", "Requests over the limit.", ["limit"])
 
 
@@ -46,7 +48,7 @@ class RateLimit:
         if (left := self.refused_until.get(caller, 0.0) - time.monotonic()) > 0:
             raise self._refusal(left)
         key, window = f"rate:{self.name}:{caller}", self.window_seconds * 1000
-        answer = await self.redis.ask(lambda: self.script(keys=[key], args=[window]))
+        answer = await self.redis.call_if_available(lambda: self.script(keys=[key], args=[window]))
         if answer is None:
             _OPEN.labels(self.name).inc()
         elif answer[0] > self.requests:
@@ -57,7 +59,10 @@ class RateLimit:
 
     def _refusal(self, left_seconds: float) -> TooManyError:
         _REFUSED.labels(self.name).inc()
-        seconds, policy = math.ceil(left_seconds), f'"{self.name}";q={self.requests};w={self.window_seconds}'
+        seconds, policy = (
+            math.ceil(left_seconds),
+            f'"{self.name}";q={self.requests};w={self.window_seconds}',
+        )
         fields = {"RateLimit-Policy": policy, "RateLimit": f'"{self.name}";r=0;t={seconds}'}
         return TooManyError("Too many requests.", {"Retry-After": str(seconds), **fields})
 

@@ -8,10 +8,12 @@ from prometheus_client import Gauge
 from redis.exceptions import RedisError, ResponseError
 
 from app.patterns.stream_handler import StreamHandler
-from app.tasks import beside, unbroken
+from app.tasks import background_task, run_to_completion
 
 BEAT_SECONDS, POLL_SECONDS, PAUSE_SECONDS = 1.0, 0.1, 1.0
-_WAITING = Gauge("stream_messages_waiting", "Messages by state: unread, or pending.", ["stream", "state"])
+_WAITING = Gauge(
+    "stream_messages_waiting", "Messages by state: unread, or pending.", ["stream", "state"]
+)
 logger = logging.getLogger("app.stream")
 
 
@@ -19,13 +21,18 @@ class StreamConsumer:
     """Has up to `concurrency` messages under way at once, until `is_stopping` is set."""
 
     def __init__(self, handler: StreamHandler, concurrency: int) -> None:
-        self.handler, self.group, self.concurrency, self.is_stopping = handler, handler.group, concurrency, False
+        self.handler, self.group, self.concurrency, self.is_stopping = (
+            handler,
+            handler.group,
+            concurrency,
+            False,
+        )
         self.under_way: dict[bytes, asyncio.Task[None]] = {}
         self.sources = [self.group.read, self.group.reclaim]
 
     async def run(self, grace_seconds: float) -> None:
         """Work. At the end, finish what is under way, and leave to others what takes longer."""
-        async with beside(self._beat()):
+        async with background_task(self._beat()):
             is_away = False
             while not self.is_stopping:
                 try:
@@ -55,16 +62,24 @@ class StreamConsumer:
                 except ResponseError as error:
                     if not str(error).startswith("NOGROUP"):
                         raise
-                    await self.handler.begin()  # Redis has lost its memory, or never had it
+                    await (
+                        self.handler.on_group_created()
+                    )  # Redis has lost its memory, or never had it
                     await self.group.create()
                     return
                 for message in messages:
                     if message.entry not in self.under_way:
                         found += 1
-                        task = self.under_way[message.entry] = asyncio.create_task(self.handler.serve(message))
-                        task.add_done_callback(lambda _, entry=message.entry: self.under_way.pop(entry))  # type: ignore[misc]
+                        task = self.under_way[message.entry] = asyncio.create_task(
+                            self.handler.serve(message)
+                        )
+                        task.add_done_callback(
+                            lambda _, entry=message.entry: self.under_way.pop(entry)
+                        )  # type: ignore[misc]
         if len(self.under_way) == self.concurrency:
-            await asyncio.wait(self.under_way.values(), timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                self.under_way.values(), timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
         elif not found:
             await asyncio.sleep(POLL_SECONDS)
 
@@ -73,6 +88,6 @@ class StreamConsumer:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             with contextlib.suppress(RedisError, OSError):
-                await unbroken(self.group.touch(self.under_way))
-                for state, number in (await unbroken(self.group.waiting())).items():
+                await run_to_completion(self.group.keep_alive(self.under_way))
+                for state, number in (await run_to_completion(self.group.waiting())).items():
                     _WAITING.labels(self.group.stream, state).set(number)

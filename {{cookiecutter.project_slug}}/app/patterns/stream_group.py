@@ -38,7 +38,9 @@ class StreamGroup:
             if not str(error).startswith("BUSYGROUP"):
                 raise
         else:  # no other consumer was quicker
-            logging.getLogger("app.stream").warning("%s had no group %s, and has one now", self.stream, self.group)
+            logging.getLogger("app.stream").warning(
+                "%s had no group %s, and has one now", self.stream, self.group
+            )
 
     async def read(self, room: int) -> list[Message]:
         """Take up to `room` messages that nobody has taken yet. Raises `ResponseError` without a group."""
@@ -50,30 +52,37 @@ class StreamGroup:
         if time.monotonic() < self.scan_at:
             return []
         idle = int(RECLAIM_SECONDS * 1000)
-        answer = await self.redis.xautoclaim(self.stream, self.group, self.group, idle, self.cursor, room)
+        answer = await self.redis.xautoclaim(
+            self.stream, self.group, self.group, idle, self.cursor, room
+        )
         self.cursor, entries, *_ = answer
         if self.cursor == b"0-0":
             self.scan_at = time.monotonic() + SCAN_SECONDS
         return [Message(*entry) for entry in entries]
 
-    async def touch(self, entries: Iterable[bytes]) -> None:
+    async def keep_alive(self, entries: Iterable[bytes]) -> None:
         """Tell the others that these are being handled."""
         if found := list(entries):
             await self.redis.xclaim(self.stream, self.group, self.group, 0, found, justid=True)
 
-    async def done(self, message: Message) -> None:
+    async def acknowledge(self, message: Message) -> None:
         """Acknowledge a message."""
         await self.redis.xack(self.stream, self.group, message.entry)
 
-    async def park(self, message: Message, reason: str) -> None:
+    async def dead_letter(self, message: Message, reason: str) -> None:
         """Move a message to the dead-letter stream, where an operator finds it with the reason."""
         dead = message.fields | {b"reason": reason.encode(), b"entry": message.entry}
-        await self.redis.xadd(f"{self.stream}.dead", dead, maxlen=MAX_DEAD)  # rather twice than never
-        await self.done(message)
+        await self.redis.xadd(
+            f"{self.stream}.dead", dead, maxlen=MAX_DEAD
+        )  # rather twice than never
+        await self.acknowledge(message)
 
     async def waiting(self) -> dict[str, float]:
         """Return how many messages are `unread`, NaN where Redis does not know, and how many `pending`."""
         groups = {group["name"]: group for group in await self.redis.xinfo_groups(self.stream)}
         group = groups.get(self.group.encode(), {})
         lag = group.get("lag")
-        return {"unread": float("nan") if lag is None else lag, "pending": group.get("pending") or 0}
+        return {
+            "unread": float("nan") if lag is None else lag,
+            "pending": group.get("pending") or 0,
+        }

@@ -28,39 +28,45 @@ _MAKE_DUE = """
 """
 
 
-async def insert(connection: Connection, payment: NewPayment, request_id: str) -> Payment:
+async def create(connection: Connection, payment: NewPayment, request_id: str) -> Payment:
     """Store a payment and return it as stored."""
-    row: Any = await connection.fetchrow(_INSERT, payment.amount, payment.currency, payment.reference, request_id)
+    row: Any = await connection.fetchrow(
+        _INSERT, payment.amount, payment.currency, payment.reference, request_id
+    )
     return Payment(**row)
 
 
-async def find(connection: Connection, payment_id: UUID) -> tuple[Payment, str] | None:
+async def get(connection: Connection, payment_id: UUID) -> tuple[Payment, str] | None:
     """Return the payment, and the ID of the request that it came with; or None."""
     row = await connection.fetchrow(_FIND, payment_id)
     return (Payment(**row), row["request_id"]) if row else None
 
 
-async def page(connection: Connection, limit: int, after: Cursor) -> list[Payment]:
+async def list_page(connection: Connection, limit: int, after: Cursor) -> list[Payment]:
     """Return up to `limit` payments after a place, the newest first."""
     return [Payment(**row) for row in await connection.fetch(_PAGE, *after, limit)]
 
 
 async def settle(connection: Connection, payment_id: UUID) -> None:
     """Note that the payment is charged."""
-    await connection.execute("update payments set status = 'settled' where payment_id = $1", payment_id)
+    await connection.execute(
+        "update payments set status = 'settled' where payment_id = $1", payment_id
+    )
 
 
-async def due(connection: Connection, limit: int) -> list[Payment]:
+async def claim_due(connection: Connection, limit: int) -> list[Payment]:
     """Return payments to announce again: those pending for a minute, then after twice the time of before."""
     return [Payment(**row) for row in await connection.fetch(_DUE, limit)]
 
 
-async def make_due(connection: Connection) -> None:
+async def mark_all_due(connection: Connection) -> None:
     """Make all pending payments due at once, except those that are given up."""
     while await connection.execute(_MAKE_DUE) != "UPDATE 0":
         pass
 
 
-async def give_up(connection: Connection, payment_id: UUID) -> None:
+async def stop_republishing(connection: Connection, payment_id: UUID) -> None:
     """Never announce the payment again, whatever Redis loses."""
-    await connection.execute("update payments set announce_at = 'infinity' where payment_id = $1", payment_id)
+    await connection.execute(
+        "update payments set announce_at = 'infinity' where payment_id = $1", payment_id
+    )

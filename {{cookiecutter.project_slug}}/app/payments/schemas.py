@@ -37,8 +37,12 @@ class NewPayment(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     amount: Annotated[int, Field(strict=True, gt=0, lt=2**63, examples=[1250])]
-    currency: Annotated[str, Field(json_schema_extra={"enum": [*sorted(CURRENCIES)]}), AfterValidator(_currency)]
-    reference: Annotated[str, Field(min_length=1, max_length=64, examples=["order-1"]), AfterValidator(_printable)]
+    currency: Annotated[
+        str, Field(json_schema_extra={"enum": [*sorted(CURRENCIES)]}), AfterValidator(_currency)
+    ]
+    reference: Annotated[
+        str, Field(min_length=1, max_length=64, examples=["order-1"]), AfterValidator(_printable)
+    ]
 
 
 class Payment(BaseModel):

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from app.patterns import idempotency, inbox, outbox
 from app.patterns.cache_aside import Cache
 from app.patterns.pagination import Cursor
-from app.patterns.periodic import repeat
+from app.patterns.periodic import run_periodically
 from app.patterns.rate_limit import RateLimit
 from app.payments import repository
 from app.payments.schemas import NewPayment, Page, Payment
@@ -20,15 +20,18 @@ from app.telemetry.context import request_id
 
 STREAM, CREATED, CACHE = "payment-events", "payment.created", "payments"
 Work = Coroutine[Any, Any, None]
-KEPT_SECONDS = {"pending": 1.0, "settled": 30.0}  # in the cache: Redis may be away when a payment changes
+KEPT_SECONDS = {
+    "pending": 1.0,
+    "settled": 30.0,
+}  # in the cache: Redis may be away when a payment changes
 #: About which the stream is trimmed. An event that is cut off unread is announced again while its payment is pending.
 MAX_EVENTS = 100_000
 
 
-async def announce(connection: Connection, payment: Payment) -> None:
+async def publish_created(connection: Connection, payment: Payment) -> None:
     """Have the event published that says that there is this payment; announced again, it has the same ID."""
     event_id = uuid5(payment.payment_id, CREATED)
-    await outbox.write(connection, STREAM, event_id, CREATED, payment.model_dump_json())
+    await outbox.add(connection, STREAM, event_id, CREATED, payment.model_dump_json())
 
 
 class Payments:
@@ -38,37 +41,62 @@ class Payments:
         self.database, self.redis, self.cache = database, redis, Cache(redis, CACHE)
         self.limit = RateLimit(redis, "payments", settings.rate_limit_per_minute)
 
-    async def take(self, new: NewPayment, key: str, principal: str, root_path: str) -> Response:
+    async def create(self, new: NewPayment, key: str, principal: str, root_path: str) -> Response:
         """Store a payment with its event, once for each key of a principal; answer with it, or as before."""
 
-        async def store(connection: Connection) -> idempotency.Answer:
-            payment = await repository.insert(connection, new, request_id())
-            await announce(connection, payment)
-            headers = {"Location": f"{root_path}/payments/{payment.payment_id}", "Cache-Control": "no-store"}
-            return idempotency.Answer(201, headers, payment.model_dump_json().encode())
+        async def store(connection: Connection) -> idempotency.StoredResponse:
+            payment = await repository.create(connection, new, request_id())
+            await publish_created(connection, payment)
+            headers = {
+                "Location": f"{root_path}/payments/{payment.payment_id}",
+                "Cache-Control": "no-store",
+            }
+            return idempotency.StoredResponse(201, headers, payment.model_dump_json().encode())
 
-        scope, content = f"POST /payments {principal}", new.model_dump_json(exclude_unset=True).encode()
+        scope, content = (
+            f"POST /payments {principal}",
+            new.model_dump_json(exclude_unset=True).encode(),
+        )
         # Safe to do again when the database goes away in the middle, since the key is committed with the payment.
-        return await self.database.retry(lambda connection: idempotency.once(connection, scope, key, content, store))
+        return await self.database.retry(
+            lambda connection: idempotency.once(connection, scope, key, content, store)
+        )
 
-    async def find(self, payment_id: UUID) -> bytes | None:
+    async def get(self, payment_id: UUID) -> bytes | None:
         """Return the payment as JSON, or None."""
 
         async def load() -> tuple[bytes, float] | None:
-            found = await self.database.retry(lambda connection: repository.find(connection, payment_id))
-            return (found[0].model_dump_json().encode(), KEPT_SECONDS[found[0].status]) if found else None
+            found = await self.database.retry(
+                lambda connection: repository.get(connection, payment_id)
+            )
+            return (
+                (found[0].model_dump_json().encode(), KEPT_SECONDS[found[0].status])
+                if found
+                else None
+            )
 
         return await self.cache.get(str(payment_id), load)
 
-    async def page(self, limit: int, after: Cursor) -> Page:
+    async def list_page(self, limit: int, after: Cursor) -> Page:
         """Return up to `limit` payments after a place, the newest first."""
-        items = await self.database.retry(lambda connection: repository.page(connection, limit + 1, after))
+        items = await self.database.retry(
+            lambda connection: repository.list_page(connection, limit + 1, after)
+        )
         last = items[limit - 1] if len(items) > limit else None
-        return Page(items=items[:limit], next_cursor=str(Cursor(last.created_at, last.payment_id)) if last else None)
+        return Page(
+            items=items[:limit],
+            next_cursor=str(Cursor(last.created_at, last.payment_id)) if last else None,
+        )
 
     def work(self) -> tuple[Work, Work]:
         """Return what goes on beside the requests: publishing events; counting what waits, and forgetting old keys."""
-        rest = repeat(self.database, 5, outbox.measure, idempotency.forget, inbox.forget)
+        rest = run_periodically(
+            self.database,
+            5,
+            outbox.update_metrics,
+            idempotency.delete_expired,
+            inbox.delete_expired,
+        )
         return outbox.relay(self.database, self.redis, MAX_EVENTS), rest
 
 

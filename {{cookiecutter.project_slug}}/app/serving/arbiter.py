@@ -17,7 +17,7 @@ class ServiceArbiter(Arbiter):  # type: ignore[misc]
 
     def stop(self, graceful: bool = True) -> None:
         """End the pod. The workers learn it before any of them is signalled."""
-        shared_flags.announce(graceful=graceful)
+        shared_flags.announce_shutdown(graceful=graceful)
         super().stop(graceful)
 
     def reload(self) -> None:
@@ -40,22 +40,22 @@ class ServiceArbiter(Arbiter):  # type: ignore[misc]
         """
         self.metrics.ensure(self.LISTENERS)
         for worker in list(self.WORKERS.values()):
-            if shared_flags.wants_successor(worker.age):
+            if shared_flags.replacement_requested(worker.age):
                 self._replace(worker)
         wanted = self._num_workers
-        self._num_workers += sum(worker.is_leaving for worker in self.WORKERS.values())
+        self._num_workers += sum(worker.is_retiring for worker in self.WORKERS.values())
         try:
             super().manage_workers()
         finally:
             self._num_workers = wanted
 
     def _replace(self, worker: Any) -> None:
-        if not worker.is_leaving:
-            worker.is_leaving = True
+        if not worker.is_retiring:
+            worker.is_retiring = True
             self.spawn_worker()
             self.kill_worker(worker.pid, signal.SIGTERM)
 
 
-def take_over(arbiter: Any) -> None:
+def use_service_arbiter(arbiter: Any) -> None:
     """Make gunicorn's arbiter ours (`when_ready` of gunicorn.conf.py): gunicorn has no setting for its class."""
     arbiter.__class__ = ServiceArbiter

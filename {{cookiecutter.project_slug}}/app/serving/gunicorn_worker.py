@@ -12,7 +12,7 @@ from gunicorn.arbiter import Arbiter
 from uvicorn_worker import UvicornWorker
 
 from app.serving import shared_flags
-from app.serving.http_protocol import ServiceProtocol
+from app.serving.http_protocol import HttpRequestProtocol
 from app.serving.server import ServiceServer
 from app.serving.websocket_protocol import ServiceWebSocket
 
@@ -22,7 +22,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
     CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
         "loop": "uvloop",
-        "http": ServiceProtocol,
+        "http": HttpRequestProtocol,
         "ws": ServiceWebSocket,
         "lifespan": "on",  # with "auto", an error while starting would leave a service that answers 500 to everything
         "server_header": False,
@@ -35,22 +35,22 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         """Prepare, still in the master, what it and the worker share."""
         super().__init__(*args, **kwargs)
         self.config.limit_max_requests = None  # ours asks for a successor first
-        self.is_leaving = False
-        self.faults = tempfile.TemporaryFile(dir=self.cfg.worker_tmp_dir)  # noqa: SIM115 - closed by report()
-        shared_flags.enlist(self.age)
+        self.is_retiring = False
+        self.crash_file = tempfile.TemporaryFile(dir=self.cfg.worker_tmp_dir)  # noqa: SIM115 - closed by log_crash_stacks()
+        shared_flags.reset_flag(self.age)
 
     def init_signals(self) -> None:
         """Have the stacks written where the master finds them, of a loop that is stuck (SIGABRT) and of a crash."""
         super().init_signals()
-        faulthandler.enable(self.faults, all_threads=True)
+        faulthandler.enable(self.crash_file, all_threads=True)
 
-    def report(self) -> None:
+    def log_crash_stacks(self) -> None:
         """Log, in the master, the stacks that this worker left, if it was stuck or has crashed."""
-        with self.faults:
-            self.faults.seek(0)
-            if stacks := self.faults.read().decode(errors="replace"):
+        with self.crash_file:
+            self.crash_file.seek(0)
+            if stacks := self.crash_file.read().decode(errors="replace"):
                 text = "worker %s was stuck, or has crashed; what it was doing is in `stacks`"
-                logging.getLogger("app.serving.gunicorn_worker").critical(text, self.pid, extra={"stacks": stacks})
+                logging.getLogger("app.worker").critical(text, self.pid, extra={"stacks": stacks})
 
     async def _serve(self) -> None:
         settings = self.wsgi.state.settings
@@ -58,7 +58,9 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.app, self.config.root_path = self.wsgi, settings.root_path
         self.config.ws_max_size = settings.max_body_bytes
         server = ServiceServer(self)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT)
+        asyncio.get_running_loop().add_signal_handler(
+            signal.SIGQUIT, server.handle_exit, signal.SIGQUIT
+        )
         # Copies: uvloop closes the file of what it serves, and gunicorn's objects would log an error for it.
         sockets = [own.dup() for own in self.sockets]
         for own in self.sockets:

@@ -12,7 +12,9 @@ def check(path: str = "/health/live") -> bool:
 
     Reads `BIND` and `PORT` itself: app/settings.py would take four times as long, every ten seconds.
     """
-    host, _, port = (os.environ.get("BIND") or f"127.0.0.1:{os.environ.get('PORT') or 8000}").rpartition(":")
+    host, _, port = (
+        os.environ.get("BIND") or f"127.0.0.1:{os.environ.get('PORT') or 8000}"
+    ).rpartition(":")
     here = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))  # noqa: S104 - it is asked, not bound
     connection = http.client.HTTPConnection(here, int(port), timeout=TIMEOUT_SECONDS)
     try:

@@ -7,15 +7,16 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.serving import shared_flags
-from app.serving.http_response import AnsweringProtocol
+from app.serving.http_response import HttpResponseProtocol
+from app.web.limits import REJECTED_STATUS
 
 #: Requests that may wait behind the one that is answered: each costs memory before it is counted anywhere.
 MAX_PIPELINED = 8
 #: Where fields behind a body go: nobody has checked them (RFC 9110, section 6.5.1).
-NOWHERE: deque[tuple[bytes, bytes]] = deque(maxlen=0)
+DISCARD: deque[tuple[bytes, bytes]] = deque(maxlen=0)
 
 
-class ServiceProtocol(AnsweringProtocol):
+class HttpRequestProtocol(HttpResponseProtocol):
     """What it refuses is answered by the app, so that it has an ID, an access line, and is counted."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -26,7 +27,7 @@ class ServiceProtocol(AnsweringProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse, and refuse a head that grows over `MAX_HEADER_BYTES`."""
-        if self.is_deaf:
+        if self.discards_input:
             return
         scope = self.scope
         self.head_bytes += len(data)
@@ -36,7 +37,7 @@ class ServiceProtocol(AnsweringProtocol):
         elif self.scope is not scope:  # it has begun in this read, of which the rest may be a body
             self.head_bytes, self.first_bytes = 0, len(data)
         elif self.head_bytes > self.max_head_bytes and self in self.connections:
-            self.refuse(431)
+            self.reject(431)
 
     def on_headers_complete(self) -> None:
         """Start the request. From the drain on each answer says `Connection: close`."""
@@ -44,40 +45,44 @@ class ServiceProtocol(AnsweringProtocol):
             msg = "too many requests wait for their answers"
             raise ValueError(msg)  # the parser stops, and `send_400_response` follows
         self.head_seconds = 0
-        if self.head_bytes + self.first_bytes > self.max_head_bytes:  # or it is the body that came with it
+        if (
+            self.head_bytes + self.first_bytes > self.max_head_bytes
+        ):  # or it is the body that came with it
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > self.max_head_bytes:
-                self.scope["state"]["refused"] = 431
+                self.scope["state"][REJECTED_STATUS] = 431
         super().on_headers_complete()
         cycle = self.cycle
         if cycle is not None and cycle.scope is self.scope:  # else it is a WebSocket
             cycle.transport = self  # type: ignore[assignment]
-            self.headers = NOWHERE  # type: ignore[assignment]
+            self.headers = DISCARD  # type: ignore[assignment]
             if not self.pipeline:
-                self.answering = cycle
+                self.active_cycle = cycle
             if shared_flags.is_draining() or self.server_state.is_retiring:  # type: ignore[attr-defined]
                 cycle.keep_alive = False
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP."""
-        self.refuse(400)
+        self.reject(400)
 
-    def refuse(self, status: int) -> None:
+    def reject(self, status: int) -> None:
         """Have the app answer with this status, and read no more."""
-        self.is_deaf = True
+        self.discards_input = True
         if self.cycle is None or self.cycle.response_complete:
             if self.scope is None or (self.cycle is not None and self.cycle.scope is self.scope):
                 self.on_message_begin()
-            self.scope["state"]["refused"] = status
-            self.scope.update({"method": "_OTHER", "path": "", "raw_path": b"", "query_string": b""})
-            self._start()
+            self.scope["state"][REJECTED_STATUS] = status
+            self.scope.update(
+                {"method": "_OTHER", "path": "", "raw_path": b"", "query_string": b""}
+            )
+            self._start_rejection()
             return
         self.cycle.keep_alive = False  # behind what is still being answered
         if self.cycle.scope is self.scope and self.cycle.more_body:
-            self.scope["state"]["refused"] = status
+            self.scope["state"][REJECTED_STATUS] = status
             self.cycle.message_event.set()
 
-    def _start(self) -> None:
+    def _start_rejection(self) -> None:
         self.cycle = RequestResponseCycle(
             scope=self.scope,
             transport=self,  # type: ignore[arg-type]
@@ -91,12 +96,12 @@ class ServiceProtocol(AnsweringProtocol):
             keep_alive=False,
             on_response=self.on_response_complete,
         )
-        self.answering = self.cycle
+        self.active_cycle = self.cycle
         self._start_asgi_task(self.cycle, self.app)
 
-    def check(self) -> None:
+    def enforce_timeouts(self) -> None:
         """Close what is idle for `KEEPALIVE_SECONDS`, refuse a head that takes too long; to be called once a second."""
-        if self.is_deaf:
+        if self.discards_input:
             return
         if self.cycle is None or self.cycle.scope is not self.scope:
             self.head_seconds += 1
@@ -104,8 +109,8 @@ class ServiceProtocol(AnsweringProtocol):
                 if self.scope is None:
                     self.transport.close()  # nothing was asked
                 else:
-                    self.refuse(408)
+                    self.reject(408)
         elif self.cycle.response_complete:
             self.idle_seconds += 1
             if self.idle_seconds > self.settings.keepalive_seconds:
-                self.cut()
+                self.abort()

@@ -14,7 +14,7 @@ def is_draining() -> bool:
     return _SHARED[_POD] != 0
 
 
-def is_quick() -> bool:
+def is_quick_shutdown() -> bool:
     """Tell whether the pod is ending with SIGINT or SIGQUIT."""
     return _SHARED[_POD] == _QUICKLY
 
@@ -23,21 +23,21 @@ def _slot(age: int) -> int:
     return 1 + age % (len(_SHARED) - 1)
 
 
-def enlist(age: int) -> None:
+def reset_flag(age: int) -> None:
     """Clear the byte of a worker that is about to be forked; gunicorn counts them by `age`."""
     _SHARED[_slot(age)] = 0
 
 
-def ask_for_successor(age: int) -> None:
+def request_replacement(age: int) -> None:
     """Have the master start another worker, and then retire this one."""
     _SHARED[_slot(age)] = _ASKED
 
 
-def announce(*, graceful: bool) -> None:
+def announce_shutdown(*, graceful: bool) -> None:
     """Tell all workers that the pod ends; a quick end is never taken back."""
     _SHARED[_POD] = max(_SHARED[_POD], _GRACEFULLY if graceful else _QUICKLY)
 
 
-def wants_successor(age: int) -> bool:
+def replacement_requested(age: int) -> bool:
     """Tell whether this worker has asked to be replaced."""
     return _SHARED[_slot(age)] == _ASKED

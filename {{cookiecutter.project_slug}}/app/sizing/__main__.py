@@ -6,9 +6,9 @@ import os
 import sys
 
 from app.settings import load_settings
-from app.sizing.checks import REPLICAS, findings
-from app.sizing.plan import make_plan
-from app.sizing.resources import MEGABYTE, Machine, detect
+from app.sizing.checks import REPLICAS, check_settings
+from app.sizing.plan import plan_workers
+from app.sizing.resources import MEGABYTE, Resources, detect_resources
 
 OVERRIDES = {
     "--workers": "web_concurrency",
@@ -23,29 +23,43 @@ OVERRIDES = {
 
 def main() -> int:
     """Explain the plan on stdout; return 1 if something is incoherent."""
-    found_here = detect()
+    found_here = detect_resources()
     about = "Explain how many workers and connections this service runs here, and what is incoherent (exit 1)."
     parser = argparse.ArgumentParser(prog="python -m app.sizing", description=about)
-    parser.add_argument("--cpus", type=float, default=found_here.cpus, help="CPUs (found: %(default)g)")
-    parser.add_argument("--memory-mb", type=int, default=found_here.megabytes, help="memory (found: %(default)s)")
-    parser.add_argument("--replicas", type=int, default=REPLICAS, help="most pods of a release (default: %(default)s)")
+    parser.add_argument(
+        "--cpus", type=float, default=found_here.cpus, help="CPUs (found: %(default)g)"
+    )
+    parser.add_argument(
+        "--memory-mb", type=int, default=found_here.megabytes, help="memory (found: %(default)s)"
+    )
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        default=REPLICAS,
+        help="most pods of a release (default: %(default)s)",
+    )
     for option, name in OVERRIDES.items():
         parser.add_argument(option, dest=name.upper(), help=f"another {name.upper()}")
     options = vars(parser.parse_args())
     for name in ("cpus", "memory_mb", "replicas"):
         if not 0 < options[name] < math.inf:
             parser.error(f"--{name.replace('_', '-')} {options[name]}: takes a number over 0")
-    os.environ.update({name: value for name, value in options.items() if name.isupper() and value is not None})
-    settings, machine = load_settings(), Machine(options["cpus"], options["memory_mb"] * MEGABYTE)
+    os.environ.update(
+        {name: value for name, value in options.items() if name.isupper() and value is not None}
+    )
+    settings, machine = load_settings(), Resources(options["cpus"], options["memory_mb"] * MEGABYTE)
     if machine[:2] == (found_here.cpus, found_here.megabytes * MEGABYTE):
         machine = found_here
-    decided = make_plan(settings, machine)
-    found = findings(settings, machine, decided.workers, options["replicas"])
+    decided = plan_workers(settings, machine)
+    found = check_settings(settings, machine, decided.workers, options["replicas"])
     sys.stdout.write(
         f"{machine.cpus:g} CPUs, {machine.megabytes} MB, up to {options['replicas']} pods\n"
-        f"workers      {decided.workers}: {decided.reasons}\n"
+        f"workers      {decided.workers}: {decided.explanation}\n"
         f"connections  {settings.database_max_connections} for the pod, {decided.connections_per_worker} per worker\n"
-        + ("".join(f"WARNING      {text}\n" for text in found) or "no warnings: the settings agree with each other\n")
+        + (
+            "".join(f"WARNING      {text}\n" for text in found)
+            or "no warnings: the settings agree with each other\n"
+        )
     )
     return 1 if found else 0
 

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from app.settings import Settings
-from app.sizing.resources import Machine
+from app.sizing.resources import Resources
 
 USABLE_MEMORY = 0.8  # of the limit; the rest is for peaks
 BASE_MEMORY_MB = 80  # the gunicorn master and the metrics process
@@ -15,26 +15,37 @@ class Plan(NamedTuple):
 
     workers: int
     connections_per_worker: int
-    reasons: str
+    explanation: str
 
 
-def make_plan(settings: Settings, machine: Machine) -> Plan:
+def plan_workers(settings: Settings, machine: Resources) -> Plan:
     """Decide: `WEB_CONCURRENCY` wins; else one worker per CPU, bounded by memory and `MAX_WORKERS`, at least 1.
 
     One async worker keeps one CPU busy; the popular 2 x CPU + 1 is for sync workers. Measured on 2 CPUs with Postgres:
     2 workers serve 1.36 times what one does, 5 workers 1.17 times; under a quota of one CPU p99 grows fourfold.
     """
-    workers, reasons = settings.web_concurrency or 0, f"WEB_CONCURRENCY={settings.web_concurrency}"
+    workers, explanation = (
+        settings.web_concurrency or 0,
+        f"WEB_CONCURRENCY={settings.web_concurrency}",
+    )
     if not workers:
         workers = max(1, math.floor(machine.cpus * settings.workers_per_core + 0.25))
-        reasons = f"{machine.cpus:g} CPUs ({machine.cpus_from}) x WORKERS_PER_CORE={settings.workers_per_core:g}"
-        if (carried := carried_workers(settings, machine)) < workers:
-            workers, reasons = carried, f"{reasons}; {machine.megabytes} MB ({machine.memory_from}) carry {carried}"
+        explanation = f"{machine.cpus:g} CPUs ({machine.cpu_source}) x WORKERS_PER_CORE={settings.workers_per_core:g}"
+        if (carried := workers_by_memory(settings, machine)) < workers:
+            workers, explanation = (
+                carried,
+                f"{explanation}; {machine.megabytes} MB ({machine.memory_source}) carry {carried}",
+            )
         if settings.max_workers and settings.max_workers < workers:
-            workers, reasons = settings.max_workers, f"{reasons}; MAX_WORKERS={settings.max_workers}"
-    return Plan(workers, max(2, settings.database_max_connections // workers), reasons)
+            workers, explanation = (
+                settings.max_workers,
+                f"{explanation}; MAX_WORKERS={settings.max_workers}",
+            )
+    return Plan(workers, max(2, settings.database_max_connections // workers), explanation)
 
 
-def carried_workers(settings: Settings, machine: Machine) -> int:
+def workers_by_memory(settings: Settings, machine: Resources) -> int:
     """Return how many workers the memory carries, at least 1."""
-    return max(1, int((machine.megabytes * USABLE_MEMORY - BASE_MEMORY_MB) // settings.worker_memory_mb))
+    return max(
+        1, int((machine.megabytes * USABLE_MEMORY - BASE_MEMORY_MB) // settings.worker_memory_mb)
+    )

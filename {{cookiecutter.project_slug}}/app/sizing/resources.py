@@ -8,13 +8,13 @@ from typing import NamedTuple
 MEGABYTE = 1 << 20
 
 
-class Machine(NamedTuple):
+class Resources(NamedTuple):
     """CPUs, fractions included, and memory in bytes; with where each was read."""
 
     cpus: float
     memory_bytes: int
-    cpus_from: str = "given"
-    memory_from: str = "given"
+    cpu_source: str = "given"
+    memory_source: str = "given"
 
     @property
     def megabytes(self) -> int:
@@ -22,26 +22,33 @@ class Machine(NamedTuple):
         return self.memory_bytes // MEGABYTE
 
 
-def detect(root: Path = Path("/")) -> Machine:
+def detect_resources(root: Path = Path("/")) -> Resources:
     """Read the limits below `root`: cgroup v1 and v2, every ancestor, since any of them may hold the limit.
 
     `os.cpu_count()` and psutil know nothing of quotas: both say 2 in a container with 0.5 CPU and 256 MB.
     """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     cpus = [(float(affinity), "the host's CPUs")]
     memory = [(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "the host's memory")]
     for group in _groups(root):
         v1 = f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
-        for text, source in ((_read(group / "cpu.max"), "cgroup v2 cpu.max"), (v1, "cgroup v1 cpu.cfs_quota_us")):
+        for text, source in (
+            (_read(group / "cpu.max"), "cgroup v2 cpu.max"),
+            (v1, "cgroup v1 cpu.cfs_quota_us"),
+        ):
             quota, _, period = text.partition(" ")
-            cpus += [(int(quota) / int(period), source)] if quota.isdigit() and period.isdigit() else []
+            cpus += (
+                [(int(quota) / int(period), source)] if quota.isdigit() and period.isdigit() else []
+            )
         for text, source in (
             (_read(group / "memory.max"), "cgroup v2 memory.max"),
             (_read(group / "memory.limit_in_bytes"), "cgroup v1 memory.limit_in_bytes"),
         ):
             memory += [(int(text), source)] if text.isdigit() else []
-    (count, cpus_from), (size, memory_from) = min(cpus), min(memory)
-    return Machine(count, size, cpus_from, memory_from)
+    (count, cpu_source), (size, memory_source) = min(cpus), min(memory)
+    return Resources(count, size, cpu_source, memory_source)
 
 
 def _groups(root: Path) -> Iterator[Path]:
@@ -49,8 +56,14 @@ def _groups(root: Path) -> Iterator[Path]:
     mounts = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        for mount in (mounts / controllers, *(mounts / name for name in controllers.split(",")), mounts / "unified"):
-            folder = mount / path.lstrip("/")  # below a namespace /proc shows the host's path, but not the mount
+        for mount in (
+            mounts / controllers,
+            *(mounts / name for name in controllers.split(",")),
+            mounts / "unified",
+        ):
+            folder = mount / path.lstrip(
+                "/"
+            )  # below a namespace /proc shows the host's path, but not the mount
             yield from (group for group in (folder, *folder.parents) if group.is_relative_to(mount))
 
 

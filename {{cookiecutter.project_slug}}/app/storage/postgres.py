@@ -12,7 +12,13 @@ from fastapi import Depends, Request
 
 from app.errors import UnavailableError
 from app.settings import Settings
-from app.storage.postgres_errors import AWAY, LOST, ImpatientConnection, ServerAwayError, told_from_bugs
+from app.storage.postgres_errors import (
+    CONNECTION_ERRORS,
+    SHUTDOWN_ERRORS,
+    BoundedCancelConnection,
+    ConnectionLostError,
+    translate_errors,
+)
 
 #: Seconds that connecting may take.
 CONNECT_TIMEOUT_SECONDS = 3.0
@@ -41,11 +47,13 @@ class Database:
             timeout=CONNECT_TIMEOUT_SECONDS,
             command_timeout=settings.database_command_timeout_seconds,
             statement_cache_size=settings.database_statement_cache_size,
-            connection_class=ImpatientConnection,
+            connection_class=BoundedCancelConnection,
             server_settings={"application_name": settings.service_name},
         )
         self.probe: asyncpg.Connection | None = None
-        self.away_since: float | None = None  # when it was found away first, after it had answered
+        self.unavailable_since: float | None = (
+            None  # when it was found away first, after it had answered
+        )
 
     async def __aenter__(self) -> Self:
         await self.pool
@@ -69,11 +77,11 @@ class Database:
         """
         connection = await self._connect()
         try:
-            with told_from_bugs(connection):
+            with translate_errors(connection):
                 yield connection
-            self.away_since = None
+            self.unavailable_since = None
         finally:
-            with contextlib.suppress(asyncpg.PostgresError, *LOST):
+            with contextlib.suppress(asyncpg.PostgresError, *CONNECTION_ERRORS):
                 await self.pool.release(connection)
 
     async def retry(self, work: Callable[[Connection], Awaitable[Result]]) -> Result:
@@ -87,8 +95,8 @@ class Database:
             try:
                 async with self.acquire() as connection:
                     return await work(connection)
-            except ServerAwayError:
-                if not await self._pause(tries):
+            except ConnectionLostError:
+                if not await self._back_off(tries):
                     raise
             tries += 1
 
@@ -96,21 +104,23 @@ class Database:
         tries = 0
         while True:
             try:
-                return await self.pool.acquire(timeout=self.settings.database_acquire_timeout_seconds)
+                return await self.pool.acquire(
+                    timeout=self.settings.database_acquire_timeout_seconds
+                )
             except TimeoutError as error:
                 raise UnavailableError("No connection to the database was free in time.") from error
-            except (*AWAY, OSError, asyncpg.InternalClientError) as error:
-                if not await self._pause(tries):
-                    raise ServerAwayError("The database is not available.") from error
+            except (*SHUTDOWN_ERRORS, OSError, asyncpg.InternalClientError) as error:
+                if not await self._back_off(tries):
+                    raise ConnectionLostError("The database is not available.") from error
             except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # it does not want us
                 raise UnavailableError("The database is not available.") from error
             tries += 1
 
-    async def _pause(self, tries: int) -> bool:
+    async def _back_off(self, tries: int) -> bool:
         """Wait a little and return True in an outage that is young; in a longer one everybody fails at once."""
         now = time.monotonic()
-        self.away_since = self.away_since or now
-        if now - self.away_since >= self.settings.database_retry_seconds:
+        self.unavailable_since = self.unavailable_since or now
+        if now - self.unavailable_since >= self.settings.database_retry_seconds:
             return False
         await asyncio.sleep(min(tries * PAUSE_SECONDS, MAX_PAUSE_SECONDS) * random.random())  # noqa: S311 - to keep callers apart
         return True
@@ -119,23 +129,25 @@ class Database:
         """Ask the server for nothing over readiness' own connection; raises whatever is wrong."""
         probe, self.probe = self.probe, None
         try:
-            if probe is None or not await _answers(probe):
+            if probe is None or not await _is_usable(probe):
                 probe = await asyncpg.connect(self.url, statement_cache_size=0)
                 await probe.execute("select")
-        except BaseException as error:  # a timeout of the caller too: what is in flight on this connection is unknown
+        except (
+            BaseException
+        ) as error:  # a timeout of the caller too: what is in flight on this connection is unknown
             if probe is not None:
                 probe.terminate()
-            if isinstance(error, (*AWAY, OSError)):
-                self.away_since = self.away_since or time.monotonic()
+            if isinstance(error, (*SHUTDOWN_ERRORS, OSError)):
+                self.unavailable_since = self.unavailable_since or time.monotonic()
             raise
-        self.probe, self.away_since = probe, None
+        self.probe, self.unavailable_since = probe, None
 
 
-async def _answers(connection: asyncpg.Connection) -> bool:
+async def _is_usable(connection: asyncpg.Connection) -> bool:
     """Tell whether a connection still works; one that was closed while it was idle says nothing of the server."""
     try:
         await connection.execute("select")
-    except (*AWAY, *LOST):
+    except (*SHUTDOWN_ERRORS, *CONNECTION_ERRORS):
         connection.terminate()
         return False
     return True

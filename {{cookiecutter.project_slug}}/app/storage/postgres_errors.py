@@ -12,7 +12,7 @@ from app.errors import UnavailableError
 #: Seconds for a server to acknowledge that a command is to end, or the connection is given up.
 CANCEL_TIMEOUT_SECONDS = 0.5
 #: What a server says that goes away, restarts, or starts.
-AWAY = (
+SHUTDOWN_ERRORS = (
     asyncpg.PostgresConnectionError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
@@ -21,18 +21,18 @@ AWAY = (
 )
 #: What a lost connection raises, and bugs too. InternalClientError is what asyncpg 0.32 raises when the server closed
 #: an idle connection just before it was used.
-LOST = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 #: What a server says that answers, but takes no changes: a standby, or one whose disk is full.
-UNWRITABLE = (asyncpg.ReadOnlySQLTransactionError, asyncpg.InsufficientResourcesError)
+READ_ONLY_ERRORS = (asyncpg.ReadOnlySQLTransactionError, asyncpg.InsufficientResourcesError)
 #: What a command raises that takes too long: for us, or for the server's own `statement_timeout`.
-SLOW = (TimeoutError, asyncpg.QueryCanceledError)
+TIMEOUT_ERRORS = (TimeoutError, asyncpg.QueryCanceledError)
 
 
-class ServerAwayError(UnavailableError):
+class ConnectionLostError(UnavailableError):
     """The server went away, or cannot be reached; what it was told last may have been done, or not."""
 
 
-class ImpatientConnection(asyncpg.Connection):
+class BoundedCancelConnection(asyncpg.Connection):
     """Tells the server to cancel a command that takes too long, as asyncpg does, but does not wait long for it.
 
     A rollback would wait for as long as a command may take, and a frozen server would cost a transaction that twice.
@@ -48,22 +48,22 @@ class ImpatientConnection(asyncpg.Connection):
 
 
 @contextlib.contextmanager
-def told_from_bugs(connection: asyncpg.pool.PoolConnectionProxy) -> Iterator[None]:
-    """Raise `ServerAwayError` for a lost connection, `UnavailableError` for a server that is slow or only reads."""
+def translate_errors(connection: asyncpg.pool.PoolConnectionProxy) -> Iterator[None]:
+    """Raise `ConnectionLostError` for a lost connection, `UnavailableError` for a server that is slow or only reads."""
     try:
         yield
-    except (*AWAY, *LOST, *SLOW, *UNWRITABLE) as raised:
+    except (*SHUTDOWN_ERRORS, *CONNECTION_ERRORS, *TIMEOUT_ERRORS, *READ_ONLY_ERRORS) as raised:
         error = _origin(raised)
         if isinstance(error, asyncio.CancelledError):
             raise error from None
-        if isinstance(error, SLOW):
+        if isinstance(error, TIMEOUT_ERRORS):
             raise UnavailableError("The database took too long.") from error
-        if isinstance(error, UNWRITABLE):
+        if isinstance(error, READ_ONLY_ERRORS):
             connection.terminate()  # the next connection may be one to a new primary
             raise UnavailableError("The database takes no changes.") from error
-        if isinstance(error, LOST) and not _is_lost(connection):
+        if isinstance(error, CONNECTION_ERRORS) and not _is_lost(connection):
             raise  # a bug, such as a wrong number of arguments, or another service's failure
-        raise ServerAwayError("The database did not answer.") from error
+        raise ConnectionLostError("The database did not answer.") from error
 
 
 def _origin(error: BaseException) -> BaseException:

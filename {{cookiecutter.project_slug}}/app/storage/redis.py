@@ -19,7 +19,7 @@ RETRIES, BACKOFF = 3, EqualJitterBackoff(base=0.05, cap=0.3)
 MAX_CONNECTIONS = 20
 
 
-def connect(settings: Settings, max_connections: int = MAX_CONNECTIONS) -> Redis:
+def create_redis(settings: Settings, max_connections: int = MAX_CONNECTIONS) -> Redis:
     """Return a client that connects on first use; close it with `aclose()`."""
     pool = BlockingConnectionPool.from_url(
         settings.redis_url.get_secret_value(),
@@ -33,10 +33,10 @@ def connect(settings: Settings, max_connections: int = MAX_CONNECTIONS) -> Redis
     return Redis.from_pool(pool)
 
 
-async def _cache(request: Request) -> Redis:
-    cache: Redis = request.state.cache
-    return cache
+async def _redis(request: Request) -> Redis:
+    redis: Redis = request.state.redis
+    return redis
 
 
-#: Use as the type of a route's parameter: `async def route(cache: CacheDependency)`.
-CacheDependency = Annotated[Redis, Depends(_cache)]
+#: Use as the type of a route's parameter: `async def route(redis: RedisDependency)`.
+RedisDependency = Annotated[Redis, Depends(_redis)]

@@ -14,9 +14,9 @@ from app.settings import Settings
 from app.telemetry import logs
 
 #: A pipe takes up to so many bytes whole, so that lines of several processes do not mix (POSIX, PIPE_BUF).
-PART_BYTES = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
+CHUNK_BYTES = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
 #: What may wait for a reader that does not read; beyond it lines are dropped, and counted.
-MAX_WAITING_BYTES = 1 << 20
+MAX_PENDING_BYTES = 1 << 20
 #: For which the end waits for a reader, at each part.
 CLOSE_MS = 500
 
@@ -28,16 +28,16 @@ class AccessLog:
         """Take what is to be told the number of lines that were dropped."""
         self.logger = logging.getLogger("access")
         self.is_enabled = self.logger.isEnabledFor(logging.INFO)
-        self.writes_json = logs.wants_json(settings)
+        self.writes_json = logs.uses_json(settings)
         self.delay_seconds = settings.access_log_flush_ms / 1000
         self.dropped = dropped
         constant: dict[str, Any] = {"level": "info", "logger": "access", "message": "request"}
         constant |= {"service": settings.service_name, "pid": os.getpid()}
         self.constant = b'Z",' + orjson.dumps(constant)[1:-1] + b","
         self.second, self.head = 0, b""  # the start of a line changes once a second
-        self.part = bytearray()
-        self.waiting: list[bytes] = []
-        self.waiting_bytes = 0
+        self.chunk = bytearray()
+        self.pending: list[bytes] = []
+        self.pending_bytes = 0
         self.timer: asyncio.TimerHandle | None = None
         self.stdout = select.poll()
         self.stdout.register(1, select.POLLOUT)
@@ -53,54 +53,63 @@ class AccessLog:
         second = int(now)
         if second != self.second:
             self.second = second
-            self.head = time.strftime('{"timestamp":"%Y-%m-%dT%H:%M:%S.', time.gmtime(second)).encode()
-        line = b"%b%03d%b%b\n" % (self.head, (now - second) * 1000, self.constant, orjson.dumps(fields)[1:])
-        if len(self.part) + len(line) > PART_BYTES:
-            self._end_part()
-        self.part += line
+            self.head = time.strftime(
+                '{"timestamp":"%Y-%m-%dT%H:%M:%S.', time.gmtime(second)
+            ).encode()
+        line = b"%b%03d%b%b\n" % (
+            self.head,
+            (now - second) * 1000,
+            self.constant,
+            orjson.dumps(fields)[1:],
+        )
+        if len(self.chunk) + len(line) > CHUNK_BYTES:
+            self._seal_chunk()
+        self.chunk += line
         if not self.delay_seconds:
             self.flush()
         elif self.timer is None:
             self.timer = asyncio.get_running_loop().call_later(self.delay_seconds, self.flush)
 
-    def _end_part(self) -> None:
+    def _seal_chunk(self) -> None:
         """Pass on what is full. A reader that does not read must not stop the service."""
-        if self.waiting_bytes < MAX_WAITING_BYTES:
-            self.waiting.append(bytes(self.part))
-            self.waiting_bytes += len(self.part)
+        if self.pending_bytes < MAX_PENDING_BYTES:
+            self.pending.append(bytes(self.chunk))
+            self.pending_bytes += len(self.chunk)
         else:
-            self.dropped(self.part.count(b"\n"))
-        self.part.clear()
-        self._write_waiting()
+            self.dropped(self.chunk.count(b"\n"))
+        self.chunk.clear()
+        self._write_pending()
 
-    def _write_waiting(self) -> None:
+    def _write_pending(self) -> None:
         written = 0
-        for part in self.waiting:
+        for chunk in self.pending:
             if not self.stdout.poll(0):
                 break
             try:
-                logs.write(part)
+                logs.write_stdout(chunk)
             except OSError:  # nobody will ever read it
-                self.dropped(part.count(b"\n"))
+                self.dropped(chunk.count(b"\n"))
             written += 1
-            self.waiting_bytes -= len(part)
-        del self.waiting[:written]
+            self.pending_bytes -= len(chunk)
+        del self.pending[:written]
 
     def flush(self) -> None:
         """Write all lines, as far as somebody reads them."""
         self.timer = None
-        if self.part:
-            self._end_part()
+        if self.chunk:
+            self._seal_chunk()
         else:
-            self._write_waiting()
-        if self.waiting:
-            self.timer = asyncio.get_running_loop().call_later(max(self.delay_seconds, 0.1), self.flush)
+            self._write_pending()
+        if self.pending:
+            self.timer = asyncio.get_running_loop().call_later(
+                max(self.delay_seconds, 0.1), self.flush
+            )
 
     def close(self) -> None:
         """Write what is left, as long as it is read; what is not is dropped, and counted."""
         self.flush()
-        while self.waiting and self.stdout.poll(CLOSE_MS):
-            self._write_waiting()
-        for part in self.waiting:
-            self.dropped(part.count(b"\n"))
-        self.waiting.clear()
+        while self.pending and self.stdout.poll(CLOSE_MS):
+            self._write_pending()
+        for chunk in self.pending:
+            self.dropped(chunk.count(b"\n"))
+        self.pending.clear()

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 #: Seconds, as OpenTelemetry's conventions advise for `http.server.request.duration`.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 #: After which a worker hands over what it has counted; the metrics process waits for that.
-FOLD_SECONDS = 0.1
+FLUSH_SECONDS = 0.1
 
 
 class HttpMetrics:
@@ -26,17 +26,22 @@ class HttpMetrics:
         self.duration = Histogram(name, text, labels, buckets=BUCKETS, registry=registry)
         name, text = "http_server_active_requests", "Requests being served now."
         self.active = Gauge(name, text, registry=registry, multiprocess_mode="livesum")
-        name, text = "access_log_dropped_lines", "Access lines that were dropped since nobody read stdout."
+        name, text = (
+            "access_log_dropped_lines",
+            "Access lines that were dropped since nobody read stdout.",
+        )
         self.dropped_lines = Counter(name, text, registry=registry)
         self.in_flight = in_flight
-        self.counts: dict[tuple[str, str, int], list[float]] = {}  # for each bucket, then the seconds in all
+        self.counts: dict[
+            tuple[str, str, int], list[float]
+        ] = {}  # for each bucket, then the seconds in all
         self.is_scheduled = False
 
-    def schedule(self) -> None:
+    def schedule_flush(self) -> None:
         """Fold soon."""
         if not self.is_scheduled:
             self.is_scheduled = True
-            asyncio.get_running_loop().call_later(FOLD_SECONDS, self.fold)
+            asyncio.get_running_loop().call_later(FLUSH_SECONDS, self.flush)
 
     def record(self, labels: tuple[str, str, int], seconds: float) -> None:
         """Count a request by method, route and status."""
@@ -46,9 +51,9 @@ class HttpMetrics:
         counts[bisect_left(BUCKETS, seconds)] += 1
         counts[-1] += seconds
         if not self.is_scheduled:
-            self.schedule()
+            self.schedule_flush()
 
-    def fold(self) -> None:
+    def flush(self) -> None:
         """Hand over what was counted since the last time."""
         self.is_scheduled = False
         self.active.set(len(self.in_flight))

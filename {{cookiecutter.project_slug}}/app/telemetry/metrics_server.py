@@ -20,13 +20,13 @@ from wsgiref.simple_server import WSGIServer, make_server
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer, _SilentHandler
 
-from app.telemetry.multiprocess import AllWorkers, prepare
+from app.telemetry.multiprocess import WorkersCollector, claim_directory
 
 
-def _listen(address: str, folder: Path) -> WSGIServer:
+def _listen(address: str, directory: Path) -> WSGIServer:
     """Return a server of `GET /metrics` on `host:port`. Raises `OSError` if it cannot listen there."""
     registry = CollectorRegistry()
-    registry.register(AllWorkers(folder))
+    registry.register(WorkersCollector(directory))
     metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -35,7 +35,7 @@ def _listen(address: str, folder: Path) -> WSGIServer:
             try:
                 return metrics(environ, start_response)
             except Exception:  # wsgiref would print the traceback, which is no line of the log
-                logging.getLogger("app.telemetry.http_metrics").exception("a scrape failed")
+                logging.getLogger("app.metrics").exception("a scrape failed")
                 status, text = "500 Internal Server Error", b"the scrape failed; the log says why\n"
         start_response(status, [("Content-Type", "text/plain")])
         return [text]
@@ -49,17 +49,23 @@ def _listen(address: str, folder: Path) -> WSGIServer:
 class MetricsProcess:
     """Serves `GET /metrics` on `host:port` from a process that is forked from this one."""
 
-    def __init__(self, address: str, folder: Path) -> None:
-        """Listen, and take the folder. Raises `SystemExit` with one line that names the setting in the way."""
+    def __init__(self, address: str, directory: Path) -> None:
+        """Listen, and take the directory. Raises `SystemExit` with one line that names the setting in the way."""
         try:
-            self.server = _listen(address, folder)
+            self.server = _listen(address, directory)
         except OSError as error:
-            sys.exit(f"configuration error: METRICS_BIND={address}: cannot listen there: {error.strerror}")
+            sys.exit(
+                f"configuration error: METRICS_BIND={address}: cannot listen there: {error.strerror}"
+            )
         try:
-            self.owner = prepare(folder)
+            self.owner = claim_directory(directory)
         except OSError as error:
-            why = "another instance uses it" if isinstance(error, BlockingIOError) else error.strerror
-            sys.exit(f"configuration error: PROMETHEUS_MULTIPROC_DIR={folder}: {why}; name another folder")
+            why = (
+                "another instance uses it" if isinstance(error, BlockingIOError) else error.strerror
+            )
+            sys.exit(
+                f"configuration error: PROMETHEUS_MULTIPROC_DIR={directory}: {why}; name another directory"
+            )
         self.pid = 0
 
     def ensure(self, inherited: Iterable[Any] = ()) -> None:
@@ -73,7 +79,14 @@ class MetricsProcess:
         for listener in inherited:
             listener.close()
         # Signals are the master's, and a terminal or an init sends them to all: nobody sends this one.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+            signal.SIGHUP,
+            signal.SIGQUIT,
+            signal.SIGUSR1,
+            signal.SIGUSR2,
+        ):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""The folder where workers keep their counts: owned by one instance, emptied of the dead, read on each scrape."""
+"""The directory where workers keep their counts: owned by one instance, emptied of the dead, read on each scrape."""
 
 import contextlib
 import fcntl
@@ -13,62 +13,62 @@ from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from app.telemetry.http_metrics import FOLD_SECONDS
+from app.telemetry.http_metrics import FLUSH_SECONDS
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, operation: int) -> Iterator[None]:
-    with (folder / ".lock").open("a") as file:
+def _locked(directory: Path, operation: int) -> Iterator[None]:
+    with (directory / ".lock").open("a") as file:
         fcntl.flock(file, operation)
         yield
 
 
-def prepare(folder: Path) -> IO[str]:
-    """Make the folder and empty it of an earlier run's files. Keep what this returns: it keeps other instances out.
+def claim_directory(directory: Path) -> IO[str]:
+    """Make the directory and empty it of an earlier run's files. Keep what this returns: it keeps other instances out.
 
-    Raises `OSError` if the folder cannot be used, or is another instance's: the two would erase each other's counts.
+    Raises `OSError` if the directory cannot be used, or is another instance's: the two would erase each other's counts.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    owner = (folder / ".owner").open("a")
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owner = (directory / ".owner").open("a")
     try:
         fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         owner.close()
         raise
-    for file in folder.glob("*.db"):
+    for file in directory.glob("*.db"):
         file.unlink()
     return owner
 
 
-def fold(folder: Path, pid: int) -> None:
+def archive_worker(directory: Path, pid: int) -> None:
     """Add a dead worker's counts to the archive and delete its files; what a killed one left half-written is lost.
 
     prometheus_client keeps the files of the dead for ever: after 1,000 recycled workers a scrape takes 1.5 s.
     """
-    with _locked(folder, fcntl.LOCK_EX):
-        for file in folder.glob(f"*_{pid}.db"):
+    with _locked(directory, fcntl.LOCK_EX):
+        for file in directory.glob(f"*_{pid}.db"):
             kind, values = file.name.split("_")[0], []
             try:
                 values = list(MmapedDict.read_all_values_from_file(str(file)))
             except Exception:
-                logging.getLogger("app.telemetry.http_metrics").exception("the counts in %s are lost", file.name)
+                logging.getLogger("app.metrics").exception("the counts in %s are lost", file.name)
             if values and kind != "gauge":  # a gauge ends with its process
-                archive = MmapedDict(str(folder / f"{kind}_archive.db"))
+                archive = MmapedDict(str(directory / f"{kind}_archive.db"))
                 for key, value, _, _ in values:
                     archive.write_value(key, archive.read_value(key)[0] + value, 0.0)
                 archive.close()
             file.unlink()
 
 
-class AllWorkers(Collector):
+class WorkersCollector(Collector):
     """Collects the values of all workers, dead and alive."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
 
     def collect(self) -> Iterable[Metric]:  # noqa: D102
-        time.sleep(1.5 * FOLD_SECONDS)  # what was answered before the scrape is in it
-        with _locked(self.folder, fcntl.LOCK_SH):
+        time.sleep(1.5 * FLUSH_SECONDS)  # what was answered before the scrape is in it
+        with _locked(self.directory, fcntl.LOCK_SH):
             # A worker makes a file, and gives it its size a moment later: prometheus_client fails in between.
-            files = [str(file) for file in self.folder.glob("*.db") if file.stat().st_size]
+            files = [str(file) for file in self.directory.glob("*.db") if file.stat().st_size]
             return list(MultiProcessCollector.merge(files))

@@ -16,15 +16,23 @@ class WorkerMetrics:
     def __init__(self) -> None:
         registry = CollectorRegistry()
 
-        def gauge(name: str, text: str, labels: tuple[str, ...] = (), mode: Any = "livesum") -> Gauge:
+        def gauge(
+            name: str, text: str, labels: tuple[str, ...] = (), mode: Any = "livesum"
+        ) -> Gauge:
             return Gauge(name, text, labels, registry=registry, multiprocess_mode=mode)
 
         pool, state = "db_client_connection_pool_name", "db_client_connection_state"
         gauge("worker_processes", "Workers that serve.").set(1)
-        self.memory = gauge("worker_resident_memory_bytes", "Resident memory of each worker.", mode="liveall")
+        self.memory = gauge(
+            "worker_resident_memory_bytes", "Resident memory of each worker.", mode="liveall"
+        )
         self.up = gauge("dependency_up", "1 if it answers all workers.", ("dependency",), "livemin")
-        self.connections = gauge("db_client_connection_count", "Connections, idle or used.", (pool, state))
-        self.most_connections = gauge("db_client_connection_max", "Connections that a pool may have.", (pool,))
+        self.connections = gauge(
+            "db_client_connection_count", "Connections, idle or used.", (pool, state)
+        )
+        self.most_connections = gauge(
+            "db_client_connection_max", "Connections that a pool may have.", (pool,)
+        )
 
     def update(self, postgres: Pool, redis: ConnectionPool) -> None:
         """Look at this process and at its pools."""
@@ -47,4 +55,6 @@ def _resident_bytes() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )

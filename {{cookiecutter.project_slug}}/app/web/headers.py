@@ -13,14 +13,14 @@ _TRACEPARENT = re.compile(
 )
 
 
-def new_request_ids() -> Iterator[str]:
+def generate_request_ids() -> Iterator[str]:
     """Yield request IDs that no other process makes: a random one for each would cost a system call (0.5 us)."""
     prefix = os.urandom(10).hex()
     for number in itertools.count():
         yield f"{prefix}{number:012x}"
 
 
-def read_head(
+def parse_headers(
     headers: Iterable[tuple[bytes, bytes]], request_ids: Iterator[str]
 ) -> tuple[dict[str, str], int | None, bool]:
     """Return the IDs of the request and of its trace, the length of its body, and whether it has been forwarded.

@@ -17,14 +17,18 @@ CACHE_SECONDS = 1.0  # for which a result stands, so that many kubelets and bala
 WATCH_SECONDS = 5.0  # between checks when nobody probes, so that outages are logged all the same
 
 Check = Callable[[], Awaitable[object]]
-logger = logging.getLogger("app.web.health")
+logger = logging.getLogger("app.health")
 
 
 class Health:
     """What this process knows of itself and of its dependencies."""
 
     def __init__(
-        self, settings: Settings, checks: Mapping[str, Check], draining: Callable[[], bool], up: Gauge
+        self,
+        settings: Settings,
+        checks: Mapping[str, Check],
+        draining: Callable[[], bool],
+        up: Gauge,
     ) -> None:
         """Take, for each dependency, a coroutine function that raises when it does not answer; `up` shows it."""
         self.settings, self.checks, self.draining, self.up = settings, checks, draining, up
@@ -38,9 +42,14 @@ class Health:
         if self.draining():
             return 503, {"status": "draining", "checks": self.report}
         await self.refresh()
-        required = all(self.report[name]["status"] == "healthy" for name in self.settings.readiness_required)
+        required = all(
+            self.report[name]["status"] == "healthy" for name in self.settings.readiness_required
+        )
         ready = self.started and required
-        return (200 if ready else 503), {"status": "ready" if ready else "not_ready", "checks": self.report}
+        return (200 if ready else 503), {
+            "status": "ready" if ready else "not_ready",
+            "checks": self.report,
+        }
 
     async def refresh(self) -> None:
         """Check every dependency, unless that was done within `CACHE_SECONDS`; callers share a check under way."""
@@ -49,10 +58,14 @@ class Health:
         if self.running is None or self.running.done():
             # Its lines are not those of the request that happened to come by.
             self.running = asyncio.create_task(self._check_all(), context=contextvars.Context())
-        await asyncio.shield(self.running)  # a caller that leaves does not take the others' check along
+        await asyncio.shield(
+            self.running
+        )  # a caller that leaves does not take the others' check along
 
     async def _check_all(self) -> None:
-        results = await asyncio.gather(*(self._check(name, check) for name, check in self.checks.items()))
+        results = await asyncio.gather(
+            *(self._check(name, check) for name, check in self.checks.items())
+        )
         self.report = dict(zip(self.checks, results, strict=True))
         self.checked_at = time.monotonic()
 
@@ -63,7 +76,10 @@ class Health:
                 await check()
         except Exception as error:  # noqa: BLE001 - whatever it is, the dependency is not healthy
             reason = type(error).__name__
-        was, now = self.report.get(name, {}).get("status", "healthy"), "unhealthy" if reason else "healthy"
+        was, now = (
+            self.report.get(name, {}).get("status", "healthy"),
+            "unhealthy" if reason else "healthy",
+        )
         if now != was:  # one line per change of state, not per try
             level = logging.WARNING if reason else logging.INFO
             logger.log(level, "%s is %s", name, now, extra={"dependency": name, "reason": reason})
@@ -97,7 +113,11 @@ async def live() -> Response:
 @router.get("/startup", responses={503: {"description": "Still starting"}})
 async def startup(request: Request) -> Response:
     """Startup: warm-ups are done. A dependency that is away does not hold it back."""
-    return _answer(200, {"status": "started"}) if request.state.health.started else _answer(503, {"status": "starting"})
+    return (
+        _answer(200, {"status": "started"})
+        if request.state.health.started
+        else _answer(503, {"status": "starting"})
+    )
 
 
 @router.get("/ready", responses={503: {"description": "Not ready, or draining"}})

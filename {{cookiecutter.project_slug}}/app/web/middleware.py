@@ -19,28 +19,33 @@ from app.telemetry.access_log import AccessLog
 from app.telemetry.context import request_context
 from app.telemetry.http_metrics import HttpMetrics
 from app.telemetry.logs import redact
-from app.web.headers import new_request_ids, read_head
+from app.web.headers import generate_request_ids, parse_headers
 from app.web.limits import Limits
 from app.web.problems import problem
 
 #: RFC 9110 and RFC 5789; any other is counted as `_OTHER`, or clients could make up time series.
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
-_behind_proxy: Callable[[ASGIApp, str], ASGIApp] = ProxyHeadersMiddleware  # type: ignore[assignment]
+_METHODS = frozenset(
+    {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
+)
+_with_proxy_headers: Callable[[ASGIApp, str], ASGIApp] = ProxyHeadersMiddleware  # type: ignore[assignment]
 MAX_PATH = 1024  # characters of it in a line, so that the line fits into one write to a pipe
 _CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that left before the answer
 
-logger = logging.getLogger("app.web")
+logger = logging.getLogger("app.observe")
 
 
-class Observe:
+class RequestMiddleware:
     """Serves each request as an `Exchange`."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app, self.app_behind_proxy = app, _behind_proxy(app, settings.forwarded_allow_ips)
+        self.app, self.app_with_proxy_headers = (
+            app,
+            _with_proxy_headers(app, settings.forwarded_allow_ips),
+        )
         self.limits = Limits(settings)
         self.metrics = HttpMetrics(self.limits.in_flight)
         self.access_log = AccessLog(settings, self.metrics.dropped_lines.inc)
-        self.request_ids = new_request_ids()
+        self.request_ids = generate_request_ids()
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serve one request; other kinds of scope pass through. It returns what is to be awaited, one frame less."""
@@ -50,36 +55,40 @@ class Observe:
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self.app_behind_proxy(scope, receive, send)
+            await self.app_with_proxy_headers(scope, receive, send)
         finally:
             if scope["type"] == "lifespan":  # nothing is served any more
-                self.metrics.fold()
+                self.metrics.flush()
                 self.access_log.close()
 
 
 class Exchange:
     """One request and its answer."""
 
-    def __init__(self, observe: Observe, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, middleware: RequestMiddleware, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         self.start = time.perf_counter()
-        self.observe, self.scope, self.receive, self.sender = observe, scope, receive, send
+        self.middleware, self.scope, self.receive, self._send = middleware, scope, receive, send
         self.status = self.size = 0
         self.is_done = False
         self.timed_out: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
         """Pass the request to the app, and answer for it if it raises."""
-        limits, receive = self.observe.limits, self.receive
-        self.context, body_bytes, is_forwarded = read_head(self.scope["headers"], self.observe.request_ids)
+        limits, receive = self.middleware.limits, self.receive
+        self.context, body_bytes, is_forwarded = parse_headers(
+            self.scope["headers"], self.middleware.request_ids
+        )
         request_context.set(self.context)
         try:
             self.task = asyncio.current_task()
             limits.admit(self, body_bytes or 0)
-            if not self.observe.metrics.is_scheduled:
-                self.observe.metrics.schedule()
+            if not self.middleware.metrics.is_scheduled:
+                self.middleware.metrics.schedule_flush()
             if body_bytes is not None:
-                receive = limits.body(self.scope, receive)
-            app = self.observe.app_behind_proxy if is_forwarded else self.observe.app
+                receive = limits.limit_receive(self.scope, receive)
+            app = self.middleware.app_with_proxy_headers if is_forwarded else self.middleware.app
             await app(self.scope, receive, self.send)
         except ServiceError as refusal:
             await self._answer(problem(refusal.status_code, refusal.detail, refusal.headers))
@@ -89,7 +98,9 @@ class Exchange:
             if self.timed_out is not None:
                 await self.timed_out
             else:  # the server ends, and the time for its requests with it
-                await self._answer(problem(503, "The service is shutting down.", {"Retry-After": "1"}))
+                await self._answer(
+                    problem(503, "The service is shutting down.", {"Retry-After": "1"})
+                )
         except Exception:
             logger.exception("unhandled exception")
             await self._answer(problem(500))
@@ -103,12 +114,15 @@ class Exchange:
             return asyncio.sleep(0)
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.context["request_id"].encode())]
+            message["headers"] = [
+                *message.get("headers", ()),
+                (b"x-request-id", self.context["request_id"].encode()),
+            ]
         else:
             self.size += len(message.get("body", b""))
             if not message.get("more_body", False) and not self.is_done:
                 self._finish()
-        return self.sender(message)
+        return self._send(message)
 
     def time_out(self) -> None:
         """Answer 504, and cancel the work; the answer does not wait for work that does not let itself be cancelled."""
@@ -126,14 +140,20 @@ class Exchange:
 
     def _finish(self) -> None:
         """Count the request and log it: when its answer is complete, or when nothing more comes of it."""
-        seconds, scope, observe = time.perf_counter() - self.start, self.scope, self.observe
+        seconds, scope, middleware = time.perf_counter() - self.start, self.scope, self.middleware
         self.is_done = True
-        observe.limits.in_flight.pop(self, None)
-        method, route, status = scope["method"], _route(scope), self.status or _CLIENT_CLOSED_REQUEST
-        observe.metrics.record((method if method in _METHODS else "_OTHER", route, status), seconds)
+        middleware.limits.in_flight.pop(self, None)
+        method, route, status = (
+            scope["method"],
+            _route(scope),
+            self.status or _CLIENT_CLOSED_REQUEST,
+        )
+        middleware.metrics.record(
+            (method if method in _METHODS else "_OTHER", route, status), seconds
+        )
         if status < 400 and route.startswith("/health/"):  # a probe every few seconds is noise
             return
-        observe.access_log.write(
+        middleware.access_log.write(
             {
                 "method": method,
                 "path": redact(scope["path"][:MAX_PATH]),
@@ -149,5 +169,7 @@ class Exchange:
 
 def _route(scope: Scope) -> str:
     """Return the template of the path that served the request, prefixes included, or `unmatched`."""
-    included = scope.get("fastapi", {}).get("effective_route_context")  # FastAPI 0.163: a router's route with prefixes
+    included = scope.get("fastapi", {}).get(
+        "effective_route_context"
+    )  # FastAPI 0.163: a router's route with prefixes
     return getattr(included or scope.get("route"), "path", None) or "unmatched"

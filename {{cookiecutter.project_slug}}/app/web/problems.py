@@ -17,7 +17,12 @@ from app.telemetry.context import request_context
 MEDIA_TYPE = "application/problem+json"
 _TEXTS = {name: {"type": "string"} for name in ("type", "title", "detail", "request_id")}
 _MEMBERS = {**_TEXTS, "status": {"type": "integer"}}
-_SCHEMA = {"title": "Problem", "type": "object", "required": ["type", "title", "status"], "properties": _MEMBERS}
+_SCHEMA = {
+    "title": "Problem",
+    "type": "object",
+    "required": ["type", "title", "status"],
+    "properties": _MEMBERS,
+}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 _TITLES = {status.value: status.phrase for status in HTTPStatus}
 
@@ -38,10 +43,13 @@ def problem(
     return Response(orjson.dumps(document | members), status, fields, media_type=MEDIA_TYPE)
 
 
-def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI description of the problems that a route may answer, for its `responses=`."""
     content = {MEDIA_TYPE: {"schema": _SCHEMA}}
-    return {status: {"description": _TITLES.get(status, "Error"), "content": content} for status in statuses}
+    return {
+        status: {"description": _TITLES.get(status, "Error"), "content": content}
+        for status in statuses
+    }
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
@@ -55,7 +63,11 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 def _allowed(request: Request) -> str:
     """Return all methods that the path takes (RFC 9110, section 15.5.6); Starlette names those of one route alone."""
     scopes = {method: {**request.scope, "method": method} for method in HTTPMethod}
-    found = [m for m, s in scopes.items() if any(r.matches(s)[0] is Match.FULL for r in request.app.routes)]
+    found = [
+        m
+        for m, s in scopes.items()
+        if any(r.matches(s)[0] is Match.FULL for r in request.app.routes)
+    ]
     return ", ".join(found)
 
 
@@ -83,7 +95,10 @@ def _pointer(fault: Mapping[str, Any]) -> str:
     A key that is no name is shown as `*`: it is the client's own.
     """
     place, *path = fault["loc"]
-    if fault["type"] in {"extra_forbidden", "json_invalid"}:  # the last part is the client's own text, or an offset
+    if fault["type"] in {
+        "extra_forbidden",
+        "json_invalid",
+    }:  # the last part is the client's own text, or an offset
         path = path[:-1]
     steps = [str(step) if isinstance(step, int) or _NAME.fullmatch(step) else "*" for step in path]
     return "/".join(["#" if place == "body" else place, *steps])
@@ -94,7 +109,7 @@ async def _redis_unavailable(_: Request, __: Exception) -> Response:
     return problem(503, "The cache is not available.", {"Retry-After": "1"})
 
 
-def install(app: FastAPI) -> None:
+def install_handlers(app: FastAPI) -> None:
     """Answer every error of the app as a problem; unhandled exceptions are observe.py's."""
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(RequestValidationError)(_invalid_request)

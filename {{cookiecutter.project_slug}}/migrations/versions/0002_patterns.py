@@ -32,7 +32,9 @@ def upgrade() -> None:
         )
     """)
     op.execute("create unique index on outbox (topic, event_id)")
-    op.execute("create table inbox (message_id uuid primary key, received_at timestamptz not null default now())")
+    op.execute(
+        "create table inbox (message_id uuid primary key, received_at timestamptz not null default now())"
+    )
     op.execute("create index on inbox (received_at)")
     op.execute("""
         alter table payments
@@ -48,4 +50,6 @@ def downgrade() -> None:
     """Take it all back."""
     op.execute("drop table idempotency_keys, outbox, inbox")
     op.execute("drop index payments_created_at_payment_id_idx")
-    op.execute("alter table payments drop request_id, drop announce_at, drop constraint payments_status")
+    op.execute(
+        "alter table payments drop request_id, drop announce_at, drop constraint payments_status"
+    )

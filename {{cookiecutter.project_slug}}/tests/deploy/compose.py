@@ -27,9 +27,14 @@ def settings(d: Deployed) -> Settings:
     """Return the settings of the service in compose.yaml. Raises `UnreadableError` for those that are wrong."""
     environment = services(d)["api"].get("environment") or {}
     try:
-        return Settings(**{name.lower(): value for name, value in environment.items() if name != "SECRETS_DIR"})
+        return Settings(
+            **{name.lower(): value for name, value in environment.items() if name != "SECRETS_DIR"}
+        )
     except ValidationError as error:
-        faults = (f"{str(fault['loc'][0]).upper()}={fault['input']}: {fault['msg']}" for fault in error.errors())
+        faults = (
+            f"{str(fault['loc'][0]).upper()}={fault['input']}: {fault['msg']}"
+            for fault in error.errors()
+        )
         msg = f"compose.yaml: api: {'; '.join(faults)}"
         raise UnreadableError(msg) from None
 
@@ -38,7 +43,11 @@ def settings(d: Deployed) -> Settings:
 def compose_gives_what_the_settings_expect(d: Deployed) -> Faults:
     found, wanted = services(d), settings(d)
     for name, service in found.items():
-        for variable in service.get("environment") or {} if "COMPOSE_PROJECT_NAME" in str(service.get("image")) else ():
+        for variable in (
+            service.get("environment") or {}
+            if "COMPOSE_PROJECT_NAME" in str(service.get("image"))
+            else ()
+        ):
             if variable.lower() not in Settings.model_fields:
                 yield f"compose.yaml: {name}: {variable} is no setting; name one of app/settings.py, or remove it"
     for name, service in found.items():
@@ -59,11 +68,18 @@ def compose_gives_what_the_settings_expect(d: Deployed) -> Faults:
 @rule
 def compose_restricts_every_container(d: Deployed) -> Faults:
     for name, service in services(d).items():
-        wanted = {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges:true"]}
+        wanted = {
+            "read_only": True,
+            "cap_drop": ["ALL"],
+            "security_opt": ["no-new-privileges:true"],
+        }
         for field, value in wanted.items():
             if service.get(field) != value:
                 yield f"compose.yaml: {name}: {field} is {service.get(field)}; set it to {value}, as in x-hardened"
-        if service.get("privileged") or str(service.get("user", "")).partition(":")[0] in {"0", "root"}:
+        if service.get("privileged") or str(service.get("user", "")).partition(":")[0] in {
+            "0",
+            "root",
+        }:
             yield f"compose.yaml: {name}: runs as root or privileged; remove that"
         for port in service.get("ports", []):
             if not str(port).startswith("127.0.0.1:"):
@@ -74,7 +90,10 @@ def compose_restricts_every_container(d: Deployed) -> Faults:
 
 @rule
 def compose_believes_nginx_alone(d: Deployed) -> Faults:
-    found, address = settings(d).forwarded_allow_ips, at(services(d), "nginx.networks.edge.ipv4_address")
+    found, address = (
+        settings(d).forwarded_allow_ips,
+        at(services(d), "nginx.networks.edge.ipv4_address"),
+    )
     if found != address:
         yield f"compose.yaml: api: FORWARDED_ALLOW_IPS is {found}; set it to nginx' address, {address}"
 
@@ -88,7 +107,9 @@ def nginx_waits_for_answers_and_lets_go_of_connections_first(d: Deployed) -> Fau
                 f"{PROXY}: keepalive_timeout of the upstream is {idle:g} s; set it under KEEPALIVE_SECONDS="
                 f"{wanted.keepalive_seconds}, or nginx sends into connections that we are closing"
             )
-    if (waits := seconds("proxy_read_timeout", d.proxy)) <= (longest := wanted.request_timeout_seconds):
+    if (waits := seconds("proxy_read_timeout", d.proxy)) <= (
+        longest := wanted.request_timeout_seconds
+    ):
         yield f"{PROXY}: proxy_read_timeout is {waits:g} s; set it over REQUEST_TIMEOUT_SECONDS={longest:g}"
 
 
@@ -99,7 +120,9 @@ def nginx_lets_the_service_refuse_and_sends_nothing_twice(d: Deployed) -> Faults
         ("client_max_body_size", "MAX_BODY_BYTES", wanted.max_body_bytes),
         (r"large_client_header_buffers\s+\d+", "MAX_HEADER_BYTES", wanted.max_header_bytes),
     ):
-        found = re.search(rf"^\s*{directive}\s+(\d+)([kmg]?);", d.proxy, re.MULTILINE | re.IGNORECASE)
+        found = re.search(
+            rf"^\s*{directive}\s+(\d+)([kmg]?);", d.proxy, re.MULTILINE | re.IGNORECASE
+        )
         if not found or int(found[1]) * SIZES.get(found[2].lower(), 1) < least:
             name = directive.partition("\\")[0]
             yield f"{PROXY}: {name} is {found and found[0].strip()}; set it to {setting}={least} at least"

@@ -59,7 +59,10 @@ def duration(text: str) -> float:
     if not parts or "".join(number + unit for number, unit in parts) != text:
         msg = f"{text!r} is no time: it takes a number with a unit, such as 60s or 1m30s"
         raise UnreadableError(msg)
-    return sum(int(number) * {"ms": 0.001, "m": 60, "h": 3600, "d": 86400}.get(unit, 1) for number, unit in parts)
+    return sum(
+        int(number) * {"ms": 0.001, "m": 60, "h": 3600, "d": 86400}.get(unit, 1)
+        for number, unit in parts
+    )
 
 
 def kustomize() -> list[str] | None:
@@ -72,7 +75,9 @@ def kustomize() -> list[str] | None:
 @functools.cache
 def render(folder: Path) -> list[Document]:
     """Return the documents of an overlay; whoever changes them takes a copy. Raises `UnreadableError`."""
-    done = subprocess.run([*(kustomize() or []), str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*(kustomize() or []), str(folder)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         msg = f"deploy/k8s/overlays/{folder.name} does not render: {done.stderr.strip()}"
         raise UnreadableError(msg)
@@ -90,7 +95,11 @@ def _gunicorn(text: str, environment: frozenset[tuple[str, str]]) -> Document:
     done = subprocess.run(
         [sys.executable, "-c", program, str(PROJECT / "gunicorn.conf.py"), *names],
         input=text,
-        env={name: value for name, value in os.environ.items() if name.lower() not in Settings.model_fields}
+        env={
+            name: value
+            for name, value in os.environ.items()
+            if name.lower() not in Settings.model_fields
+        }
         | dict(environment),
         capture_output=True,
         text=True,
@@ -124,7 +133,9 @@ class Deployed:
         if len(found := self.all(kind)) > 1:
             accounts = [document["metadata"]["name"] for document in self.all("ServiceAccount")]
             ours = [document for document in found if component(document) in {"api", "migrate"}]
-            found = ours or [document for document in found if document["metadata"]["name"] in accounts]
+            found = ours or [
+                document for document in found if document["metadata"]["name"] in accounts
+            ]
         if len(found) != 1:
             msg = f"{kind}: {len(found)} are rendered, not one: look at the resources of base/kustomization.yaml"
             raise UnreadableError(msg)
@@ -175,22 +186,27 @@ class Deployed:
     @property
     def image_environment(self) -> dict[str, str]:
         """What the image itself sets."""
-        words = [word for name, rest in self.stages[-1] if name == "ENV" for word in shlex.split(rest)]
+        words = [
+            word for name, rest in self.stages[-1] if name == "ENV" for word in shlex.split(rest)
+        ]
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def environment(self, document: Document) -> dict[str, str]:
         """Return what a pod sets: its ConfigMaps, then its own literals. Raises `UnreadableError`."""
         found: dict[str, str] = {}
-        maps = {config["metadata"]["name"]: config.get("data") or {} for config in self.all("ConfigMap")}
+        maps = {
+            config["metadata"]["name"]: config.get("data") or {} for config in self.all("ConfigMap")
+        }
         for source in self.container(document).get("envFrom", []):
             name = at(source, "configMapRef.name")
             if name not in maps:
-                msg = (
-                    f"{document['kind']}: envFrom names {name!r}; set it to a ConfigMap that is here: {', '.join(maps)}"
-                )
+                msg = f"{document['kind']}: envFrom names {name!r}; set it to a ConfigMap that is here: {', '.join(maps)}"
                 raise UnreadableError(msg)
             found |= maps[name]
-        return found | {entry["name"]: entry.get("value", "") for entry in self.container(document).get("env", [])}
+        return found | {
+            entry["name"]: entry.get("value", "")
+            for entry in self.container(document).get("env", [])
+        }
 
     @staticmethod
     def secret_volumes(document: Document) -> list[Document]:
@@ -200,11 +216,15 @@ class Deployed:
 
     def secrets(self, document: Document) -> dict[str, str | None]:
         """Return the secret files that a pod needs by name, each with its value where the overlay holds it."""
-        held = {secret["metadata"]["name"]: secret.get("data") or {} for secret in self.all("Secret")}
+        held = {
+            secret["metadata"]["name"]: secret.get("data") or {} for secret in self.all("Secret")
+        }
         found = {}
         for volume in self.secret_volumes(document):
             for source in volume["projected"]["sources"]:
-                needed = source is volume["projected"]["sources"][0] or not at(source, "secret.optional")
+                needed = source is volume["projected"]["sources"][0] or not at(
+                    source, "secret.optional"
+                )
                 for item in (at(source, "secret.items") or []) if needed else []:
                     value = held.get(source["secret"]["name"], {}).get(item["key"])
                     found[item["path"]] = base64.b64decode(value).decode() if value else None
@@ -213,12 +233,21 @@ class Deployed:
     @functools.cached_property
     def settings(self) -> Settings:
         """The settings that the API runs with. Raises `UnreadableError` with what is wrong."""
-        files = {name: value for name, value in self.secrets(self.one("Deployment")).items() if value}
-        known = {name: value for name, value in (self._env | files).items() if name.lower() in Settings.model_fields}
+        files = {
+            name: value for name, value in self.secrets(self.one("Deployment")).items() if value
+        }
+        known = {
+            name: value
+            for name, value in (self._env | files).items()
+            if name.lower() in Settings.model_fields
+        }
         try:
             return Settings(**{name.lower(): value for name, value in known.items() if value})  # type: ignore[arg-type]
         except ValidationError as error:
-            faults = (f"{str(fault['loc'][0]).upper()}={fault['input']}: {fault['msg']}" for fault in error.errors())
+            faults = (
+                f"{str(fault['loc'][0]).upper()}={fault['input']}: {fault['msg']}"
+                for fault in error.errors()
+            )
             msg = f"ConfigMap: {'; '.join(faults)}"
             raise UnreadableError(msg) from None
 
@@ -229,8 +258,12 @@ class Deployed:
     @property
     def gunicorn(self) -> Document:
         """What gunicorn.conf.py decides with the settings of the API, on its keys `bind`, `timeout` and others."""
-        names = {name.upper() for name in Settings.model_fields} - {"SECRETS_DIR"}  # a folder that is only in the pod
-        return _gunicorn(self.gunicorn_conf, frozenset((k, v) for k, v in self._env.items() if k in names))
+        names = {name.upper() for name in Settings.model_fields} - {
+            "SECRETS_DIR"
+        }  # a folder that is only in the pod
+        return _gunicorn(
+            self.gunicorn_conf, frozenset((k, v) for k, v in self._env.items() if k in names)
+        )
 
 
 def component(document: Document) -> str | None:
@@ -248,7 +281,15 @@ def with_every_component(overlay: str, copy: Path) -> Path:
 
 def read(overlay: str, folder: Path | None = None) -> Deployed:
     """Return an overlay with the files beside it; `folder` is where another one stands. Raises `UnreadableError`."""
-    files = ("Dockerfile", "gunicorn.conf.py", ".dockerignore", "deploy/compose/nginx.conf", "compose.yaml")
+    files = (
+        "Dockerfile",
+        "gunicorn.conf.py",
+        ".dockerignore",
+        "deploy/compose/nginx.conf",
+        "compose.yaml",
+    )
     return Deployed(
-        overlay, render(folder or K8S / "overlays" / overlay), *((PROJECT / name).read_text() for name in files)
+        overlay,
+        render(folder or K8S / "overlays" / overlay),
+        *((PROJECT / name).read_text() for name in files),
     )

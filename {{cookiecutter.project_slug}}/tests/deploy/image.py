@@ -35,7 +35,12 @@ def the_image_tells_its_health_without_a_shell_or_curl(d: Deployed) -> Faults:
 @rule
 def the_image_holds_the_service_its_migrations_and_no_more(d: Deployed) -> Faults:
     copies = [rest.split() for name, rest in itertools.chain(*d.stages) if name in {"COPY", "ADD"}]
-    sources = {word.rstrip("/") for words in copies if not words[0].startswith("--from") for word in words[:-1]}
+    sources = {
+        word.rstrip("/")
+        for words in copies
+        if not words[0].startswith("--from")
+        for word in words[:-1]
+    }
     for name in NEEDED:
         if name not in sources:
             yield f"Dockerfile: COPY {name} is missing; add it: the image needs it"

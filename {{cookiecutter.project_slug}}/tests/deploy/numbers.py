@@ -3,17 +3,25 @@
 from starlette.routing import Match
 
 from app.main import create_app
-from app.sizing.checks import findings
-from app.sizing.plan import BASE_MEMORY_MB, make_plan
+from app.sizing.checks import check_settings
+from app.sizing.plan import BASE_MEMORY_MB, plan_workers
 from tests.deploy.deployed import Deployed, UnreadableError, at, component, duration, quantity
 from tests.deploy.rules import CONTAINER, POD, Faults, bounded, budget, expect, limits, rule, share
 
-PROBES = {"startupProbe": "/health/startup", "livenessProbe": "/health/live", "readinessProbe": "/health/ready"}
+PROBES = {
+    "startupProbe": "/health/startup",
+    "livenessProbe": "/health/live",
+    "readinessProbe": "/health/ready",
+}
 READINESS_MARGIN_SECONDS = 2  # of the drain, for the endpoint's way to the balancers
 WORKER_MARGIN_SECONDS = 5  # from a stuck worker to the one that has replaced it
 CONSTANT_CONNECTIONS = {"migration": 1, "that Postgres reserves": 3}
-MOST_OF_A_CPU = 0.8  # that the autoscaler may aim at: the rest is for the time until the next pod is ready
-INGRESS_KEEPALIVE_SECONDS = 60  # ingress-nginx, AWS' load balancers, and most others, unless told otherwise
+MOST_OF_A_CPU = (
+    0.8  # that the autoscaler may aim at: the rest is for the time until the next pod is ready
+)
+INGRESS_KEEPALIVE_SECONDS = (
+    60  # ingress-nginx, AWS' load balancers, and most others, unless told otherwise
+)
 LEAST_OF_A_CPU = 0.5  # a percentage is of the request, and not of the limit
 MEGABYTE = 1 << 20
 IN_MEMORY = ("/tmp", "/dev/shm")
@@ -31,10 +39,19 @@ def probes_ask_for_what_the_app_answers(d: Deployed) -> Faults:
         if not any(route.matches(scope)[0] is Match.FULL for route in app.routes):
             yield f"app/health.py: GET {path} is no route of the app, but {name} asks for it"
         why = "each probe has a question of its own, and the end has one grace for all"
-        wanted = {"httpGet__path": path, "httpGet__port": "http", "terminationGracePeriodSeconds": None}
-        wanted |= dict.fromkeys(("httpGet__scheme", "httpGet__host", "initialDelaySeconds", "successThreshold"))
+        wanted = {
+            "httpGet__path": path,
+            "httpGet__port": "http",
+            "terminationGracePeriodSeconds": None,
+        }
+        wanted |= dict.fromkeys(
+            ("httpGet__scheme", "httpGet__host", "initialDelaySeconds", "successThreshold")
+        )
         yield from expect(d.one("Deployment"), place, why, **wanted)
-        period, why = probe.get("periodSeconds", 10), "a busy node misses 1 s, and a probe ends before the next"
+        period, why = (
+            probe.get("periodSeconds", 10),
+            "a busy node misses 1 s, and a probe ends before the next",
+        )
         yield from bounded(d.one("Deployment"), f"{place}.timeoutSeconds", 2, period, why)
 
 
@@ -64,7 +81,10 @@ def probes_are_as_patient_as_what_they_ask_about(d: Deployed) -> Faults:
 @rule
 def ports_are_those_that_the_service_listens_on(d: Deployed) -> Faults:
     ports = {port.get("name"): port.get("containerPort") for port in d.api.get("ports", [])}
-    addresses = (("http", "BIND", d.gunicorn["bind"]), ("metrics", "METRICS_BIND", d.settings.metrics_bind))
+    addresses = (
+        ("http", "BIND", d.gunicorn["bind"]),
+        ("metrics", "METRICS_BIND", d.settings.metrics_bind),
+    )
     for name, setting, address in addresses:
         host, _, port = address.rpartition(":")
         if ports.get(name) != int(port):
@@ -76,10 +96,20 @@ def ports_are_those_that_the_service_listens_on(d: Deployed) -> Faults:
 @rule
 def the_end_fits_into_the_grace(d: Deployed) -> Faults:
     settings, deployment = d.settings, d.one("Deployment")
-    yield from expect(deployment, CONTAINER, "the service drains itself; a preStop only adds to that", lifecycle=None)
+    yield from expect(
+        deployment,
+        CONTAINER,
+        "the service drains itself; a preStop only adds to that",
+        lifecycle=None,
+    )
     why = "it is TERMINATION_GRACE_SECONDS of the ConfigMap"
-    yield from expect(deployment, POD, why, terminationGracePeriodSeconds=settings.termination_grace_seconds)
-    unready, drained = budget(d.api.get("readinessProbe")), settings.drain_seconds - READINESS_MARGIN_SECONDS
+    yield from expect(
+        deployment, POD, why, terminationGracePeriodSeconds=settings.termination_grace_seconds
+    )
+    unready, drained = (
+        budget(d.api.get("readinessProbe")),
+        settings.drain_seconds - READINESS_MARGIN_SECONDS,
+    )
     if unready > drained:
         yield (
             f"Deployment: readinessProbe fails after {unready} s (periodSeconds x failureThreshold); set it to "
@@ -95,8 +125,10 @@ def the_end_fits_into_the_grace(d: Deployed) -> Faults:
 def the_doctor_finds_nothing_in_a_pod(d: Deployed) -> Faults:
     """The rest of the arithmetic is that of `make doctor`: app/sizing.py."""
     machine = limits(d)
-    workers = make_plan(d.settings, machine).workers
-    for text in findings(d.settings, machine, workers, replicas=0):  # connections are added up below, with the surge
+    workers = plan_workers(d.settings, machine).workers
+    for text in check_settings(
+        d.settings, machine, workers, replicas=0
+    ):  # connections are added up below, with the surge
         yield f"ConfigMap: {text}"
     if machine.cpus < 1:
         yield f"Deployment: resources.limits.cpu is {machine.cpus:g}; set 1: below it an event loop is throttled"
@@ -139,17 +171,28 @@ def postgres_carries_two_releases(d: Deployed) -> Faults:
 def the_autoscaler_owns_the_replicas_and_acts_before_the_limit(d: Deployed) -> Faults:
     deployment, hpa = d.one("Deployment"), d.one("HorizontalPodAutoscaler")
     yield from expect(
-        deployment, "spec", "each apply would undo what the HorizontalPodAutoscaler decided", replicas=None
+        deployment,
+        "spec",
+        "each apply would undo what the HorizontalPodAutoscaler decided",
+        replicas=None,
     )
     target = {"kind": "Deployment", "name": deployment["metadata"]["name"], "apiVersion": "apps/v1"}
     yield from expect(hpa, "spec", "it scales the API", scaleTargetRef=target)
     least, most = 1 if d.overlay == "dev" else 2, at(hpa, "spec.maxReplicas") or 0
-    yield from bounded(hpa, "spec.minReplicas", least, most, "one pod is none while its node is drained")
-    yield from bounded(hpa, "spec.behavior.scaleDown.stabilizationWindowSeconds", 120, 3600, "it would flap")
-    metrics = [metric for metric in at(hpa, "spec.metrics") or [] if at(metric, "resource.name") == "cpu"]
+    yield from bounded(
+        hpa, "spec.minReplicas", least, most, "one pod is none while its node is drained"
+    )
+    yield from bounded(
+        hpa, "spec.behavior.scaleDown.stabilizationWindowSeconds", 120, 3600, "it would flap"
+    )
+    metrics = [
+        metric for metric in at(hpa, "spec.metrics") or [] if at(metric, "resource.name") == "cpu"
+    ]
     if not (percent := at(metrics, "0.resource.target.averageUtilization")):
         yield "HorizontalPodAutoscaler: spec.metrics has no averageUtilization of cpu; set it to 140"
-    elif (cores := percent / 100 * quantity(at(d.api, "resources.requests.cpu"))) > MOST_OF_A_CPU * limits(d).cpus:
+    elif (
+        cores := percent / 100 * quantity(at(d.api, "resources.requests.cpu"))
+    ) > MOST_OF_A_CPU * limits(d).cpus:
         yield (
             f"HorizontalPodAutoscaler: averageUtilization is {percent}; of the request that is {cores:g} cores, over "
             f"{MOST_OF_A_CPU:.0%} of the limit, so it acts too late or never: lower it, or the request"
@@ -167,7 +210,9 @@ def the_autoscaler_owns_the_replicas_and_acts_before_the_limit(d: Deployed) -> F
 def memory_and_cpu_are_bounded_and_memory_is_reserved(d: Deployed) -> Faults:
     for document in d.pods:
         for place in d.containers(document):
-            asked, most = (at(document, f"{place}.resources.{name}") or {} for name in ("requests", "limits"))
+            asked, most = (
+                at(document, f"{place}.resources.{name}") or {} for name in ("requests", "limits")
+            )
             for name in ("cpu", "memory", "ephemeral-storage"):
                 try:
                     over = quantity(asked.get(name)) > quantity(most.get(name))
@@ -183,11 +228,15 @@ def memory_and_cpu_are_bounded_and_memory_is_reserved(d: Deployed) -> Faults:
 
 @rule
 def what_can_be_written_to_is_small_and_in_memory(d: Deployed) -> Faults:
-    planned = BASE_MEMORY_MB + make_plan(d.settings, limits(d)).workers * d.settings.worker_memory_mb
+    planned = (
+        BASE_MEMORY_MB + plan_workers(d.settings, limits(d)).workers * d.settings.worker_memory_mb
+    )
     for document in d.pods:
         is_api, used, kind = component(document) == "api", 0.0, document["kind"]
         volumes = {volume["name"]: volume for volume in at(document, f"{POD}.volumes") or []}
-        mounts = {mount["mountPath"]: mount for mount in d.container(document).get("volumeMounts", [])}
+        mounts = {
+            mount["mountPath"]: mount for mount in d.container(document).get("volumeMounts", [])
+        }
         for path in IN_MEMORY if is_api else IN_MEMORY[:1]:
             if path not in mounts:
                 yield f"{kind}: {CONTAINER}.volumeMounts has no {path}; add it: the root is read-only"
@@ -213,14 +262,23 @@ def a_rollout_takes_no_pod_before_another_is_ready(d: Deployed) -> Faults:
         yield f"Deployment: {strategy}.maxUnavailable is not 0; set it, so that the pods that serve stay"
     if share(at(deployment, f"{strategy}.maxSurge"), 10) < 1:
         yield f"Deployment: {strategy}.maxSurge lets no pod in; set it to 1"
-    yield from bounded(deployment, "spec.minReadySeconds", 5, 60, "a pod that dies at once stops the rollout")
-    yield from bounded(deployment, "spec.progressDeadlineSeconds", 120, 900, "a rollout that is stuck is told")
-    yield from bounded(deployment, "spec.revisionHistoryLimit", 2, 20, "there is something to go back to")
+    yield from bounded(
+        deployment, "spec.minReadySeconds", 5, 60, "a pod that dies at once stops the rollout"
+    )
+    yield from bounded(
+        deployment, "spec.progressDeadlineSeconds", 120, 900, "a rollout that is stuck is told"
+    )
+    yield from bounded(
+        deployment, "spec.revisionHistoryLimit", 2, 20, "there is something to go back to"
+    )
 
 
 @rule
 def a_drain_of_nodes_takes_some_pods_and_never_all(d: Deployed) -> Faults:
-    disruption, least = d.one("PodDisruptionBudget"), at(d.one("HorizontalPodAutoscaler"), "spec.minReplicas") or 1
+    disruption, least = (
+        d.one("PodDisruptionBudget"),
+        at(d.one("HorizontalPodAutoscaler"), "spec.minReplicas") or 1,
+    )
     away, stay = at(disruption, "spec.maxUnavailable"), at(disruption, "spec.minAvailable")
     allowed = least - share(stay, least) if away is None else share(away, least)
     if allowed < 1 or allowed >= least > 1:

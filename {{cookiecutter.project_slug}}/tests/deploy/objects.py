@@ -22,11 +22,16 @@ API_VERSIONS = {
     "PodDisruptionBudget": "policy/v1",
     "NetworkPolicy": "networking.k8s.io/v1",
 }
-OPTIONAL = {"HTTPRoute": "gateway.networking.k8s.io/v1", "ServiceMonitor": "monitoring.coreos.com/v1"}
+OPTIONAL = {
+    "HTTPRoute": "gateway.networking.k8s.io/v1",
+    "ServiceMonitor": "monitoring.coreos.com/v1",
+}
 #: What the migration needs too. It is applied first: docs/runbook.md selects it by the label that it does not have.
 SHARED = {"Namespace", "ServiceAccount", "ConfigMap", "Secret", "NetworkPolicy"}
 COMPONENT = "app.kubernetes.io/component"
-SECRETS = {name for name, field in Settings.model_fields.items() if isinstance(field.default, SecretStr)}
+SECRETS = {
+    name for name, field in Settings.model_fields.items() if isinstance(field.default, SecretStr)
+}
 SETTINGS = {name.upper() for name in Settings.model_fields}
 PASSWORD = re.compile(r"://[^/\s:@]*:[^/@\s]+@")
 EVERYBODY = ("0.0.0.0/0", "::/0")
@@ -39,7 +44,9 @@ def every_kind_is_there_with_its_current_api_version(d: Deployed) -> Faults:
         if kind not in OPTIONAL and not d.all(kind):
             yield f"{kind}: is missing; add its file to the resources of base/kustomization.yaml"
         for document in d.all(kind):
-            yield from expect(document, "", "Kubernetes 1.31 and newer serve it", apiVersion=version)
+            yield from expect(
+                document, "", "Kubernetes 1.31 and newer serve it", apiVersion=version
+            )
 
 
 @rule
@@ -59,7 +66,11 @@ def everything_is_in_one_namespace_that_restricts_pods(d: Deployed) -> Faults:
 @rule
 def the_migration_can_be_applied_before_the_rest(d: Deployed) -> Faults:
     for document in d.documents:
-        kind, found, why = document["kind"], component(document), "docs/runbook.md applies by it what has its turn"
+        kind, found, why = (
+            document["kind"],
+            component(document),
+            "docs/runbook.md applies by it what has its turn",
+        )
         if kind in SHARED and found:
             yield f"{kind}: the label {COMPONENT} is {found!r}; remove it: {why}"
         elif kind not in SHARED and (not found or (found == "migrate") is not (kind == "Job")):
@@ -74,7 +85,9 @@ def pods_have_an_account_of_their_own_and_no_token(d: Deployed) -> Faults:
     for document in d.pods:
         why = "nothing here talks to the Kubernetes API, or needs the addresses of all Services"
         name = account["metadata"]["name"]
-        yield from expect(document, POD, why, serviceAccountName=name, enableServiceLinks=False, **off)
+        yield from expect(
+            document, POD, why, serviceAccountName=name, enableServiceLinks=False, **off
+        )
 
 
 @rule
@@ -85,7 +98,11 @@ def pods_run_as_the_user_of_the_image_and_may_nothing_else(d: Deployed) -> Fault
         return
     same, number = "it is the USER of the Dockerfile", int(user)
     identity = {"runAsNonRoot": True, "runAsUser": number, "runAsGroup": number}
-    nothing = {"privileged": False, "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True}
+    nothing = {
+        "privileged": False,
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+    }
     for document in d.pods:
         context = f"{POD}.securityContext"
         yield from expect(document, context, same, **identity, fsGroup=number)
@@ -115,7 +132,10 @@ def the_image_is_pinned_and_the_same_everywhere(d: Deployed) -> Faults:
         if image != d.api.get("image"):
             yield f"{document['kind']}: image is {image!r}, but the API's is {d.api.get('image')!r}: make them the same"
         yield from expect(
-            document, CONTAINER, "otherwise the node's image is not the one that is meant", imagePullPolicy=pull
+            document,
+            CONTAINER,
+            "otherwise the node's image is not the one that is meant",
+            imagePullPolicy=pull,
         )
 
 
@@ -146,17 +166,34 @@ def selectors_take_the_pods_that_they_are_meant_for(d: Deployed) -> Faults:
 def pods_are_spread_where_there_is_room(d: Deployed) -> Faults:
     deployment = d.one("Deployment")
     zone = {"topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
-    yield from expect(deployment, f"{POD}.topologySpreadConstraints.0", "over zones, but never pending for it", **zone)
+    yield from expect(
+        deployment,
+        f"{POD}.topologySpreadConstraints.0",
+        "over zones, but never pending for it",
+        **zone,
+    )
     apart: dict[str, Any] = {"requiredDuringSchedulingIgnoredDuringExecution": None}
-    apart["preferredDuringSchedulingIgnoredDuringExecution__0__podAffinityTerm__topologyKey"] = "kubernetes.io/hostname"
-    yield from expect(deployment, f"{POD}.affinity.podAntiAffinity", "over nodes, but never pending for it", **apart)
+    apart["preferredDuringSchedulingIgnoredDuringExecution__0__podAffinityTerm__topologyKey"] = (
+        "kubernetes.io/hostname"
+    )
+    yield from expect(
+        deployment,
+        f"{POD}.affinity.podAntiAffinity",
+        "over nodes, but never pending for it",
+        **apart,
+    )
 
 
 @rule
 def service_routes_and_monitors_lead_to_the_pods(d: Deployed) -> Faults:
-    service, found = d.one("Service"), {port.get("name"): port for port in at(d.one("Service"), "spec.ports") or []}
+    service, found = (
+        d.one("Service"),
+        {port.get("name"): port for port in at(d.one("Service"), "spec.ports") or []},
+    )
     yield from expect(service, "spec", "a route or an ingress is the way in", type="ClusterIP")
-    yield from expect(service, "spec", "a pod that drains or starts gets requests", publishNotReadyAddresses=None)
+    yield from expect(
+        service, "spec", "a pod that drains or starts gets requests", publishNotReadyAddresses=None
+    )
     for name in ("http", "metrics"):
         if (at(found, f"{name}.targetPort"), at(found, f"{name}.appProtocol")) != (name, "http"):
             yield f"Service: the port {name!r} is {found.get(name)}; set targetPort to {name}, and appProtocol to http"
@@ -164,7 +201,13 @@ def service_routes_and_monitors_lead_to_the_pods(d: Deployed) -> Faults:
     for route in d.all("HTTPRoute"):
         yield from expect(route, "spec.rules.0", "it is the Service", backendRefs=[backend])
     for monitor in d.all("ServiceMonitor"):
-        yield from expect(monitor, "spec.endpoints.0", "the Service shows them there", port="metrics", path="/metrics")
+        yield from expect(
+            monitor,
+            "spec.endpoints.0",
+            "the Service shows them there",
+            port="metrics",
+            path="/metrics",
+        )
         if not matches(at(monitor, "spec.selector.matchLabels"), at(service, "metadata.labels")):
             yield "ServiceMonitor: spec.selector does not take the Service; set it to labels of that"
 
@@ -172,7 +215,9 @@ def service_routes_and_monitors_lead_to_the_pods(d: Deployed) -> Faults:
 @rule
 def the_network_policy_lets_through_what_is_needed_and_no_more(d: Deployed) -> Faults:
     policy, settings = d.one("NetworkPolicy"), d.settings
-    yield from expect(policy, "spec", "what is not named is refused, both ways", policyTypes=["Ingress", "Egress"])
+    yield from expect(
+        policy, "spec", "what is not named is refused, both ways", policyTypes=["Ingress", "Egress"]
+    )
     urls = ((settings.database_url, 5432), (settings.redis_url, 6379))
     stores = {(urlsplit(url.get_secret_value()).port or port, "TCP") for url, port in urls}
     ways = (
@@ -182,9 +227,13 @@ def the_network_policy_lets_through_what_is_needed_and_no_more(d: Deployed) -> F
     for way, peers, needed in ways:
         opened = set()
         for number, entry in enumerate(at(policy, f"spec.{way}") or []):
-            ports = {(port.get("port"), port.get("protocol", "TCP")) for port in entry.get("ports") or []}
+            ports = {
+                (port.get("port"), port.get("protocol", "TCP")) for port in entry.get("ports") or []
+            }
             opened |= ports
-            yield from _strangers(f"NetworkPolicy: spec.{way}.{number}", entry.get(peers) or [], ports)
+            yield from _strangers(
+                f"NetworkPolicy: spec.{way}.{number}", entry.get(peers) or [], ports
+            )
         for port, protocol in sorted(needed - opened, key=str):
             yield f"NetworkPolicy: spec.{way} does not let {protocol} port {port} through; add it: the service needs it"
 
@@ -192,10 +241,14 @@ def the_network_policy_lets_through_what_is_needed_and_no_more(d: Deployed) -> F
 def _strangers(place: str, peers: list[Document], ports: set[tuple[Any, str]]) -> Faults:
     if not ports or not peers or any(not any(peer.values()) for peer in peers):
         yield f"{place} names no ports, or nobody, which is everybody; name both"
-    if any(at(peer, "ipBlock.cidr") in EVERYBODY and not at(peer, "ipBlock.except") for peer in peers):
+    if any(
+        at(peer, "ipBlock.cidr") in EVERYBODY and not at(peer, "ipBlock.except") for peer in peers
+    ):
         yield f"{place} names everybody; name namespaces or ranges, or leave the private ones out with `except`"
     monitoring = {"kubernetes.io/metadata.name": "monitoring"}
-    if ("metrics", "TCP") in ports and any(at(peer, "namespaceSelector.matchLabels") != monitoring for peer in peers):
+    if ("metrics", "TCP") in ports and any(
+        at(peer, "namespaceSelector.matchLabels") != monitoring for peer in peers
+    ):
         yield f"{place} shows the metrics to others than the namespace `monitoring`; name that alone"
 
 
@@ -219,15 +272,29 @@ def every_variable_is_a_setting(d: Deployed) -> Faults:
 @rule
 def secrets_are_files_and_stand_nowhere_else(d: Deployed) -> Faults:
     for document in d.pods:
-        kind, needed = document["kind"], SECRETS if component(document) != "migrate" else {"database_url"}
+        kind, needed = (
+            document["kind"],
+            SECRETS if component(document) != "migrate" else {"database_url"},
+        )
         if (found := set(d.secrets(document))) != needed:
             yield f"{kind}: {POD}.volumes: the secret files are {sorted(found)}; set {sorted(needed)}, which it needs"
         for volume in d.secret_volumes(document):
             why = "without it the pod starts with the default URLs, and says that localhost is away"
-            yield from expect({"kind": kind, **volume}, "projected.sources.0.secret", why, optional=None)
-        variables, names = d.environment(document), {volume["name"] for volume in d.secret_volumes(document)}
-        mounts = [mount for mount in d.container(document).get("volumeMounts", []) if mount["name"] in names]
-        if [(mount["mountPath"], mount.get("readOnly")) for mount in mounts] != [(variables.get("SECRETS_DIR"), True)]:
+            yield from expect(
+                {"kind": kind, **volume}, "projected.sources.0.secret", why, optional=None
+            )
+        variables, names = (
+            d.environment(document),
+            {volume["name"] for volume in d.secret_volumes(document)},
+        )
+        mounts = [
+            mount
+            for mount in d.container(document).get("volumeMounts", [])
+            if mount["name"] in names
+        ]
+        if [(mount["mountPath"], mount.get("readOnly")) for mount in mounts] != [
+            (variables.get("SECRETS_DIR"), True)
+        ]:
             folder = variables.get("SECRETS_DIR")
             yield f"{kind}: the secrets are mounted as {mounts}; mount them at SECRETS_DIR={folder} only, readOnly"
         for name in sorted(name for name in variables if name.lower() in SECRETS):
@@ -253,9 +320,21 @@ def texts(document: Any, path: str = "") -> Iterator[tuple[str, str]]:
 @rule
 def the_migration_ends_and_is_cleared_away(d: Deployed) -> Faults:
     job = d.one("Job")
-    yield from expect(job, CONTAINER, "no shell hides its exit code", command=["alembic", "upgrade", "head"], args=None)
-    yield from expect(job, "spec", "it runs once, and at once", suspend=None, parallelism=None, completions=None)
+    yield from expect(
+        job,
+        CONTAINER,
+        "no shell hides its exit code",
+        command=["alembic", "upgrade", "head"],
+        args=None,
+    )
+    yield from expect(
+        job, "spec", "it runs once, and at once", suspend=None, parallelism=None, completions=None
+    )
     yield from expect(job, POD, "each try keeps its log", restartPolicy="Never")
     yield from bounded(job, "spec.backoffLimit", 0, 5, "it does not try for ever")
-    yield from bounded(job, "spec.activeDeadlineSeconds", 60, 3600, "a migration that waits for a lock ends")
-    yield from bounded(job, "spec.ttlSecondsAfterFinished", 60, 86400, "its log can be read, and then it goes")
+    yield from bounded(
+        job, "spec.activeDeadlineSeconds", 60, 3600, "a migration that waits for a lock ends"
+    )
+    yield from bounded(
+        job, "spec.ttlSecondsAfterFinished", 60, 86400, "its log can be read, and then it goes"
+    )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from app.sizing.resources import Machine
+from app.sizing.resources import Resources
 from tests.deploy.deployed import Deployed, Document, UnreadableError, at, quantity
 
 Faults = Iterator[str]
@@ -39,7 +39,9 @@ def expect(document: Document, root: str, why: str, **wanted: Any) -> Faults:
     """
     for name, value in wanted.items():
         path = ".".join(part for part in (root, *name.split("__")) if part)
-        if (found := at(document, path)) != value or isinstance(found, bool) is not isinstance(value, bool):
+        if (found := at(document, path)) != value or isinstance(found, bool) is not isinstance(
+            value, bool
+        ):
             remedy = f"set it to {value!r}" if value is not None else "remove it"
             yield f"{document['kind']}: {path} is {found!r}; {remedy}: {why}"
 
@@ -60,10 +62,10 @@ def share(value: Any, whole: int) -> int:
     return -(-int(value.rstrip("%")) * whole // 100) if isinstance(value, str) else int(value or 0)
 
 
-def limits(d: Deployed) -> Machine:
+def limits(d: Deployed) -> Resources:
     """Return the CPUs and the memory that a pod of the API may use."""
     cpus, memory = (quantity(at(d.api, f"resources.limits.{name}")) for name in ("cpu", "memory"))
-    return Machine(cpus, int(memory))
+    return Resources(cpus, int(memory))
 
 
 def matches(selector: Mapping[str, str] | None, labels: Mapping[str, str] | None) -> bool:

@@ -11,8 +11,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from redis.asyncio import Redis
 
 from app.settings import Settings
-from app.storage import redis as cache
+from app.storage import redis
 from app.storage.postgres import Database
+from app.storage.redis import create_redis
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))  # else a folder in the project
 
@@ -28,7 +29,9 @@ async def database(settings: Settings) -> AsyncIterator[Database]:
     async with Database(settings, 21) as database:
         async with database.acquire() as connection:
             for table in ("idempotency_keys", "outbox", "inbox"):
-                if await connection.fetchval("select to_regclass($1)", table):  # a project may have taken one of them
+                if await connection.fetchval(
+                    "select to_regclass($1)", table
+                ):  # a project may have taken one of them
                     await connection.execute(f"truncate {table}")
         yield database
 
@@ -37,8 +40,8 @@ async def database(settings: Settings) -> AsyncIterator[Database]:
 async def client(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Redis]:
     """One that waits for a busy machine, where an answer may take longer than a worker has for it."""
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "TIMEOUT_SECONDS", 10.0)
-        patient = cache.connect(settings)
+        patch.setattr(redis, "TIMEOUT_SECONDS", 10.0)
+        patient = create_redis(settings)
     async with patient:
         await patient.flushall()
         yield patient
@@ -47,7 +50,7 @@ async def client(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
 @pytest.fixture
 async def hasty(client: Redis, settings: Settings) -> AsyncIterator[Redis]:
     """One with the timeouts of a worker, on the Redis that `client` has emptied."""
-    async with cache.connect(settings) as hasty:
+    async with create_redis(settings) as hasty:
         yield hasty
 
 

@@ -53,7 +53,9 @@ async def test_what_was_loaded_once_comes_from_the_cache(client: Redis, source: 
     assert await cache.get("a", source.load) == b"new"
 
 
-async def test_a_reader_that_looked_before_a_change_does_not_store_what_it_read(client: Redis, source: Source) -> None:
+async def test_a_reader_that_looked_before_a_change_does_not_store_what_it_read(
+    client: Redis, source: Source
+) -> None:
     cache, changed = Cache(client, "test"), Source()
     changed.value = b"new"
     for _ in range(2):  # without a fence, and with an earlier one
@@ -72,7 +74,9 @@ async def test_a_reader_that_looked_before_a_change_does_not_store_what_it_read(
         await cache.delete("a")
 
 
-async def test_many_readers_cost_one_load_and_one_that_leaves_takes_nobody_along(client: Redis, source: Source) -> None:
+async def test_many_readers_cost_one_load_and_one_that_leaves_takes_nobody_along(
+    client: Redis, source: Source
+) -> None:
     cache, misses = Cache(client, "many"), {"cache": "many", "result": "miss"}
     source.go.clear()
     readers = [asyncio.create_task(cache.get("a", source.load)) for _ in range(20)]
@@ -85,7 +89,9 @@ async def test_many_readers_cost_one_load_and_one_that_leaves_takes_nobody_along
     assert cache.loads == {}
 
 
-async def test_what_does_not_exist_and_what_fails_is_not_kept(client: Redis, source: Source) -> None:
+async def test_what_does_not_exist_and_what_fails_is_not_kept(
+    client: Redis, source: Source
+) -> None:
     cache = Cache(client, "test")
     source.value = None
     assert await cache.get("a", source.load) is None
@@ -119,7 +125,9 @@ async def test_a_frozen_redis_costs_one_read_its_budget_and_the_others_nothing(
         assert time.monotonic() - start < PATIENT_SECONDS / 2
         others = [asyncio.create_task(cache.get("a", source.load)) for _ in range(4)]
         await asyncio.sleep(0)
-        assert [task.done() for task in others] == [True] * 4  # at the first step: they have waited for nothing
+        assert [task.done() for task in others] == [
+            True
+        ] * 4  # at the first step: they have waited for nothing
         assert [task.result() for task in others] == [b"old"] * 4
         assert not await cache.delete("a")
     cache.fail_open.budget_seconds = PATIENT_SECONDS

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from app.patterns.circuit_breaker import Breaker, OpenError
+from app.patterns.circuit_breaker import CircuitBreaker, CircuitOpenError
 
 RESET = 3.0
 
@@ -30,7 +30,7 @@ class Upstream:
     """Something that is called through a breaker; it takes a moment, and counts."""
 
     def __init__(self, failures: int = 5) -> None:
-        self.breaker, self.is_down, self.calls = Breaker("test", failures, RESET), True, 0
+        self.breaker, self.is_down, self.calls = CircuitBreaker("test", failures, RESET), True, 0
 
     async def call(self, seconds: float = 0.01) -> str:
         with self.breaker.call():
@@ -44,17 +44,19 @@ class Upstream:
         return await asyncio.gather(*(self.call() for _ in range(number)), return_exceptions=True)
 
 
-async def test_a_dead_upstream_is_called_a_few_times_and_then_once_in_each_period(clock: Clock) -> None:
+async def test_a_dead_upstream_is_called_a_few_times_and_then_once_in_each_period(
+    clock: Clock,
+) -> None:
     upstream = Upstream()
     for _ in range(20):
-        with contextlib.suppress(ConnectionError, OpenError):
+        with contextlib.suppress(ConnectionError, CircuitOpenError):
             await upstream.call()
     assert upstream.calls == 5
     for probes in range(1, 4):
         clock.seconds += RESET
         answers = await upstream.calls_of(50)
         assert upstream.calls == 5 + probes
-        assert sum(isinstance(answer, OpenError) for answer in answers) == 49
+        assert sum(isinstance(answer, CircuitOpenError) for answer in answers) == 49
 
 
 async def test_of_many_calls_at_once_no_more_get_through_than_may_fail() -> None:
@@ -70,7 +72,7 @@ async def test_one_success_closes_the_circuit_for_all(clock: Clock) -> None:
     with pytest.raises(ConnectionError):
         await upstream.call()
     upstream.is_down = False
-    with pytest.raises(OpenError) as error:
+    with pytest.raises(CircuitOpenError) as error:
         await upstream.call()
     assert 0 < error.value.retry_in <= RESET
     clock.seconds += RESET

@@ -20,19 +20,26 @@ async def test_of_those_who_come_at_once_while_redis_is_away_one_waits(
     if redis.program == "fakeredis":
         pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
     fail_open = FailOpen(PATIENT_SECONDS)
-    assert await fail_open.ask(client.dbsize) == 0
+    assert await fail_open.call_if_available(client.dbsize) == 0
     fail_open.budget_seconds = BUDGET_SECONDS
     with frozen(redis.pid):
         start = time.monotonic()
-        assert await fail_open.ask(client.dbsize) is None  # so it is known
+        assert await fail_open.call_if_available(client.dbsize) is None  # so it is known
         assert time.monotonic() - start < PATIENT_SECONDS / 2
         for _ in range(2):
             await asyncio.sleep(COOL_DOWN_SECONDS)
-            asking = [asyncio.create_task(fail_open.ask(client.dbsize)) for _ in range(20)]
+            asking = [
+                asyncio.create_task(fail_open.call_if_available(client.dbsize)) for _ in range(20)
+            ]
             await asyncio.sleep(0)
-            assert sum(task.done() for task in asking) == 19  # who waits for nothing is done at the first step
+            assert (
+                sum(task.done() for task in asking) == 19
+            )  # who waits for nothing is done at the first step
             assert await asyncio.gather(*asking) == [None] * 20
     fail_open.budget_seconds = PATIENT_SECONDS
     await asyncio.sleep(COOL_DOWN_SECONDS)
-    assert await fail_open.ask(client.dbsize) == 0
-    assert await asyncio.gather(*(fail_open.ask(client.dbsize) for _ in range(3))) == [0] * 3  # nobody is passed over
+    assert await fail_open.call_if_available(client.dbsize) == 0
+    assert (
+        await asyncio.gather(*(fail_open.call_if_available(client.dbsize) for _ in range(3)))
+        == [0] * 3
+    )  # nobody is passed over

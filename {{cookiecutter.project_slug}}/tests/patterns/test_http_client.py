@@ -9,8 +9,8 @@ from threading import Thread
 import pytest
 
 from app.patterns import http_client as clients
-from app.patterns.circuit_breaker import Breaker, OpenError
-from app.patterns.http_client import Answer, Client, UpstreamError
+from app.patterns.circuit_breaker import CircuitBreaker, CircuitOpenError
+from app.patterns.http_client import UpstreamClient, UpstreamError, UpstreamResponse
 from app.telemetry.context import request_context
 
 KEY = {"Idempotency-Key": "a"}
@@ -50,7 +50,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def reply(request: BaseHTTPRequestHandler, status: int, body: bytes = b"{}", **headers: str) -> None:
+def reply(
+    request: BaseHTTPRequestHandler, status: int, body: bytes = b"{}", **headers: str
+) -> None:
     request.send_response(status)
     for name, value in {"Content-Length": str(len(body)), **headers}.items():
         request.send_header(name, value)
@@ -67,19 +69,25 @@ def upstream() -> Iterator[Upstream]:
 
 
 @pytest.fixture
-async def client(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Client]:
+async def client(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[UpstreamClient]:
     monkeypatch.setattr(clients, "ATTEMPT_SECONDS", PATIENT_SECONDS)
     monkeypatch.setattr(clients, "DEADLINE_SECONDS", PATIENT_SECONDS)
-    client = Client("test", f"http://127.0.0.1:{upstream.server_port}/base", Breaker("test", 10))
+    client = UpstreamClient(
+        "test", f"http://127.0.0.1:{upstream.server_port}/base", CircuitBreaker("test", 10)
+    )
     yield client
     await client.http.aclose()
 
 
 async def test_a_call_carries_its_content_its_fields_and_the_id_of_the_request(
-    upstream: Upstream, client: Client
+    upstream: Upstream, client: UpstreamClient
 ) -> None:
     token = request_context.set({"request_id": "r-1"})
-    assert await client.request("POST", "/charges", KEY, json={"a": 1}) == Answer(200, b"{}")
+    assert await client.request("POST", "/charges", KEY, json={"a": 1}) == UpstreamResponse(
+        200, b"{}"
+    )
     request_context.reset(token)
     (request,) = upstream.requests
     assert (request.path, request.body) == ("/base/charges", b'{"a":1}')  # type: ignore[attr-defined]
@@ -87,11 +95,18 @@ async def test_a_call_carries_its_content_its_fields_and_the_id_of_the_request(
 
 
 @pytest.mark.parametrize(
-    ("method", "headers", "tries"), [("POST", {}, 1), ("POST", KEY, 3), ("GET", {}, 3)], ids=["unsafe", "key", "safe"]
+    ("method", "headers", "tries"),
+    [("POST", {}, 1), ("POST", KEY, 3), ("GET", {}, 3)],
+    ids=["unsafe", "key", "safe"],
 )
 @pytest.mark.parametrize("status", [429, 500, 503])
 async def test_only_what_may_be_done_twice_is_tried_again(
-    upstream: Upstream, client: Client, method: str, headers: dict[str, str], tries: int, status: int
+    upstream: Upstream,
+    client: UpstreamClient,
+    method: str,
+    headers: dict[str, str],
+    tries: int,
+    status: int,
 ) -> None:
     upstream.answer = lambda request: reply(request, status)
     with pytest.raises(UpstreamError, match=str(status)):
@@ -99,14 +114,16 @@ async def test_only_what_may_be_done_twice_is_tried_again(
     assert len(upstream.requests) == tries
 
 
-async def test_an_upstream_that_recovers_costs_a_try(upstream: Upstream, client: Client) -> None:
+async def test_an_upstream_that_recovers_costs_a_try(
+    upstream: Upstream, client: UpstreamClient
+) -> None:
     upstream.answer = lambda request: reply(request, 503 if len(upstream.requests) == 1 else 201)
     assert (await client.request("POST", "/", KEY)).status == 201
 
 
 @pytest.mark.parametrize("status", [302, 307, 400, 404, 422])
 async def test_an_answer_that_is_no_outage_is_returned_and_no_redirect_followed(
-    upstream: Upstream, client: Client, status: int
+    upstream: Upstream, client: UpstreamClient, status: int
 ) -> None:
     upstream.answer = lambda request: reply(request, status, Location="/elsewhere")
     assert (await client.request("POST", "/", KEY)).status == status
@@ -133,7 +150,7 @@ def cut(request: BaseHTTPRequestHandler) -> None:
 @pytest.mark.parametrize("answer", [hang, drip, cut])
 async def test_an_upstream_that_does_not_finish_costs_bounded_time_and_counts_as_down(
     upstream: Upstream,
-    client: Client,
+    client: UpstreamClient,
     answer: Callable[[BaseHTTPRequestHandler], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -149,7 +166,7 @@ async def test_an_upstream_that_does_not_finish_costs_bounded_time_and_counts_as
 @pytest.mark.parametrize("answer", [hang, drip])
 async def test_all_tries_together_cost_bounded_time(
     upstream: Upstream,
-    client: Client,
+    client: UpstreamClient,
     answer: Callable[[BaseHTTPRequestHandler], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -161,7 +178,9 @@ async def test_all_tries_together_cost_bounded_time(
     assert time.monotonic() - start < PATIENT_SECONDS / 2
 
 
-async def test_cookies_of_the_upstream_are_not_kept(upstream: Upstream, client: Client) -> None:
+async def test_cookies_of_the_upstream_are_not_kept(
+    upstream: Upstream, client: UpstreamClient
+) -> None:
     def set_a_cookie(request: BaseHTTPRequestHandler) -> None:
         request.send_response(200)
         request.send_header("Set-Cookie", "session=1; Path=/")
@@ -176,9 +195,9 @@ async def test_cookies_of_the_upstream_are_not_kept(upstream: Upstream, client: 
 
 
 async def test_an_answer_that_is_too_large_is_not_read(
-    upstream: Upstream, client: Client, monkeypatch: pytest.MonkeyPatch
+    upstream: Upstream, client: UpstreamClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clients, "MAX_ANSWER_BYTES", 1000)
+    monkeypatch.setattr(clients, "MAX_RESPONSE_BYTES", 1000)
     upstream.answer = lambda request: reply(request, 200, bytes(1001))
     with pytest.raises(UpstreamError, match="TooLarge"):
         await client.request("POST", "/", {})
@@ -186,17 +205,21 @@ async def test_an_answer_that_is_too_large_is_not_read(
     assert (await client.request("POST", "/", {})).body == bytes(1000)
 
 
-async def test_an_upstream_that_is_left_alone_is_not_called(upstream: Upstream, client: Client) -> None:
+async def test_an_upstream_that_is_left_alone_is_not_called(
+    upstream: Upstream, client: UpstreamClient
+) -> None:
     client.breaker.failures = 2
     upstream.answer = lambda request: reply(request, 503)
-    with pytest.raises(OpenError):  # after the second of three tries
+    with pytest.raises(CircuitOpenError):  # after the second of three tries
         await client.request("POST", "/", KEY)
     assert len(upstream.requests) == 2
 
 
-async def test_the_proxy_of_the_environment_is_not_asked(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_proxy_of_the_environment_is_not_asked(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{upstream.server_port}")
-    client = Client("test", "http://127.0.0.1:1", Breaker("test"))
+    client = UpstreamClient("test", "http://127.0.0.1:1", CircuitBreaker("test"))
     with pytest.raises(UpstreamError, match="ConnectError"):
         await client.request("POST", "/", {})
     await client.http.aclose()

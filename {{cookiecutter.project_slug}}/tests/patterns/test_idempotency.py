@@ -10,7 +10,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as how
 from hypothesis import strategies as some
 
-from app.patterns.idempotency import Answer, IdempotencyError, IdempotencyKey, forget, once
+from app.patterns.idempotency import (
+    IdempotencyError,
+    IdempotencyKey,
+    StoredResponse,
+    delete_expired,
+    once,
+)
 from app.settings import Settings
 from app.storage.postgres import Connection, Database
 from app.web import problems
@@ -22,22 +28,28 @@ class Effects:
     def __init__(self, database: Database) -> None:
         self.database, self.tries = database, 0
 
-    async def request(self, key: str, content: bytes = b"", fails: bool = False, scope: str = "test") -> httpx.Response:
-        async def work(connection: Connection) -> Answer:
+    async def request(
+        self, key: str, content: bytes = b"", fails: bool = False, scope: str = "test"
+    ) -> httpx.Response:
+        async def work(connection: Connection) -> StoredResponse:
             self.tries += 1
             await connection.execute("insert into effects values ($1)", f"{scope} {key}")
             await asyncio.sleep(0)
             if fails:
                 raise KeyError(key)
-            return Answer(201, {"Location": f"/{self.tries}"}, b"%d" % self.tries)
+            return StoredResponse(201, {"Location": f"/{self.tries}"}, b"%d" % self.tries)
 
         async with self.database.acquire() as connection:
             answer = await once(connection, scope, key, content, work)
-        return httpx.Response(answer.status_code, headers=dict(answer.headers), content=bytes(answer.body))
+        return httpx.Response(
+            answer.status_code, headers=dict(answer.headers), content=bytes(answer.body)
+        )
 
     async def count(self) -> Counter[str]:
         async with self.database.acquire() as connection:
-            return Counter(row["name"] for row in await connection.fetch("select name from effects"))
+            return Counter(
+                row["name"] for row in await connection.fetch("select name from effects")
+            )
 
     async def clear(self) -> None:
         async with self.database.acquire() as connection:
@@ -82,23 +94,41 @@ async def test_what_failed_left_nothing_and_is_done_by_the_next_request(effects:
     assert await effects.count() == {"test a": 1}
 
 
-async def test_of_many_at_once_one_has_the_effect_and_the_others_are_told_to_wait(effects: Effects) -> None:
-    answers = await asyncio.gather(*(effects.request("a") for _ in range(50)), return_exceptions=True)
-    statuses = [answer.status_code for answer in answers if isinstance(answer, httpx.Response | IdempotencyError)]
+async def test_of_many_at_once_one_has_the_effect_and_the_others_are_told_to_wait(
+    effects: Effects,
+) -> None:
+    answers = await asyncio.gather(
+        *(effects.request("a") for _ in range(50)), return_exceptions=True
+    )
+    statuses = [
+        answer.status_code
+        for answer in answers
+        if isinstance(answer, httpx.Response | IdempotencyError)
+    ]
     assert len(statuses) == 50
     assert set(statuses) <= {201, 409}
-    assert all(error.headers == {"Retry-After": "1"} for error in answers if isinstance(error, IdempotencyError))
+    assert all(
+        error.headers == {"Retry-After": "1"}
+        for error in answers
+        if isinstance(error, IdempotencyError)
+    )
     assert effects.tries == 1
     assert await effects.count() == {"test a": 1}
 
 
 REQUESTS = some.lists(
-    some.tuples(some.sampled_from("abc"), some.sampled_from([b"1", b"2"]), some.booleans()), max_size=24
+    some.tuples(some.sampled_from("abc"), some.sampled_from([b"1", b"2"]), some.booleans()),
+    max_size=24,
 )
 
 
 @given(waves=some.lists(REQUESTS, max_size=3))
-@how(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@how(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_any_mixture_at_once_has_each_effect_once_and_each_answer_is_that_of_its_effect(
     settings: Settings, waves: list[list[tuple[str, bytes, bool]]]
 ) -> None:
@@ -107,13 +137,20 @@ def test_any_mixture_at_once_has_each_effect_once_and_each_answer_is_that_of_its
             effects, done = Effects(database), dict[str, tuple[bytes, bytes]]()
             await effects.clear()
             for wave in waves:
-                answers = await asyncio.gather(*(effects.request(*each) for each in wave), return_exceptions=True)
+                answers = await asyncio.gather(
+                    *(effects.request(*each) for each in wave), return_exceptions=True
+                )
                 for (key, content, _), answer in zip(wave, answers, strict=True):
                     if isinstance(answer, httpx.Response):
-                        assert done.setdefault(key, (content, answer.content)) == (content, answer.content)
+                        assert done.setdefault(key, (content, answer.content)) == (
+                            content,
+                            answer.content,
+                        )
                 for (key, content, fails), answer in zip(wave, answers, strict=True):
                     if isinstance(answer, IdempotencyError):
-                        assert answer.status_code == 409 or (answer.status_code == 422 and done[key][0] != content)
+                        assert answer.status_code == 409 or (
+                            answer.status_code == 422 and done[key][0] != content
+                        )
                     elif isinstance(answer, BaseException):
                         assert isinstance(answer, KeyError)
                         assert fails
@@ -122,12 +159,16 @@ def test_any_mixture_at_once_has_each_effect_once_and_each_answer_is_that_of_its
     asyncio.run(run())
 
 
-async def test_old_keys_are_purged_in_batches_and_young_ones_stay(effects: Effects, database: Database) -> None:
+async def test_old_keys_are_purged_in_batches_and_young_ones_stay(
+    effects: Effects, database: Database
+) -> None:
     for key in "abcd":
         await effects.request(key)
     async with database.acquire() as connection:
-        await connection.execute("update idempotency_keys set created_at = now() - interval '25 h' where key <> 'd'")
-        assert [await forget(connection, 2) for _ in range(3)] == [2, 1, 0]
+        await connection.execute(
+            "update idempotency_keys set created_at = now() - interval '25 h' where key <> 'd'"
+        )
+        assert [await delete_expired(connection, 2) for _ in range(3)] == [2, 1, 0]
         assert await connection.fetchval("select string_agg(key, '') from idempotency_keys") == "d"
 
 
@@ -152,7 +193,7 @@ async def test_a_key_has_1_to_255_printable_characters_with_or_without_quotes(
     field: str | None, key: str | None
 ) -> None:
     app = FastAPI()
-    problems.install(app)
+    problems.install_handlers(app)
 
     @app.post("/")
     async def route(key: IdempotencyKey) -> str:
@@ -160,7 +201,9 @@ async def test_a_key_has_1_to_255_printable_characters_with_or_without_quotes(
 
     fields = [] if field is None else field.encode("latin-1").split(b"\n")
     headers = [(b"Idempotency-Key", each) for each in fields]
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://test"
+    ) as client:
         answer = await client.post("/", headers=headers)
     if key is None:
         assert answer.status_code == 400

@@ -28,7 +28,7 @@ async def write(connection: Connection, number: int = 1) -> list[UUID]:
     ids = [uuid4() for _ in range(number)]
     async with connection.transaction():
         for event_id in ids:
-            await outbox.write(connection, "events", event_id, "happened", '{"a": 1}')
+            await outbox.add(connection, "events", event_id, "happened", '{"a": 1}')
     return ids
 
 
@@ -36,12 +36,18 @@ async def published(client: Redis) -> list[str]:
     return [fields[b"event_id"].decode() for fields in await entries(client, "events")]
 
 
-async def test_an_event_is_published_with_its_id_its_type_and_its_payload(database: Database, client: Redis) -> None:
+async def test_an_event_is_published_with_its_id_its_type_and_its_payload(
+    database: Database, client: Redis
+) -> None:
     async with database.acquire() as connection:
         (event_id,) = await write(connection)
     assert await outbox.publish(database, client, MAX_LENGTH) == 1
     (fields,) = await entries(client, "events")
-    assert fields == {b"event_id": str(event_id).encode(), b"type": b"happened", b"payload": b'{"a": 1}'}
+    assert fields == {
+        b"event_id": str(event_id).encode(),
+        b"type": b"happened",
+        b"payload": b'{"a": 1}',
+    }
     assert await outbox.publish(database, client, MAX_LENGTH) == 0
 
 
@@ -49,17 +55,21 @@ async def test_an_event_goes_with_its_transaction(database: Database, client: Re
     async with database.acquire() as connection:
         with contextlib.suppress(KeyError):
             async with connection.transaction():
-                await outbox.write(connection, "events", uuid4(), "happened", "{}")
+                await outbox.add(connection, "events", uuid4(), "happened", "{}")
                 raise KeyError
         with pytest.raises(RuntimeError, match="transaction"):
-            await outbox.write(connection, "events", uuid4(), "happened", "{}")
+            await outbox.add(connection, "events", uuid4(), "happened", "{}")
     assert await outbox.publish(database, client, MAX_LENGTH) == 0
 
 
-async def test_relays_side_by_side_publish_each_event_once(database: Database, client: Redis) -> None:
+async def test_relays_side_by_side_publish_each_event_once(
+    database: Database, client: Redis
+) -> None:
     async with database.acquire() as connection:
         ids = await write(connection, 5 * outbox.BATCH)
-    assert sum(await asyncio.gather(*(outbox.publish(database, client, 10_000) for _ in range(5)))) == len(ids)
+    assert sum(
+        await asyncio.gather(*(outbox.publish(database, client, 10_000) for _ in range(5)))
+    ) == len(ids)
     found = await published(client)
     assert Counter(found) == Counter(map(str, ids))
 
@@ -96,7 +106,7 @@ async def test_an_event_that_redis_refuses_waits_and_the_others_are_published_on
 ) -> None:
     await client.set("no stream", 1)
     async with database.acquire() as connection, connection.transaction():
-        await outbox.write(connection, "no stream", uuid4(), "happened", "{}")
+        await outbox.add(connection, "no stream", uuid4(), "happened", "{}")
         ids = await write(connection, 3)
     for _ in range(3):
         with pytest.raises(RedisError, match="WRONGTYPE"):
@@ -110,7 +120,7 @@ async def test_metrics_tell_how_many_events_wait_and_how_long(database: Database
     async with database.acquire() as connection:
         await write(connection, 3)
         await connection.execute("update outbox set created_at = now() - interval '1 hour'")
-        assert await outbox.measure(connection, 0) == 0
+        assert await outbox.update_metrics(connection, 0) == 0
     told = generate_latest().decode()
     assert 'outbox_backlog_events{table="outbox"} 3.0' in told
     assert 'outbox_lag_seconds{table="outbox"} 36' in told
@@ -144,13 +154,19 @@ async def until_published(client: Redis, ids: list[UUID]) -> None:
 
 
 async def test_a_redis_that_freezes_delays_events_and_holds_no_connection(
-    database: Database, client: Redis, hasty: Redis, redis: dev_services.Redis, caplog: pytest.LogCaptureFixture
+    database: Database,
+    client: Redis,
+    hasty: Redis,
+    redis: dev_services.Redis,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     if redis.program == "fakeredis":
         pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
 
     def told() -> list[str]:
-        return [record.message.split(":")[0] for record in caplog.records if record.name == "app.outbox"]
+        return [
+            record.message.split(":")[0] for record in caplog.records if record.name == "app.outbox"
+        ]
 
     async with relaying(database, hasty):
         async with database.acquire() as connection:
@@ -158,18 +174,25 @@ async def test_a_redis_that_freezes_delays_events_and_holds_no_connection(
             caplog.clear()  # of a Redis that was slow for a moment
             with frozen(redis.pid):
                 ids = await write(connection, 3)
-                await eventually(lambda: told() == ["events wait"])  # what it was about to publish may have waited
+                await eventually(
+                    lambda: told() == ["events wait"]
+                )  # what it was about to publish may have waited
                 used = []
                 for _ in range(40):
                     await asyncio.sleep(0.05)
                     used.append(database.pool.get_size() - database.pool.get_idle_size() - 1)
         assert used == [0] * 40
         await until_published(client, ids)
-        await eventually(lambda: told() == ["events wait", "events are published again"])  # after the commit
+        await eventually(
+            lambda: told() == ["events wait", "events are published again"]
+        )  # after the commit
 
 
 async def test_a_relay_outlives_the_database(
-    database: Database, client: Redis, postgres: dev_services.Postgres, caplog: pytest.LogCaptureFixture
+    database: Database,
+    client: Redis,
+    postgres: dev_services.Postgres,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with relaying(database, client):
         await asyncio.sleep(0.1)

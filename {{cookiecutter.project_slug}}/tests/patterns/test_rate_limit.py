@@ -30,7 +30,11 @@ async def test_requests_over_the_limit_are_refused_until_the_window_ends(client:
     headers = refused.value.headers or {}
     left = headers["Retry-After"]
     assert 50 < int(left) <= 60
-    assert headers == {"Retry-After": left, "RateLimit-Policy": '"test";q=2;w=60', "RateLimit": f'"test";r=0;t={left}'}
+    assert headers == {
+        "Retry-After": left,
+        "RateLimit-Policy": '"test";q=2;w=60',
+        "RateLimit": f'"test";r=0;t={left}',
+    }
     await limit.check("other")
     await RateLimit(client, "another", 2).check("one")
 
@@ -51,7 +55,9 @@ async def test_a_caller_over_the_limit_stays_so_while_redis_is_away(client: Redi
         await limit.check("one")
     with pytest.raises(TooManyError):
         await limit.check("one")
-    limit.redis.away_until = time.monotonic() + 60  # a flood delays the answers, and must not let itself through
+    limit.redis.away_until = (
+        time.monotonic() + 60
+    )  # a flood delays the answers, and must not let itself through
     with pytest.raises(TooManyError):
         await limit.check("one")
     await limit.check("other")
@@ -78,7 +84,9 @@ async def test_a_frozen_redis_lets_everybody_through_and_only_the_first_one_wait
         assert time.monotonic() - start < PATIENT_SECONDS / 2
         others = [asyncio.create_task(limit.check("one")) for _ in range(19)]
         await asyncio.sleep(0)
-        assert [task.done() for task in others] == [True] * 19  # at the first step: they have waited for nothing
+        assert [task.done() for task in others] == [
+            True
+        ] * 19  # at the first step: they have waited for nothing
         await asyncio.gather(*others)
     limit.redis.budget_seconds = PATIENT_SECONDS
     await asyncio.sleep(fail_open.COOL_DOWN_SECONDS)

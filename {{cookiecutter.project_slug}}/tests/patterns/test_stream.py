@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from app.patterns import stream_consumer, stream_group
 from app.patterns.stream_consumer import StreamConsumer
 from app.patterns.stream_group import Message, StreamGroup
-from app.patterns.stream_handler import MAX_FAULTS, LaterError, PoisonError, StreamHandler
+from app.patterns.stream_handler import MAX_FAULTS, PoisonError, RetryLaterError, StreamHandler
 from scripts import dev_services
 from tests.patterns.conftest import entries, eventually
 from tests.service_process import frozen
@@ -38,16 +38,18 @@ class Handler(StreamHandler):
         finally:
             self.under_way -= 1
 
-    async def begin(self) -> None:
+    async def on_group_created(self) -> None:
         self.begun += 1
 
-    async def give_up(self, message: Message) -> None:
+    async def on_dead_letter(self, message: Message) -> None:
         self.given_up += 1
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_group, "RECLAIM_SECONDS", 60.0)  # what is slow on a busy machine is not yet dead
+    monkeypatch.setattr(
+        stream_group, "RECLAIM_SECONDS", 60.0
+    )  # what is slow on a busy machine is not yet dead
     monkeypatch.setattr(stream_group, "SCAN_SECONDS", 0.05)
     monkeypatch.setattr(stream_consumer, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(stream_consumer, "POLL_SECONDS", 0.02)
@@ -71,7 +73,9 @@ async def pending(client: Redis) -> int:
 
 
 @contextlib.asynccontextmanager
-async def consuming(handler: StreamHandler, concurrency: int = 4, grace: float = 5) -> AsyncIterator[StreamConsumer]:
+async def consuming(
+    handler: StreamHandler, concurrency: int = 4, grace: float = 5
+) -> AsyncIterator[StreamConsumer]:
     """Run a consumer, and end it in order."""
     consumer = StreamConsumer(handler, concurrency)
     running = asyncio.create_task(consumer.run(grace))
@@ -82,7 +86,9 @@ async def consuming(handler: StreamHandler, concurrency: int = 4, grace: float =
         await running
 
 
-async def test_every_message_is_handled_once_and_as_many_at_a_time_as_there_is_room_for(client: Redis) -> None:
+async def test_every_message_is_handled_once_and_as_many_at_a_time_as_there_is_room_for(
+    client: Redis,
+) -> None:
     handler = Handler(client)
     names = [str(number) for number in range(50)]
     await send(client, *names)
@@ -121,7 +127,9 @@ async def test_what_a_dead_consumer_left_is_taken_again(client: Redis) -> None:
 async def test_what_takes_long_is_left_to_the_one_that_handles_it(
     client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_group, "RECLAIM_SECONDS", 2.0)  # 20 beats, of which a busy machine may miss some
+    monkeypatch.setattr(
+        stream_group, "RECLAIM_SECONDS", 2.0
+    )  # 20 beats, of which a busy machine may miss some
 
     async def long(_: Message) -> None:
         await asyncio.sleep(1.5 * stream_group.RECLAIM_SECONDS)
@@ -129,7 +137,9 @@ async def test_what_takes_long_is_left_to_the_one_that_handles_it(
     handlers = [Handler(client, long), Handler(client, long)]
     await send(client, "long")
     async with consuming(handlers[0]) as first:
-        first.sources = [first.group.read]  # to find its own message idle would set the idle time back too
+        first.sources = [
+            first.group.read
+        ]  # to find its own message idle would set the idle time back too
         await eventually(lambda: handlers[0].under_way == 1)
         async with consuming(handlers[1]):
             await eventually(lambda: not any(handler.under_way for handler in handlers))
@@ -172,7 +182,7 @@ async def test_what_fails_comes_again_and_is_parked_when_it_fails_too_often(clie
 @pytest.mark.usefixtures("reclaiming")
 async def test_an_outage_is_no_fault_of_the_message(client: Redis) -> None:
     async def away(_: Message) -> None:
-        raise LaterError
+        raise RetryLaterError
 
     handler = Handler(client, away)
     await send(client, "innocent")
@@ -195,7 +205,9 @@ async def test_a_redis_that_lost_its_memory_is_noticed(client: Redis) -> None:
 
 
 @pytest.mark.usefixtures("reclaiming")
-async def test_the_end_waits_for_what_is_under_way_and_leaves_the_rest_to_others(client: Redis) -> None:
+async def test_the_end_waits_for_what_is_under_way_and_leaves_the_rest_to_others(
+    client: Redis,
+) -> None:
     is_ending = asyncio.Event()
 
     async def work(message: Message) -> None:
@@ -224,7 +236,9 @@ async def test_a_frozen_redis_is_told_in_one_line_and_loses_nothing(
         pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
 
     def told() -> list[str]:
-        return [record.message.split(":")[0] for record in caplog.records if record.name == "app.stream"]
+        return [
+            record.message.split(":")[0] for record in caplog.records if record.name == "app.stream"
+        ]
 
     handler = Handler(hasty)
     async with consuming(handler):
@@ -272,4 +286,6 @@ async def test_a_dead_letter_that_redis_refuses_is_not_lost(client: Redis) -> No
         async with asyncio.timeout(30):
             while not await client.exists("events.dead"):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-    assert [fields[b"reason"] for fields in await entries(client, "events.dead")] == [b"it is poison"]
+    assert [fields[b"reason"] for fields in await entries(client, "events.dead")] == [
+        b"it is poison"
+    ]

@@ -38,7 +38,9 @@ class Consumer(Running):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "app.payments.consumer"],
             cwd=PROJECT,
-            env=os.environ | {"ENVIRONMENT": "development", "METRICS_BIND": f"127.0.0.1:{self.port}"} | settings,
+            env=os.environ
+            | {"ENVIRONMENT": "development", "METRICS_BIND": f"127.0.0.1:{self.port}"}
+            | settings,
             stdout=self.output,
             stderr=subprocess.STDOUT,
         )
@@ -68,7 +70,12 @@ def bank() -> Iterator[Gateway]:
 
 @pytest.fixture
 def urls(database_url: str, redis: dev_services.Redis, bank: Gateway) -> dict[str, str]:
-    return {"DATABASE_URL": database_url, "REDIS_URL": redis.url, "GATEWAY_URL": bank.url, "LOG_FORMAT": "json"}
+    return {
+        "DATABASE_URL": database_url,
+        "REDIS_URL": redis.url,
+        "GATEWAY_URL": bank.url,
+        "LOG_FORMAT": "json",
+    }
 
 
 @pytest.fixture
@@ -81,7 +88,9 @@ def service(urls: dict[str, str]) -> Iterator[Service]:
 def pay(service: Service, **headers: str) -> str:
     """Send a payment and return its ID."""
     new = {"amount": 1250, "currency": "EUR", "reference": "consumer"}
-    answer = service.http.post("/payments", json=new, headers={"Idempotency-Key": str(uuid4())} | headers)
+    answer = service.http.post(
+        "/payments", json=new, headers={"Idempotency-Key": str(uuid4())} | headers
+    )
     assert answer.status_code == 201
     payment_id: str = answer.json()["payment_id"]
     return payment_id
@@ -107,7 +116,10 @@ def ask(url: str, query: str, payment_id: str) -> Any:
 
 def settled(service: Service, *payment_ids: str) -> None:
     """Wait until these payments are settled, also for those who have just read that they are not."""
-    eventually(lambda: {status(service, payment_id) for payment_id in payment_ids} == {"settled"}, SETTLED_SECONDS)
+    eventually(
+        lambda: {status(service, payment_id) for payment_id in payment_ids} == {"settled"},
+        SETTLED_SECONDS,
+    )
 
 
 def test_a_payment_is_charged_once_and_settled_and_the_requests_id_goes_with_it(
@@ -116,10 +128,14 @@ def test_a_payment_is_charged_once_and_settled_and_the_requests_id_goes_with_it(
     with consuming(**urls) as consumer:
         payment_id = pay(service, **{"X-Request-ID": "from-the-client"})
         settled(service, payment_id)
-        (headers,) = [headers for _, headers in bank.requests if headers["Idempotency-Key"] == payment_id]
+        (headers,) = [
+            headers for _, headers in bank.requests if headers["Idempotency-Key"] == payment_id
+        ]
         assert headers["X-Request-ID"] == "from-the-client"
         done = 'stream_messages_handled_total{outcome="done",stream="payment-events"}'
-        eventually(lambda: done in consumer.get("/metrics").text)  # counted when Redis has been told, after the commit
+        eventually(
+            lambda: done in consumer.get("/metrics").text
+        )  # counted when Redis has been told, after the commit
         call = 'http_client_request_duration_seconds_count{outcome="201",upstream="gateway"}'
         assert call in consumer.get("/metrics").text
         probes = [f"/health/{name}" for name in ("live", "startup", "ready")]
@@ -135,11 +151,19 @@ def test_a_gateway_that_is_down_delays_payments_and_nothing_else(
     bank.status = 503
     with consuming(**urls) as consumer:
         payment_ids = [pay(service) for _ in range(20)]
-        eventually(lambda: 'circuit_breaker_open{upstream="gateway"} 1.0' in consumer.get("/metrics").text)
+        eventually(
+            lambda: 'circuit_breaker_open{upstream="gateway"} 1.0' in consumer.get("/metrics").text
+        )
         eventually(lambda: len(bank.requests) > 8)
         # At most 8 calls until it is left alone, and then one in 3 s.
         assert all(later - earlier >= 3 for (earlier, _), (later, _) in pairwise(bank.requests[7:]))
-        eventually(lambda: consumer.get("/health/ready").status_code == service.get("/health/ready").status_code == 200)
+        eventually(
+            lambda: (
+                consumer.get("/health/ready").status_code
+                == service.get("/health/ready").status_code
+                == 200
+            )
+        )
         assert {status(service, payment_id) for payment_id in payment_ids} == {"pending"}
         bank.status = 0
         settled(service, *payment_ids)
@@ -185,7 +209,12 @@ def test_what_is_refused_is_parked_with_the_reason_and_announced_again_only_when
             "type": "payment.created",
             "payload": json.dumps({"payment_id": str(uuid4())}),
         }
-        for poison in (nobody, {"payload": "nonsense"}, {"event_id": "x", "payload": "[1]"}, {"other": "1"}):
+        for poison in (
+            nobody,
+            {"payload": "nonsense"},
+            {"event_id": "x", "payload": "[1]"},
+            {"other": "1"},
+        ):
             client.xadd("payment-events", poison)
         eventually(lambda: client.xlen("payment-events.dead") == 5)
         bank.status = 0
@@ -195,7 +224,9 @@ def test_what_is_refused_is_parked_with_the_reason_and_announced_again_only_when
         query = "select announce_at = 'infinity' from payments where payment_id = $1"
         assert [ask(urls["DATABASE_URL"], query, each) for each in (refused, good)] == [True, False]
         eventually(lambda: [line for line in consumer.lines if "is parked" in line["message"]])
-        assert {line["level"] for line in consumer.lines if "is parked" in line["message"]} == {"error"}
+        assert {line["level"] for line in consumer.lines if "is parked" in line["message"]} == {
+            "error"
+        }
         reasons = sorted(fields[b"reason"] for _, fields in client.xrange("payment-events.dead"))
         with frozen(consumer.process.pid):
             length = client.xlen("payment-events")
@@ -205,7 +236,11 @@ def test_what_is_refused_is_parked_with_the_reason_and_announced_again_only_when
         settled(service, lost)  # all that is pending is announced again, and the other one is not
         time.sleep(1)
         assert bank.calls[refused] == 1
-        ask(urls["DATABASE_URL"], "update payments set announce_at = now() where payment_id = $1", refused)
+        ask(
+            urls["DATABASE_URL"],
+            "update payments set announce_at = now() where payment_id = $1",
+            refused,
+        )
         settled(service, refused)  # since somebody has decided so
     assert reasons == 3 * [b"it is no event of a payment"] + [
         b"the gateway refuses it: 402",
@@ -249,7 +284,9 @@ def test_one_payment_that_the_gateway_chokes_on_is_parked_while_others_are_charg
     assert fields[b"reason"] == b"failed 5 times, at last with UpstreamError"
 
 
-def test_a_redis_that_lost_everything_loses_no_payment(urls: dict[str, str], service: Service, bank: Gateway) -> None:
+def test_a_redis_that_lost_everything_loses_no_payment(
+    urls: dict[str, str], service: Service, bank: Gateway
+) -> None:
     client: Any = Client.from_url(urls["REDIS_URL"])
     payment_ids = [pay(service) for _ in range(5)]
     eventually(lambda: client.exists("payment-events"))
@@ -293,7 +330,9 @@ def test_what_a_killed_consumer_left_is_charged_once_by_the_next(
     assert [bank.charges[payment_id] for payment_id in payment_ids] == [1] * 20
 
 
-def test_a_pending_payment_is_kept_in_the_cache_for_a_second_only(urls: dict[str, str], service: Service) -> None:
+def test_a_pending_payment_is_kept_in_the_cache_for_a_second_only(
+    urls: dict[str, str], service: Service
+) -> None:
     """So that it is soon read as settled, also if Redis is away when it is settled."""
     client: Any = Client.from_url(urls["REDIS_URL"])
     payment_id = pay(service)
@@ -307,17 +346,31 @@ def test_a_pending_payment_is_kept_in_the_cache_for_a_second_only(urls: dict[str
 
 
 @pytest.mark.parametrize(
-    "url", ["https:///charges", "https://:443", "https://gw/v1?x=1", "https://256.1.1.1", "https://[v1.x]", "ftp://gw"]
+    "url",
+    [
+        "https:///charges",
+        "https://:443",
+        "https://gw/v1?x=1",
+        "https://256.1.1.1",
+        "https://[v1.x]",
+        "ftp://gw",
+    ],
 )
-def test_a_url_that_no_charge_can_be_sent_to_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_that_no_charge_can_be_sent_to_is_refused(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GATEWAY_URL", url)
     with pytest.raises(SystemExit) as refused:
         load_settings()
     assert f"GATEWAY_URL={url}: takes https://gateway.example" in str(refused.value)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:8090", "https://user:p%40ss@gw.example:443/v1", "https://[::1]:1/"])
-def test_a_url_may_have_an_address_a_user_and_a_path(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:8090", "https://user:p%40ss@gw.example:443/v1", "https://[::1]:1/"]
+)
+def test_a_url_may_have_an_address_a_user_and_a_path(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GATEWAY_URL", url)
     assert load_settings().gateway_url == url
 
@@ -329,7 +382,11 @@ def test_what_is_in_the_way_is_told_in_one_line(module: str) -> None:
         settings = os.environ | {"ENVIRONMENT": "development", "METRICS_BIND": address}
         settings |= {"REDIS_URL": "redis://:hunter2@127.0.0.1:1/0"}
         done = subprocess.run(
-            [sys.executable, "-m", module], cwd=PROJECT, env=settings, capture_output=True, check=False
+            [sys.executable, "-m", module],
+            cwd=PROJECT,
+            env=settings,
+            capture_output=True,
+            check=False,
         )
     assert done.returncode == 1
     (line,) = done.stderr.decode().splitlines()
@@ -340,7 +397,10 @@ def test_what_is_in_the_way_is_told_in_one_line(module: str) -> None:
 @pytest.mark.parametrize("environment", ["production", "staging"])
 def test_a_gateway_without_tls_is_refused_outside_of_development(environment: str) -> None:
     run = [sys.executable, "-m", "app.payments.consumer"]
-    settings = os.environ | {"ENVIRONMENT": environment, "GATEWAY_URL": "http://:hunter2@gateway.example"}
+    settings = os.environ | {
+        "ENVIRONMENT": environment,
+        "GATEWAY_URL": "http://:hunter2@gateway.example",
+    }
     done = subprocess.run(run, cwd=PROJECT, env=settings, capture_output=True, check=False)
     assert done.returncode == 1
     line = b"configuration error: GATEWAY_URL=gateway.example: takes https:// unless ENVIRONMENT is development\n"

@@ -18,7 +18,9 @@ SHOW = ["sh", "-c", 'echo "$DATABASE_URL $REDIS_URL ${WEB_CONCURRENCY-unset}"']
 
 
 def run(*command: str, **variables: str) -> str:
-    done = subprocess.run([*RUN, *command], cwd=PROJECT, env=os.environ | variables, capture_output=True, check=True)
+    done = subprocess.run(
+        [*RUN, *command], cwd=PROJECT, env=os.environ | variables, capture_output=True, check=True
+    )
     return done.stdout.decode().strip()
 
 
@@ -35,7 +37,9 @@ def test_urls_of_secret_files_win(tmp_path: Path) -> None:
 
 def test_the_exit_code_is_that_of_the_command() -> None:
     named = {"DATABASE_URL": "postgresql://a", "REDIS_URL": "redis://b"}
-    done = subprocess.run([*RUN, "sh", "-c", "exit 7"], cwd=PROJECT, env=os.environ | named, check=False)
+    done = subprocess.run(
+        [*RUN, "sh", "-c", "exit 7"], cwd=PROJECT, env=os.environ | named, check=False
+    )
     assert done.returncode == 7
 
 
@@ -60,10 +64,16 @@ def test_ctrl_c_while_it_starts_leaves_nothing(seconds: float) -> None:
         assert list(folder.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root has folders that the server's user may not enter")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root has folders that the server's user may not enter"
+)
 def test_a_folder_that_the_server_may_not_enter_is_one_clear_line(tmp_path: Path) -> None:
     done = subprocess.run(
-        [*RUN, "true"], cwd=PROJECT, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, check=False
+        [*RUN, "true"],
+        cwd=PROJECT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        check=False,
     )
     assert done.returncode == 1
     assert b"set TMPDIR to a folder that everybody may enter" in done.stderr
@@ -75,7 +85,9 @@ def test_secrets_of_compose_are_made_once_and_agree(tmp_path: Path) -> None:
     compose_secrets.make(folder)
     texts = {path.name: path.read_text() for path in folder.iterdir()}
     assert len(texts["postgres_password"]) >= 24
-    assert texts["database_url"] == f"postgresql://app:{texts['postgres_password']}@postgres:5432/app"
+    assert (
+        texts["database_url"] == f"postgresql://app:{texts['postgres_password']}@postgres:5432/app"
+    )
     assert folder.stat().st_mode & 0o777 == 0o700
     compose_secrets.make(folder)
     assert {path.name: path.read_text() for path in folder.iterdir()} == texts

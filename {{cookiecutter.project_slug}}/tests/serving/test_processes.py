@@ -42,13 +42,20 @@ def service(urls: dict[str, str]) -> Iterator[Service]:
 
 def count(service: Service, route: str) -> float:
     """Return how many requests a route has answered, as the metrics say."""
-    pattern = r"^http_server_request_duration_seconds_count.*http_route=\"" + re.escape(route) + r"\".* (.+)$"
+    pattern = (
+        r"^http_server_request_duration_seconds_count.*http_route=\""
+        + re.escape(route)
+        + r"\".* (.+)$"
+    )
     return sum(map(float, re.findall(pattern, service.metrics(), re.MULTILINE)))
 
 
 def states(service: Service) -> dict[str, str]:
     """Return what readiness says of each dependency."""
-    return {name: check["status"] for name, check in service.get("/health/ready").json()["checks"].items()}
+    return {
+        name: check["status"]
+        for name, check in service.get("/health/ready").json()["checks"].items()
+    }
 
 
 def of_request(service: Service, request_id: str) -> list[dict[str, Any]]:
@@ -77,7 +84,11 @@ def test_the_health_check_of_the_image_tells_200_from_the_rest(
 def test_requests_over_all_workers_are_all_counted(service: Service) -> None:
     # Of no other test: what these have asked may be counted only now.
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
-        answers = list(pool.map(lambda _: service.get("/slow?seconds=0", **{"X-Request-ID": "many"}), range(300)))
+        answers = list(
+            pool.map(
+                lambda _: service.get("/slow?seconds=0", **{"X-Request-ID": "many"}), range(300)
+            )
+        )
     assert {answer.status_code for answer in answers} == {200}
     eventually(lambda: count(service, "/slow") == 300)
     eventually(lambda: len(of_request(service, "many")) == 300)
@@ -92,7 +103,10 @@ def test_a_bug_is_a_problem_outside_and_one_line_with_traceback_inside(service: 
     assert "41111111" not in answer.text
     eventually(lambda: len(of_request(service, "bug-1")) == 2)  # the access line follows the answer
     lines = of_request(service, "bug-1")
-    assert [(line["logger"], line["level"]) for line in lines] == [("app.web.middleware", "error"), ("access", "info")]
+    assert [(line["logger"], line["level"]) for line in lines] == [
+        ("app.observe", "error"),
+        ("access", "info"),
+    ]
     assert lines[0]["exception"]["type"] == "RuntimeError"
     assert "in bug" in lines[0]["exception"]["traceback"]
 
@@ -153,14 +167,18 @@ def test_no_password_is_in_the_output(service: Service, urls: dict[str, str]) ->
 
 def test_the_start_says_how_it_is_sized(service: Service) -> None:
     (line,) = [line for line in service.lines if line["logger"] == "app.sizing"]
-    assert line["message"].startswith("2 workers, 4 database connections for each: WEB_CONCURRENCY=2")
+    assert line["message"].startswith(
+        "2 workers, 4 database connections for each: WEB_CONCURRENCY=2"
+    )
 
 
 def test_a_term_lets_requests_finish_and_ends_cleanly(urls: dict[str, str]) -> None:
     with serving("tests.fault_routes:app", RETIRE_SECONDS="0", **urls) as service:
         service.wait()
         service.wait_for_workers()
-        with socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS) as slow:
+        with socket.create_connection(
+            ("127.0.0.1", service.port), timeout=DEADLINE_SECONDS
+        ) as slow:
             slow.sendall(b"POST /length HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n")
             eventually(lambda: "http_server_active_requests 1.0" in service.metrics())
             service.process.send_signal(signal.SIGTERM)
@@ -186,7 +204,9 @@ def test_an_interrupt_waits_for_no_request(urls: dict[str, str], number: int) ->
             start = time.monotonic()
             assert service.stop(number) == 0
             assert time.monotonic() - start < 10  # 2 where the machine has time; 20 if it retired
-        assert [line["message"] for line in service.lines].count("Application shutdown complete.") == 2
+        assert [line["message"] for line in service.lines].count(
+            "Application shutdown complete."
+        ) == 2
 
 
 def test_nothing_is_left_behind(urls: dict[str, str]) -> None:
@@ -219,7 +239,9 @@ def test_with_nothing_there_it_starts_is_live_and_recovers(redis: Redis) -> None
     with postgres() as server:
         server.stop()
         urls = {"DATABASE_URL": server.url, "REDIS_URL": f"redis://127.0.0.1:{free_port()}"}
-        with serving(READINESS_TIMEOUT_SECONDS="10", **urls) as service:  # Postgres may be slow when it is back
+        with serving(
+            READINESS_TIMEOUT_SECONDS="10", **urls
+        ) as service:  # Postgres may be slow when it is back
             service.wait("/health/startup")
             assert service.get("/health/live").status_code == 200
             ready = service.get("/health/ready")
@@ -227,8 +249,10 @@ def test_with_nothing_there_it_starts_is_live_and_recovers(redis: Redis) -> None
             assert {check["status"] for check in ready.json()["checks"].values()} == {"unhealthy"}
             server.start()
             recovered = {"postgres": "healthy", "redis": "unhealthy"}
-            eventually(lambda: states(service) == recovered)  # another worker may know it up to a second later
-            lines = [line["message"] for line in service.lines if line["logger"] == "app.web.health"]
+            eventually(
+                lambda: states(service) == recovered
+            )  # another worker may know it up to a second later
+            lines = [line["message"] for line in service.lines if line["logger"] == "app.health"]
             for text in ("postgres is unhealthy", "redis is unhealthy"):
                 assert 1 <= lines.count(text) <= 2  # one for each worker, not one for each try
 
@@ -254,7 +278,9 @@ def test_a_postgres_that_stops_or_freezes_makes_it_unready_and_nothing_else(redi
 
 
 def test_a_redis_that_freezes_is_reported_only(urls: dict[str, str], redis: Redis) -> None:
-    with serving(READINESS_TIMEOUT_SECONDS="10", **urls) as service:  # Postgres may be slow; the cache has its own
+    with serving(
+        READINESS_TIMEOUT_SECONDS="10", **urls
+    ) as service:  # Postgres may be slow; the cache has its own
         service.wait()
         with frozen(redis.pid):
             eventually(lambda: states(service)["redis"] == "unhealthy")
@@ -285,7 +311,11 @@ def test_a_hangup_replaces_the_workers_and_reads_nothing_anew(
 
 def test_a_killed_metrics_process_is_replaced(service: Service) -> None:
     before = count(service, "/health/live")
-    workers = {line["pid"] for line in service.lines if line["message"].startswith("Started server process")}
+    workers = {
+        line["pid"]
+        for line in service.lines
+        if line["message"].startswith("Started server process")
+    }
     (victim,) = (c for c in psutil.Process(service.process.pid).children() if c.pid not in workers)
     victim.kill()
     eventually(lambda: not victim.is_running())
@@ -300,20 +330,29 @@ def test_usr2_is_one_line(service: Service) -> None:
 
 def test_only_metrics_are_at_the_metrics_address(service: Service) -> None:
     address = f"http://127.0.0.1:{service.metrics_port}"
-    assert [service.http.get(address + path).status_code for path in ("/metrics", "/", "/docs")] == [200, 404, 404]
+    assert [
+        service.http.get(address + path).status_code for path in ("/metrics", "/", "/docs")
+    ] == [200, 404, 404]
 
 
 def test_a_start_that_fails_leaves_nothing_behind(urls: dict[str, str]) -> None:
-    environment = os.environ | urls | {"BIND": "192.0.2.1:80", "METRICS_BIND": f"127.0.0.1:{free_port()}"}
+    environment = (
+        os.environ | urls | {"BIND": "192.0.2.1:80", "METRICS_BIND": f"127.0.0.1:{free_port()}"}
+    )
     run = [sys.executable, "-m", "gunicorn"]
-    process = subprocess.Popen(run, cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        run, cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     assert process.wait(60) == 1
     assert list(SHARED_MEMORY.glob(f"metrics-{process.pid}-*")) == []
 
 
 def test_an_address_that_is_taken_is_one_clear_line(service: Service, urls: dict[str, str]) -> None:
     taken = f"127.0.0.1:{service.metrics_port}"
-    assert refusal(METRICS_BIND=taken, **urls) == f"configuration error: METRICS_BIND={taken}: cannot listen there: "
+    assert (
+        refusal(METRICS_BIND=taken, **urls)
+        == f"configuration error: METRICS_BIND={taken}: cannot listen there: "
+    )
 
 
 def test_a_metrics_folder_that_another_instance_uses_is_one_clear_line(
@@ -331,7 +370,12 @@ def refusal(**settings: str) -> str:
     addresses = {"BIND": f"127.0.0.1:{free_port()}", "METRICS_BIND": f"127.0.0.1:{free_port()}"}
     environment = os.environ | addresses | settings
     done = subprocess.run(
-        [sys.executable, "-m", "gunicorn"], cwd=PROJECT, env=environment, capture_output=True, check=False, timeout=60
+        [sys.executable, "-m", "gunicorn"],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        check=False,
+        timeout=60,
     )
     assert done.returncode == 1
     line = done.stderr.decode()
@@ -344,5 +388,7 @@ def test_a_root_path_is_that_of_the_proxy(urls: dict[str, str]) -> None:
         service.wait()
         assert service.get("/openapi.json").json()["servers"] == [{"url": "/api"}]
         body = {"amount": 1, "currency": "EUR", "reference": "a"}  # example
-        created = service.http.post("/payments", json=body, headers={"Idempotency-Key": "a"})  # example
+        created = service.http.post(
+            "/payments", json=body, headers={"Idempotency-Key": "a"}
+        )  # example
         assert created.headers["location"].startswith("/api/payments/")  # example

@@ -22,7 +22,9 @@ DRAIN = {"DRAIN_SECONDS": "2", "RETIRE_SECONDS": "1", "WEB_CONCURRENCY": "1"}
 
 @pytest.fixture
 def service(database_url: str, redis: Redis) -> Iterator[Service]:
-    with serving("tests.fault_routes:app", DATABASE_URL=database_url, REDIS_URL=redis.url, **DRAIN) as service:
+    with serving(
+        "tests.fault_routes:app", DATABASE_URL=database_url, REDIS_URL=redis.url, **DRAIN
+    ) as service:
         service.wait()
         yield service
 
@@ -39,7 +41,9 @@ def websocket(service: Service) -> Iterator[Connection]:
 @contextlib.contextmanager
 def stream(service: Service) -> Iterator[Iterator[str]]:
     """Open a stream that has begun."""
-    with httpx.stream("GET", f"http://127.0.0.1:{service.port}/events?seconds=60", timeout=10) as answer:
+    with httpx.stream(
+        "GET", f"http://127.0.0.1:{service.port}/events?seconds=60", timeout=10
+    ) as answer:
         lines = answer.iter_lines()
         assert next(lines) == "data: 0"
         yield lines
@@ -85,7 +89,9 @@ def test_a_websocket_is_told_to_come_back_and_a_stream_ends(service: Service) ->
 
 def test_work_in_the_background_is_waited_for(service: Service) -> None:
     service.get("/background-task?seconds=4")
-    service.get("/background?seconds=7")  # goes on when the other, which the server itself waits for, is done
+    service.get(
+        "/background?seconds=7"
+    )  # goes on when the other, which the server itself waits for, is done
     assert service.stop() == 0
     said = messages(service)
     assert {"background done", "task done", "1 tasks finished, 0 cancelled"} <= set(said)
@@ -102,7 +108,10 @@ def test_what_is_left_when_the_time_is_over_is_cancelled(database_url: str, redi
             slow = pool.submit(service.get, "/slow?seconds=60")
             eventually(lambda: "http_server_active_requests 1.0" in service.metrics())
             assert service.stop() == 0
-        assert (slow.result().status_code, slow.result().json()["detail"]) == (503, "The service is shutting down.")
+        assert (slow.result().status_code, slow.result().json()["detail"]) == (
+            503,
+            "The service is shutting down.",
+        )
         said = messages(service)
         assert {"0 tasks finished, 1 cancelled", "Application shutdown complete."} <= set(said)
         assert "Cancel 2 running task(s), timeout graceful shutdown exceeded" in said
@@ -132,15 +141,24 @@ def test_an_end_may_become_a_quick_one_at_any_time(service: Service) -> None:
     service.process.send_signal(signal.SIGTERM)
     eventually(lambda: "waiting for 1 tasks in the background" in service.text)
     assert service.stop(signal.SIGINT) == 0
-    assert {"0 tasks finished, 1 cancelled", "Application shutdown complete."} <= set(messages(service))
+    assert {"0 tasks finished, 1 cancelled", "Application shutdown complete."} <= set(
+        messages(service)
+    )
 
 
 def test_a_connection_in_the_kernels_queue_is_served(service: Service) -> None:
     """While the worker is stopped, the kernel accepts for it; the end must not reset what is in its queue."""
-    (worker,) = {line["pid"] for line in service.lines if line["message"].startswith("Started server process")}
+    (worker,) = {
+        line["pid"]
+        for line in service.lines
+        if line["message"].startswith("Started server process")
+    }
     process = psutil.Process(worker)
     process.suspend()
-    clients = [socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS) for _ in range(20)]
+    clients = [
+        socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS)
+        for _ in range(20)
+    ]
     for client in clients:
         client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
     service.process.send_signal(signal.SIGQUIT)
@@ -153,31 +171,47 @@ def test_a_connection_in_the_kernels_queue_is_served(service: Service) -> None:
 
 
 def test_a_worker_that_is_stuck_leaves_its_stack(database_url: str, redis: Redis) -> None:
-    settings = DRAIN | {"DATABASE_URL": database_url, "REDIS_URL": redis.url, "WORKER_TIMEOUT_SECONDS": "4"}
+    settings = DRAIN | {
+        "DATABASE_URL": database_url,
+        "REDIS_URL": redis.url,
+        "WORKER_TIMEOUT_SECONDS": "4",
+    }
     with serving("tests.fault_routes:app", **settings) as service:
         service.wait()
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            pool.submit(lambda: contextlib.suppress(httpx.TransportError).__enter__() or service.get("/stuck"))
+            pool.submit(
+                lambda: (
+                    contextlib.suppress(httpx.TransportError).__enter__() or service.get("/stuck")
+                )
+            )
             eventually(lambda: "was stuck, or has crashed" in service.text)
         service.wait()
-        (line,) = [line for line in service.lines if line["logger"] == "app.serving.gunicorn_worker"]
+        (line,) = [line for line in service.lines if line["logger"] == "app.worker"]
         assert "fault_routes.py" in line["stacks"]
         assert "in stuck" in line["stacks"]
 
 
-def test_the_last_worker_that_is_recycled_is_replaced_before_it_ends(database_url: str, redis: Redis) -> None:
+def test_the_last_worker_that_is_recycled_is_replaced_before_it_ends(
+    database_url: str, redis: Redis
+) -> None:
     recycling = {"MAX_REQUESTS": "50", "MAX_REQUESTS_JITTER": "0", "RETIRE_SECONDS": "9"}
     urls = {"DATABASE_URL": database_url, "REDIS_URL": redis.url}
     with serving(**DRAIN | recycling | urls) as service:
         service.wait()
-        with socket.create_connection(("127.0.0.1", service.port)):  # keeps the worker for RETIRE_SECONDS
+        with socket.create_connection(
+            ("127.0.0.1", service.port)
+        ):  # keeps the worker for RETIRE_SECONDS
             longest, end = 0.0, time.monotonic() + 60
-            while service.text.count("Shutting down") < 3 and time.monotonic() < end:  # its successors have none
+            while (
+                service.text.count("Shutting down") < 3 and time.monotonic() < end
+            ):  # its successors have none
                 start = time.monotonic()
                 assert service.get("/").status_code == 200
                 longest = max(longest, time.monotonic() - start)
         said = messages(service)
-        asked = next(place for place, text in enumerate(said) if text.endswith("asking for a successor"))
+        asked = next(
+            place for place, text in enumerate(said) if text.endswith("asking for a successor")
+        )
         after = said[asked:]
         assert after.index("Application startup complete.") < after.index("Shutting down")
         assert longest < 8  # and not the nine seconds of retirement

@@ -21,7 +21,9 @@ TIMEOUT_SECONDS = 2.0
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, bool]]:
-    return "asyncio", {"use_uvloop": True}  # as the workers do; when it hears of a lost connection differs
+    return "asyncio", {
+        "use_uvloop": True
+    }  # as the workers do; when it hears of a lost connection differs
 
 
 @pytest.fixture
@@ -131,7 +133,9 @@ async def test_work_that_is_done_does_not_fail_with_its_connection(
     await assert_nothing_leaked(database)
 
 
-async def test_a_read_is_done_again_when_its_connection_is_lost(database: Database, admin: asyncpg.Connection) -> None:
+async def test_a_read_is_done_again_when_its_connection_is_lost(
+    database: Database, admin: asyncpg.Connection
+) -> None:
     tries = 0
 
     async def read(connection: Connection) -> int:
@@ -152,7 +156,9 @@ async def test_a_connection_that_was_closed_while_idle_costs_a_read_nothing(
     await database.check()
     async with database.acquire() as connection:
         await connection.execute("select")
-    await admin.execute("select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()")
+    await admin.execute(
+        "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid()"
+    )
     time.sleep(0.1)  # noqa: ASYNC251 - the loop must not see the end of it
     await database.check()
     assert await database.retry(one) == 1
@@ -195,7 +201,10 @@ async def test_a_command_that_takes_too_long_is_not_tried_again(database: Databa
     with pytest.raises(UnavailableError):
         await database.retry(work)
     assert tries == 1
-    assert await database.retry(lambda connection: connection.fetchval("show statement_timeout")) == "0"
+    assert (
+        await database.retry(lambda connection: connection.fetchval("show statement_timeout"))
+        == "0"
+    )
 
 
 async def seconds_of_a_read(database: Database) -> float:
@@ -205,7 +214,9 @@ async def seconds_of_a_read(database: Database) -> float:
     return time.monotonic() - begin
 
 
-async def test_an_outage_is_waited_for_only_while_it_is_young(database: Database, postgres: Postgres) -> None:
+async def test_an_outage_is_waited_for_only_while_it_is_young(
+    database: Database, postgres: Postgres
+) -> None:
     assert await database.retry(one) == 1
     budget = database.settings.database_retry_seconds
     postgres.stop()
@@ -236,10 +247,12 @@ async def test_readiness_tells_how_old_an_outage_is(database: Database, postgres
     finally:
         postgres.start()
     await database.check()
-    assert database.away_since is None
+    assert database.unavailable_since is None
 
 
-async def test_a_server_that_takes_no_changes_is_left_for_the_next_connection(database: Database) -> None:
+async def test_a_server_that_takes_no_changes_is_left_for_the_next_connection(
+    database: Database,
+) -> None:
     """Such as the old primary after a failover: a pool that kept its connections would stay with it."""
     servers: list[int] = []
 
@@ -255,10 +268,14 @@ async def test_a_server_that_takes_no_changes_is_left_for_the_next_connection(da
         assert connection.get_server_pid() not in servers
 
 
-async def test_a_server_that_is_full_is_not_waited_for(settings: Settings, admin: asyncpg.Connection) -> None:
+async def test_a_server_that_is_full_is_not_waited_for(
+    settings: Settings, admin: asyncpg.Connection
+) -> None:
     await admin.execute("create role crowd login password 'crowd' connection limit 0")
     url = settings.database_url.get_secret_value().split("@")[1]
-    crowded = settings.model_copy(update={"database_url": SecretStr(f"postgresql://crowd:crowd@{url}")})
+    crowded = settings.model_copy(
+        update={"database_url": SecretStr(f"postgresql://crowd:crowd@{url}")}
+    )
     async with Database(crowded, CONNECTIONS) as database:
         assert await seconds_of_a_read(database) < database.settings.database_retry_seconds
     await admin.execute("drop role crowd")
@@ -266,10 +283,20 @@ async def test_a_server_that_is_full_is_not_waited_for(settings: Settings, admin
 
 async def test_requests_that_leave_at_any_moment_leak_no_connection(database: Database) -> None:
     async def read(number: int) -> None:
-        async with asyncio.timeout(random.random() * 0.02), database.acquire() as connection, connection.transaction():
-            assert await connection.fetchval("select $1::int from pg_sleep(0.002)", number) == number
+        async with (
+            asyncio.timeout(random.random() * 0.02),
+            database.acquire() as connection,
+            connection.transaction(),
+        ):
+            assert (
+                await connection.fetchval("select $1::int from pg_sleep(0.002)", number) == number
+            )
 
     for _ in range(20):
-        ended = await asyncio.gather(*(read(number) for number in range(20)), return_exceptions=True)
-        assert all(each is None or isinstance(each, (TimeoutError, UnavailableError)) for each in ended), ended
+        ended = await asyncio.gather(
+            *(read(number) for number in range(20)), return_exceptions=True
+        )
+        assert all(
+            each is None or isinstance(each, (TimeoutError, UnavailableError)) for each in ended
+        ), ended
     await assert_nothing_leaked(database)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from app.settings import Settings
-from app.telemetry import logs as log
+from app.telemetry import logs
 from app.telemetry.access_log import AccessLog
 from app.telemetry.context import request_context
 
@@ -23,7 +23,7 @@ def lines(capfd: pytest.CaptureFixture[str]) -> Iterator[Read]:
     """Configure logging as the service does, put everything back, and return a reader of the lines."""
     root, hooks = logging.getLogger(), (sys.excepthook, threading.excepthook, sys.unraisablehook)
     handlers, level = root.handlers[:], root.level
-    log.configure(Settings(log_format="json", service_name="orders"))
+    logs.configure(Settings(log_format="json", service_name="orders"))
     yield lambda: [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     logging.captureWarnings(capture=False)
     sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
@@ -149,10 +149,12 @@ def test_a_handler_that_cannot_write_does_not_stop_the_service(
 def test_on_a_terminal_lines_are_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.isatty", lambda _: True)
     settings = Settings()
-    assert not log.wants_json(settings)
-    assert log.wants_json(Settings(log_format="json"))
-    formatter = log.ConsoleFormatter("%(levelname)s %(name)s: %(message)s")
-    record = logging.makeLogRecord({"name": "app", "levelname": "INFO", "msg": "redis://a:pw@b", "reason": "x"})
+    assert not logs.uses_json(settings)
+    assert logs.uses_json(Settings(log_format="json"))
+    formatter = logs.ConsoleFormatter("%(levelname)s %(name)s: %(message)s")
+    record = logging.makeLogRecord(
+        {"name": "app", "levelname": "INFO", "msg": "redis://a:pw@b", "reason": "x"}
+    )
     assert formatter.format(record) == "INFO app: redis://a:***@b reason=x\n"
 
 

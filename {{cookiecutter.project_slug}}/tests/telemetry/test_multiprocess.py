@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.telemetry import multiprocess as metrics_folder
+from app.telemetry import multiprocess
 from tests.service_process import PROJECT
 
 COUNT = """
@@ -15,7 +15,7 @@ from app.telemetry.http_metrics import HttpMetrics
 metrics = HttpMetrics(in_flight=["one request"])
 metrics.is_scheduled = True
 metrics.record(("GET", "/", 200), 1)
-metrics.fold()
+metrics.flush()
 """
 
 
@@ -28,14 +28,18 @@ def worker(folder: Path) -> int:
 
 
 def counted(folder: Path) -> dict[str, float]:
-    samples = [sample for metric in metrics_folder.AllWorkers(folder).collect() for sample in metric.samples]
+    samples = [
+        sample
+        for metric in multiprocess.WorkersCollector(folder).collect()
+        for sample in metric.samples
+    ]
     return {sample.name: sample.value for sample in samples if not sample.name.endswith("_bucket")}
 
 
 def test_the_dead_keep_their_counts_in_one_file(tmp_path: Path) -> None:
-    metrics_folder.prepare(tmp_path).close()
+    multiprocess.claim_directory(tmp_path).close()
     for _ in range(3):
-        metrics_folder.fold(tmp_path, worker(tmp_path))
+        multiprocess.archive_worker(tmp_path, worker(tmp_path))
     living = worker(tmp_path)
     assert counted(tmp_path) == {
         "http_server_request_duration_seconds_count": 4,
@@ -44,7 +48,10 @@ def test_the_dead_keep_their_counts_in_one_file(tmp_path: Path) -> None:
         "access_log_dropped_lines_total": 0,
     }
     left = {path.name for path in tmp_path.glob("*.db")}
-    archives, files = {"counter_archive.db", "histogram_archive.db"}, {"counter", "histogram", "gauge_livesum"}
+    archives, files = (
+        {"counter_archive.db", "histogram_archive.db"},
+        {"counter", "histogram", "gauge_livesum"},
+    )
     assert left == archives | {f"{kind}_{living}.db" for kind in files}
 
 
@@ -57,13 +64,13 @@ def test_a_file_that_a_worker_has_just_made_is_passed_over(tmp_path: Path) -> No
 
 def test_an_earlier_run_is_forgotten(tmp_path: Path) -> None:
     worker(tmp_path)
-    metrics_folder.prepare(tmp_path).close()
+    multiprocess.claim_directory(tmp_path).close()
     assert counted(tmp_path) == {}
 
 
 def test_two_instances_cannot_share_a_folder(tmp_path: Path) -> None:
-    owner = metrics_folder.prepare(tmp_path)
+    owner = multiprocess.claim_directory(tmp_path)
     with pytest.raises(BlockingIOError):
-        metrics_folder.prepare(tmp_path)
+        multiprocess.claim_directory(tmp_path)
     owner.close()
-    metrics_folder.prepare(tmp_path).close()
+    multiprocess.claim_directory(tmp_path).close()

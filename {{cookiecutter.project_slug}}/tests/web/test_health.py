@@ -102,14 +102,18 @@ async def test_a_probe_that_leaves_does_not_take_the_check_along() -> None:
 
 
 async def test_a_change_of_state_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "app.web.health")
+    caplog.set_level(logging.INFO, "app.health")
     state = [broken, broken, well, well, broken]
     found = checker(lambda: state[0]())
     while state:
         found.checked_at = float("-inf")
         await found.refresh()
         state.pop(0)
-    assert caplog.messages == ["postgres is unhealthy", "postgres is healthy", "postgres is unhealthy"]
+    assert caplog.messages == [
+        "postgres is unhealthy",
+        "postgres is healthy",
+        "postgres is unhealthy",
+    ]
 
 
 async def test_a_draining_process_says_so_and_asks_nobody() -> None:

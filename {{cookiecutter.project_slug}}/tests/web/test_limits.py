@@ -12,7 +12,7 @@ import pytest
 from starlette.types import Message
 
 from app.settings import Settings
-from app.web.limits import Limits, RefusedError
+from app.web.limits import Limits, RejectedError
 from scripts.dev_services import Redis
 from tests.service_process import DEADLINE_SECONDS, Service, eventually, serving
 
@@ -31,14 +31,18 @@ BIG = b"POST /length HTTP/1.1\r\nHost: a\r\nX-Request-ID: %s\r\n"
 
 @pytest.fixture(scope="module")
 def service(database_url: str, redis: Redis) -> Iterator[Service]:
-    with serving("tests.fault_routes:app", DATABASE_URL=database_url, REDIS_URL=redis.url, **LIMITS) as service:
+    with serving(
+        "tests.fault_routes:app", DATABASE_URL=database_url, REDIS_URL=redis.url, **LIMITS
+    ) as service:
         service.wait()
         yield service
 
 
 def send(service: Service, *parts: bytes, pause_seconds: float = 0.0) -> bytes:
     """Send parts of a request over a connection of its own; return all that comes back until it is closed."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS) as connection:
+    with socket.create_connection(
+        ("127.0.0.1", service.port), timeout=DEADLINE_SECONDS
+    ) as connection:
         for part in parts:
             try:
                 connection.sendall(part)
@@ -58,7 +62,10 @@ def assert_refused(service: Service, answer: bytes, status: int) -> None:
     assert lines[0].startswith(b"http/1.1 %d" % status), answer[:500]
     assert b"connection: close" in lines
     problem = json.loads(body)
-    assert (problem["status"], f"x-request-id: {problem['request_id']}".encode() in lines) == (status, True)
+    assert (problem["status"], f"x-request-id: {problem['request_id']}".encode() in lines) == (
+        status,
+        True,
+    )
     eventually(lambda: problem["request_id"] in service.text)
     access = [line for line in service.lines if line.get("request_id") == problem["request_id"]]
     assert [line["status"] for line in access] == [status]
@@ -67,7 +74,11 @@ def assert_refused(service: Service, answer: bytes, status: int) -> None:
 
 @pytest.mark.parametrize("pieces", [1, 20], ids=["at once", "in pieces"])
 def test_a_head_that_is_too_large_is_431(service: Service, pieces: int) -> None:
-    parts = [b"GET / HTTP/1.1\r\nHost: a\r\n", *[b"X-Long: " + b"a" * (6000 // pieces) + b"\r\n"] * pieces, b"\r\n"]
+    parts = [
+        b"GET / HTTP/1.1\r\nHost: a\r\n",
+        *[b"X-Long: " + b"a" * (6000 // pieces) + b"\r\n"] * pieces,
+        b"\r\n",
+    ]
     if pieces == 1:
         parts = [b"".join(parts)]
     assert_refused(service, send(service, *parts, pause_seconds=0.002), 431)
@@ -75,7 +86,10 @@ def test_a_head_that_is_too_large_is_431(service: Service, pieces: int) -> None:
 
 def test_a_large_body_does_not_count_as_head(service: Service) -> None:
     body = b"a" * 50_000
-    head = b"POST /length HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = (
+        b"POST /length HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        % len(body)
+    )
     assert send(service, head + body).endswith(b"50000")
 
 
@@ -86,7 +100,9 @@ def test_a_head_that_takes_too_long_is_408(service: Service) -> None:
 def test_a_connection_that_asks_nothing_is_closed(service: Service) -> None:
     assert send(service) == b""
     answer = send(service, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 200")  # and this one, when it was idle for KEEPALIVE_SECONDS
+    assert answer.startswith(
+        b"HTTP/1.1 200"
+    )  # and this one, when it was idle for KEEPALIVE_SECONDS
 
 
 def test_what_is_not_http_is_400(service: Service) -> None:
@@ -107,7 +123,12 @@ def test_a_body_that_takes_too_long_is_408(service: Service) -> None:
 
 
 def test_a_body_that_breaks_its_encoding_is_400(service: Service) -> None:
-    answer = send(service, BIG % b"broken" + b"Transfer-Encoding: chunked\r\n\r\n", b"nonsense\r\n", pause_seconds=0.1)
+    answer = send(
+        service,
+        BIG % b"broken" + b"Transfer-Encoding: chunked\r\n\r\n",
+        b"nonsense\r\n",
+        pause_seconds=0.1,
+    )
     assert_refused(service, answer, 400)
 
 
@@ -115,7 +136,10 @@ def test_a_body_that_breaks_its_encoding_is_400(service: Service) -> None:
 def test_a_request_that_takes_too_long_is_504(service: Service, path: str) -> None:
     start = time.monotonic()
     answer = service.get(path)
-    assert (answer.status_code, answer.json()["request_id"]) == (504, answer.headers["x-request-id"])
+    assert (answer.status_code, answer.json()["request_id"]) == (
+        504,
+        answer.headers["x-request-id"],
+    )
     assert time.monotonic() - start < 8  # also where a thread goes on
     assert service.get("/").status_code == 200
 
@@ -159,7 +183,10 @@ def test_an_answer_to_head_is_written(service: Service) -> None:
 
 
 def test_a_body_is_asked_for_with_100_continue(service: Service) -> None:
-    head = BIG % b"continue" + b"Expect: 100-continue\r\nConnection: close\r\nContent-Length: 3\r\n\r\n"
+    head = (
+        BIG % b"continue"
+        + b"Expect: 100-continue\r\nConnection: close\r\nContent-Length: 3\r\n\r\n"
+    )
     answer = send(service, head, b"abc", pause_seconds=0.1)
     assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200")
 
@@ -175,12 +202,12 @@ async def test_a_body_within_the_bounds_passes_unchanged() -> None:
         return parts[done.pop()]
 
     done = [2, 1, 0]
-    bounded = Limits(Settings(max_body_bytes=3)).body({"state": {}}, receive)
+    bounded = Limits(Settings(max_body_bytes=3)).limit_receive({"state": {}}, receive)
     assert [await bounded() for _ in range(3)] == parts
     done = [1, 0]
-    bounded = Limits(Settings(max_body_bytes=2)).body({"state": {}}, receive)
+    bounded = Limits(Settings(max_body_bytes=2)).limit_receive({"state": {}}, receive)
     await bounded()
-    with pytest.raises(RefusedError) as refusal:
+    with pytest.raises(RejectedError) as refusal:
         await bounded()
     assert refusal.value.status_code == 413
 
@@ -196,7 +223,12 @@ def test_a_body_that_comes_behind_a_slow_answer_is_served(service: Service) -> N
 def test_a_head_that_follows_a_large_body_is_not_charged_for_it(service: Service) -> None:
     body = b"a" * 50_000
     first = b"POST /length HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    answer = send(service, first + b"GET / HTTP/1.1\r\nHo", b"st: a\r\nConnection: close\r\n\r\n", pause_seconds=0.2)
+    answer = send(
+        service,
+        first + b"GET / HTTP/1.1\r\nHo",
+        b"st: a\r\nConnection: close\r\n\r\n",
+        pause_seconds=0.2,
+    )
     assert answer.count(b"HTTP/1.1 200") == 2
 
 
@@ -213,11 +245,19 @@ def test_fields_behind_a_body_are_ignored(service: Service) -> None:
 
 
 def test_an_answer_that_nobody_reads_is_cut_off(service: Service) -> None:
-    (worker,) = {line["pid"] for line in service.lines if line["message"].startswith("Started server process")}
-    with socket.create_connection(("127.0.0.1", service.port), timeout=DEADLINE_SECONDS) as connection:
+    (worker,) = {
+        line["pid"]
+        for line in service.lines
+        if line["message"].startswith("Started server process")
+    }
+    with socket.create_connection(
+        ("127.0.0.1", service.port), timeout=DEADLINE_SECONDS
+    ) as connection:
         connection.sendall(b"GET /large?megabytes=20 HTTP/1.1\r\nHost: a\r\n\r\n")
         size, address = len(connection.recv(1)), connection.getsockname()
-        eventually(lambda: address not in {each.raddr for each in psutil.Process(worker).net_connections()})
+        eventually(
+            lambda: address not in {each.raddr for each in psutil.Process(worker).net_connections()}
+        )
         with contextlib.suppress(ConnectionError):
             while data := connection.recv(1 << 20):
                 size += len(data)

@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect
 from app.errors import ServiceError
 from app.main import create_app
 from app.settings import Settings
-from app.storage.redis import CacheDependency
-from app.web.middleware import Observe
+from app.storage.redis import RedisDependency
+from app.web.middleware import RequestMiddleware
 from scripts.dev_services import free_port
 from tests.conftest import InProcess
 
@@ -81,7 +81,7 @@ def with_routes(settings: Settings) -> FastAPI:
     async def prices(body: dict[str, int]) -> None: ...
 
     @app.get("/cached")
-    async def cached(redis: CacheDependency) -> bool:
+    async def cached(redis: RedisDependency) -> bool:
         await redis.ping()
         return True
 
@@ -104,7 +104,10 @@ async def http(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def test_the_root_says_who_answers(client: httpx.AsyncClient) -> None:
-    assert (await client.get("/")).json() == {"service": Settings().service_name, "version": "0.0.0"}
+    assert (await client.get("/")).json() == {
+        "service": Settings().service_name,
+        "version": "0.0.0",
+    }
 
 
 @pytest.mark.parametrize("given", ["a", "0-9._:/+=-Z", "x" * 128])
@@ -143,7 +146,9 @@ async def test_the_trace_of_the_caller_is_in_the_line(
     assert traces == [(trace, span)] + [(None, None)] * 4
 
 
-async def test_an_access_line_says_what_happened(client: httpx.AsyncClient, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_an_access_line_says_what_happened(
+    client: httpx.AsyncClient, capfd: pytest.CaptureFixture[str]
+) -> None:
     await client.get("/nowhere?card=" + CARD, headers={"X-Request-ID": "abc"})
     output = capfd.readouterr().out
     assert CARD not in output
@@ -174,7 +179,9 @@ async def test_a_successful_probe_writes_no_line(
     assert capfd.readouterr().out == ""
 
 
-async def test_log_level_warning_silences_access_lines(settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_log_level_warning_silences_access_lines(
+    settings: Settings, capfd: pytest.CaptureFixture[str]
+) -> None:
     access = logging.getLogger("access")
     access.setLevel(logging.WARNING)
     async with InProcess(create_app(settings)) as client:
@@ -183,9 +190,13 @@ async def test_log_level_warning_silences_access_lines(settings: Settings, capfd
     assert capfd.readouterr().out == ""
 
 
-async def test_on_a_terminal_an_access_line_is_short(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+async def test_on_a_terminal_an_access_line_is_short(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "access")
-    async with InProcess(create_app(settings.model_copy(update={"log_format": "console"}))) as client:
+    async with InProcess(
+        create_app(settings.model_copy(update={"log_format": "console"}))
+    ) as client:
         await client.get("/a%0Ab")
     assert caplog.messages[0].startswith("GET '/a\\nb' 404 ")
 
@@ -197,7 +208,12 @@ async def test_on_a_terminal_an_access_line_is_short(settings: Settings, caplog:
         ("DELETE", "/", 405, {"title": "Method Not Allowed"}),
         ("GET", "/teapot", 418, {"title": "I'm a Teapot", "detail": "I'm a teapot"}),
         ("GET", "/odd", 599, {"title": "Error", "detail": "odd"}),
-        ("GET", "/refused", 500, {"title": "Internal Server Error", "detail": "told to the client"}),
+        (
+            "GET",
+            "/refused",
+            500,
+            {"title": "Internal Server Error", "detail": "told to the client"},
+        ),
         ("GET", "/bug", 500, {"title": "Internal Server Error"}),
     ],
 )
@@ -209,7 +225,12 @@ async def test_every_error_is_a_problem(
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.headers["cache-control"] == "no-store"
     request_id = answer.headers["x-request-id"]
-    assert answer.json() == {"type": "about:blank", "status": status, "request_id": request_id, **members}
+    assert answer.json() == {
+        "type": "about:blank",
+        "status": status,
+        "request_id": request_id,
+        **members,
+    }
 
 
 async def test_headers_of_an_error_are_kept(http: httpx.AsyncClient) -> None:
@@ -240,7 +261,9 @@ async def test_a_bug_after_the_first_byte_ends_the_answer(
     assert "unhandled exception" in caplog.messages
 
 
-async def test_a_client_that_left_is_counted_as_499(http: httpx.AsyncClient, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_a_client_that_left_is_counted_as_499(
+    http: httpx.AsyncClient, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(AssertionError):  # httpx misses the answer that nobody waits for
         await http.get("/left")
     assert json.loads(capfd.readouterr().out)["status"] == 499
@@ -259,11 +282,17 @@ async def test_a_client_that_left_is_counted_as_499(http: httpx.AsyncClient, cap
     ],
 )
 async def test_a_422_says_what_is_wrong_and_never_what_was_sent(
-    http: httpx.AsyncClient, capfd: pytest.CaptureFixture[str], body: object, faults: list[tuple[str, str]]
+    http: httpx.AsyncClient,
+    capfd: pytest.CaptureFixture[str],
+    body: object,
+    faults: list[tuple[str, str]],
 ) -> None:
     answer = await http.post("/settle?limit=1", json=body)
     assert answer.status_code == 422
-    found = [(fault["detail"], fault["pointer"].replace("/card", "")) for fault in answer.json()["errors"]]
+    found = [
+        (fault["detail"], fault["pointer"].replace("/card", ""))
+        for fault in answer.json()["errors"]
+    ]
     assert found == faults
     assert CARD not in answer.text + capfd.readouterr().out
 
@@ -275,7 +304,9 @@ async def test_a_key_of_the_client_does_not_come_back(http: httpx.AsyncClient) -
 
 
 async def test_a_request_that_needs_a_redis_that_is_away_is_503(settings: Settings) -> None:
-    nowhere = settings.model_copy(update={"redis_url": SecretStr(f"redis://127.0.0.1:{free_port()}")})
+    nowhere = settings.model_copy(
+        update={"redis_url": SecretStr(f"redis://127.0.0.1:{free_port()}")}
+    )
     async with InProcess(with_routes(nowhere)) as client:
         answer = await client.get("/cached")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
@@ -290,7 +321,9 @@ async def test_a_422_names_a_wrong_parameter_and_broken_json(http: httpx.AsyncCl
 
 async def test_docs_are_served_only_when_enabled(settings: Settings) -> None:
     for enabled, status in ((True, 200), (False, 404)):
-        async with InProcess(create_app(settings.model_copy(update={"docs_enabled": enabled}))) as client:
+        async with InProcess(
+            create_app(settings.model_copy(update={"docs_enabled": enabled}))
+        ) as client:
             for path in ("/docs", "/redoc", "/openapi.json"):
                 assert (await client.get(path)).status_code == status
 
@@ -298,18 +331,27 @@ async def test_docs_are_served_only_when_enabled(settings: Settings) -> None:
 async def test_cors_is_off_until_origins_are_named(settings: Settings) -> None:
     headers = {"Origin": "https://a.example"}
     for origins, allowed in (((), None), (("https://a.example",), "https://a.example")):
-        async with InProcess(create_app(settings.model_copy(update={"cors_allow_origins": origins}))) as client:
+        async with InProcess(
+            create_app(settings.model_copy(update={"cors_allow_origins": origins}))
+        ) as client:
             answer = await client.get("/", headers=headers)
             assert answer.headers.get("access-control-allow-origin") == allowed
 
 
-async def test_routes_are_counted_by_their_template_and_strangers_together(settings: Settings) -> None:
+async def test_routes_are_counted_by_their_template_and_strangers_together(
+    settings: Settings,
+) -> None:
     app = with_routes(settings)
     async with InProcess(app) as client:
-        for method, path in (("GET", "/outer/inner/a"), ("GET", "/outer/inner/b"), ("GET", "/x"), ("HACK", "/y")):
+        for method, path in (
+            ("GET", "/outer/inner/a"),
+            ("GET", "/outer/inner/b"),
+            ("GET", "/x"),
+            ("HACK", "/y"),
+        ):
             await client.request(method, path)
     layer = app.middleware_stack
-    while not isinstance(layer, Observe):
+    while not isinstance(layer, RequestMiddleware):
         layer = layer.app  # type: ignore[union-attr]
     assert set(layer.metrics.counts) == {
         ("GET", "/outer/inner/{name}", 200),
