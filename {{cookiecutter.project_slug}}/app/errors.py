@@ -1,4 +1,4 @@
-"""The errors that a client is told about: raise one of them anywhere, and web/problems.py answers it."""
+"""The errors that clients see. Raise one anywhere; `web/problems.py` turns it into a response."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,10 @@ from starlette.exceptions import HTTPException
 
 
 class ServiceError(HTTPException):
-    """The root of the errors that a client is told about. `detail` is public: never a secret, never input."""
+    """The root of the errors that clients see.
+
+    `detail` is public: it must never contain a secret, nor what the client sent.
+    """
 
     status = 500
 
@@ -15,13 +18,13 @@ class ServiceError(HTTPException):
 
 
 class NotFoundError(ServiceError):
-    """What the path names does not exist: 404."""
+    """The resource that the path names does not exist: 404."""
 
     status = 404
 
 
 class UnavailableError(ServiceError):
-    """The service cannot serve this now, but a retry may succeed: 503 with `Retry-After`."""
+    """The service cannot handle this request now; a retry may succeed: 503 with `Retry-After`."""
 
     status = 503
 

@@ -1,17 +1,27 @@
-"""What the server tells the application about its end; without a server of ours, nothing."""
+"""What the server tells the application about its shutdown. Without our server, nothing."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass
 class Lifecycle:
-    """Lives in `app.state.lifecycle`: the server fills it in, health and the lifespan read it."""
+    """The shutdown of this process, in `app.state.lifecycle`.
 
-    is_draining: Callable[[], bool] = lambda: False
+    The serving runtime fills it in; the readiness probe and the background tasks read it. So the
+    application knows of its shutdown without importing the server.
+    """
+
+    #: Returns whether the whole pod is draining, and not just this worker retiring.
+    is_draining: Callable[[], bool] = _never
+    #: The time, by `time.monotonic()`, at which background tasks are cancelled.
     closing_deadline: float = 0.0
 
     def seconds_left(self) -> float:
-        """Return how long work in the background may still take."""
+        """Return the seconds that background tasks may still run; negative after the deadline."""
         return self.closing_deadline - time.monotonic()

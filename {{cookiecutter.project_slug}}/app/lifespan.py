@@ -1,27 +1,29 @@
-"""What a process holds while it serves: opened in order, closed in reverse, also when opening fails half-way."""
+"""What the API process holds while it serves: opened in order, closed in reverse.
 
-import asyncio
+It is closed in reverse also when opening fails half-way.
+"""
+
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TypedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TypedDict
 
 from redis.asyncio import Redis
 
 from app.lifecycle import Lifecycle
-from app.payments.service import Payments  # example
+from app.payments.service import Payments, open_payments  # example
 from app.settings import Settings
 from app.sizing.plan import plan_workers
 from app.sizing.resources import detect_resources
+from app.storage import open_storage
 from app.storage.postgres import Database
-from app.storage.redis import create_redis
 from app.tasks import Background, background_task
 from app.telemetry.process_metrics import WorkerMetrics
-from app.web.health import Check, Health
+from app.web.health import Health
 
 
 class State(TypedDict):
-    """What requests find in `request.state`."""
+    """The content of `request.state`."""
 
     settings: Settings
     database: Database
@@ -31,9 +33,9 @@ class State(TypedDict):
     payments: Payments  # example
 
 
-#: Initialisation of the process itself, such as loading a model. Blocking work belongs in `asyncio.to_thread`.
+#: Initialization of the process, such as loading a model. Blocking work: `asyncio.to_thread`.
 WarmUp = Callable[[State], Awaitable[None]]
-MEASURE_SECONDS = 1.0
+METRICS_SECONDS = 1.0
 logger = logging.getLogger("app.lifespan")
 
 
@@ -41,50 +43,51 @@ logger = logging.getLogger("app.lifespan")
 async def open_state(
     settings: Settings, warm_ups: Sequence[WarmUp] = (), lifecycle: Lifecycle | None = None
 ) -> AsyncIterator[State]:
-    """Yield the state. No connection is made here: a process starts, and is live, while a dependency is away.
+    """Yield the state.
 
-    `lifecycle` says whether the pod drains, and how long work in the background may still take.
+    Nothing connects here: a process starts, and is live, while a dependency is unavailable.
     """
     lifecycle = lifecycle or Lifecycle()
     async with contextlib.AsyncExitStack() as stack:
-        share = plan_workers(settings, detect_resources()).connections_per_worker
-        database = await stack.enter_async_context(Database(settings, share))
-        redis = await stack.enter_async_context(create_redis(settings))
-        probe = await stack.enter_async_context(
-            create_redis(settings, max_connections=1)
-        )  # readiness' own
+        # Postgres and Redis
+        connections = plan_workers(settings, detect_resources()).connections_per_worker
+        storage = await stack.enter_async_context(open_storage(settings, connections))
+
+        # Background tasks of requests; shutdown waits for them
         background = await stack.enter_async_context(Background(lifecycle.seconds_left))
-        checks: dict[str, Check] = {"postgres": database.check, "redis": probe.ping}
+
+        # Probes and metrics
         metrics = WorkerMetrics()
-        health = Health(settings, checks, lambda: lifecycle.is_draining(), metrics.up)
+        health = Health(settings, storage.checks, lifecycle, metrics.up)
+        await stack.enter_async_context(background_task(health.watch()))
+        postgres_pool = storage.database.pool
+        redis_pool = storage.redis.connection_pool
+        updates = metrics.update_periodically(postgres_pool, redis_pool, METRICS_SECONDS)
+        await stack.enter_async_context(background_task(updates))
+
+        # Features
+        payments = await stack.enter_async_context(open_payments(settings, storage))  # example
+
         state: State = {
             "settings": settings,
-            "database": database,
-            "redis": redis,
+            "database": storage.database,
+            "redis": storage.redis,
             "background": background,
             "health": health,
-            "payments": Payments(settings, database, redis),  # example
+            "payments": payments,  # example
         }
-        await stack.enter_async_context(background_task(health.watch()))
-        await stack.enter_async_context(background_task(_measure(metrics, state)))
         await stack.enter_async_context(background_task(_warm_up(state, warm_ups)))
-        for work in state["payments"].work():  # example
-            await stack.enter_async_context(background_task(work))  # example
         yield state
 
 
-async def _measure(metrics: WorkerMetrics, state: State) -> None:
-    """Keep the metrics of this process up to date."""
-    while True:
-        metrics.update(state["database"].pool, state["redis"].connection_pool)
-        await asyncio.sleep(MEASURE_SECONDS)
-
-
 async def _warm_up(state: State, warm_ups: Sequence[WarmUp]) -> None:
-    """Run the warm-ups while liveness already answers. A failed one leaves the process `starting`, with a line."""
+    """Run the warm-ups while the liveness probe already responds.
+
+    A failed one leaves the process `starting`, with a log line.
+    """
     try:
         for warm_up in warm_ups:
             await warm_up(state)
         state["health"].started = True
     except Exception:
-        logger.exception("a warm-up failed, so this process stays in `starting`")
+        logger.exception("warm-up failed, this process stays in `starting`")

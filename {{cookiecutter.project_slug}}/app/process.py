@@ -1,11 +1,11 @@
-"""A process that serves no requests, such as a consumer, with the probes and the metrics of one that does.
+"""Runs a process without routes, such as a consumer, with probes, metrics and a graceful shutdown.
 
-It is an application whose routes are the probes and `/metrics`, on `METRICS_BIND`, and whose work is in its lifespan.
+It is an application whose routes are the probes and `/metrics`, on `METRICS_BIND`, and whose work
+is in its lifespan.
 """
 
 import contextlib
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from types import FrameType
@@ -13,66 +13,70 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Response
-from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
-from redis.asyncio import Redis
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Gauge, generate_latest
 
-from app.settings import Settings
-from app.storage.postgres import Database
-from app.storage.redis import create_redis
+from app.lifecycle import Lifecycle
+from app.settings import Settings, fail
+from app.storage import Storage, open_storage
 from app.tasks import background_task
 from app.telemetry import logs
-from app.web import health
+from app.telemetry.process_metrics import dependency_gauge
+from app.web.health import Health
+from app.web.health import router as health_router
 
-Work = Callable[[Settings, Database, Redis], AbstractAsyncContextManager[None]]
-_UP = Gauge("dependency_up", "1 if it answers.", ["dependency"])
+#: Opens the work of a process, and closes it at shutdown.
+Work = Callable[[Settings, Storage], AbstractAsyncContextManager[None]]
 
 
 class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.should_exit = True  # uvicorn's own would raise the signal again at the end, which looks like a failure
+        """Exit with 0: uvicorn would raise the signal again, which looks like a failure."""
+        self.should_exit = True
 
 
 def run(settings: Settings, work: Work) -> None:
-    """Work until SIGTERM or SIGINT. `work` is entered with connections to Postgres and Redis, and left at the end.
+    """Work until SIGTERM or SIGINT.
 
-    It is ready while both answer; neither has to at the start. Raises `SystemExit` if `METRICS_BIND` is taken.
+    `work` is entered with clients of Postgres and Redis, and left at shutdown. The process is ready
+    while both respond; neither has to at the start. Raises `SystemExit` if `METRICS_BIND` is in
+    use.
     """
-    app = FastAPI(lifespan=lambda _: _open(settings, work), openapi_url=None)
-    app.include_router(health.router)
+    up = dependency_gauge(REGISTRY)
+    app = FastAPI(lifespan=lambda _: _open(settings, work, up), openapi_url=None)
+    app.include_router(health_router)
 
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
-    host, _, port = settings.metrics_bind.rpartition(":")
-    family = socket.AF_INET6 if "[" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host.strip("[]"), int(port)), family=family)
-    except OSError as error:
-        sys.exit(f"configuration error: METRICS_BIND={settings.metrics_bind}: {error.strerror}")
     options: dict[str, Any] = {
         "log_config": logs.config(settings),
         "access_log": False,
         "server_header": False,
     }
-    _Server(uvicorn.Config(app, lifespan="on", **options)).run(sockets=[listener])
+    config = uvicorn.Config(app, lifespan="on", **options)
+    _Server(config).run(sockets=[_listen(settings)])
+
+
+def _listen(settings: Settings) -> socket.socket:
+    address = settings.metrics_bind
+    try:
+        return socket.create_server((address.host, address.port), family=address.family)
+    except OSError as error:
+        fail("METRICS_BIND", address, f"cannot listen there: {error.strerror}")
 
 
 @contextlib.asynccontextmanager
-async def _open(settings: Settings, work: Work) -> AsyncIterator[dict[str, Any]]:
+async def _open(settings: Settings, work: Work, up: Gauge) -> AsyncIterator[dict[str, Any]]:
+    """Yield the state of the probes while the work is open."""
     async with contextlib.AsyncExitStack() as stack:
-        database = await stack.enter_async_context(
-            Database(settings, max(2, settings.database_max_connections))
-        )
-        redis = await stack.enter_async_context(create_redis(settings))
-        probe = await stack.enter_async_context(
-            create_redis(settings, max_connections=1)
-        )  # readiness' own
+        connections = max(2, settings.database_max_connections)
+        storage = await stack.enter_async_context(open_storage(settings, connections))
+
         both = settings.model_copy(update={"readiness_required": ("postgres", "redis")})
-        state = health.Health(
-            both, {"postgres": database.check, "redis": probe.ping}, lambda: False, _UP
-        )
-        state.started = True
-        await stack.enter_async_context(background_task(state.watch()))
-        await stack.enter_async_context(work(settings, database, redis))
-        yield {"health": state}
+        health = Health(both, storage.checks, Lifecycle(), up)
+        health.started = True
+        await stack.enter_async_context(background_task(health.watch()))
+
+        await stack.enter_async_context(work(settings, storage))
+        yield {"health": health}

@@ -1,39 +1,75 @@
-"""What a setting may look like: each type refuses the rest, and says what it takes."""
+"""Validated types for settings. The error of each says what the value must be."""
 
 import re
-from typing import Annotated
+import socket
+from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    GetCoreSchemaHandler,
     NonNegativeFloat,
     PositiveFloat,
     SecretStr,
 )
+from pydantic_core import CoreSchema, core_schema
 from pydantic_settings import NoDecode
 
 
-def _matches(pattern: str, takes: str) -> AfterValidator:
-    """Return a validator for a whole text; where that holds host and port, the port must be one."""
+def _check(text: str, pattern: str, requirement: str) -> None:
+    """Raise `ValueError` unless the whole text matches and its port, if any, is 1 to 65535."""
+    try:
+        port = urlsplit(text if "://" in text else f"//{text}").port
+        is_valid = re.fullmatch(pattern, text) is not None and port != 0
+    except ValueError:  # an invalid port; or a slash in the password, which must not be logged
+        is_valid = False
+    if not is_valid:
+        msg = f"must be {requirement}"
+        raise ValueError(msg)
+
+
+def _matches(pattern: str, requirement: str) -> AfterValidator:
+    """Return a validator that accepts a text, secret or not, only if all of it matches."""
 
     def check(value: str | SecretStr) -> str | SecretStr:
         text = value if isinstance(value, str) else value.get_secret_value()
-        try:
-            valid = (
-                re.fullmatch(pattern, text)
-                and urlsplit(text if "://" in text else f"//{text}").port != 0
-            )
-        except (
-            ValueError
-        ):  # no port, or a part of a password that holds a slash; its text is not for the log
-            valid = False
-        if not valid:
-            raise ValueError(f"takes {takes}")
+        _check(text, pattern, requirement)
         return value
 
     return AfterValidator(check)
+
+
+class HostPort(str):
+    """An address to listen on: `host:port`, with an IPv6 host in brackets."""
+
+    __slots__ = ()
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _: Any, __: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(cls._parse, core_schema.str_schema())
+
+    @classmethod
+    def _parse(cls, text: str) -> Self:
+        pattern = r"(\[[\da-fA-F:.]+\]|[^:/\s\[\]]+):\d{1,5}"
+        _check(text, pattern, "host:port, for example 127.0.0.1:8000")
+        return cls(text)
+
+    @property
+    def host(self) -> str:
+        """The host, without the brackets of an IPv6 address."""
+        return self.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The port number."""
+        return int(self.rpartition(":")[2])
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """The address family of a socket that listens there."""
+        return socket.AF_INET6 if "[" in self else socket.AF_INET
 
 
 def _split(value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -41,24 +77,29 @@ def _split(value: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 CommaSeparated = (NoDecode, BeforeValidator(_split))
-HostPort = Annotated[
-    str, _matches(r"(\[[\da-fA-F:.]+\]|[^:/\s\[\]]+):\d{1,5}", "host:port, such as 127.0.0.1:8000")
+LowerCase = BeforeValidator(str.lower)
+
+PositiveNumber = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
+PositiveSeconds = PositiveNumber
+NonNegativeSeconds = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
+
+# example: begin
+_OCTET = r"(25[0-5]|2[0-4]\d|1?\d?\d)"
+_IPV4 = _OCTET + r"(\." + _OCTET + r"){3}"
+_IPV6 = r"\[[\da-fA-F:.]+\]"
+_NAME = r"(?![\d.]+([:/]|$))\w[\w-]*(\.\w[\w-]*)*"
+_HOST = f"({_IPV4}|{_IPV6}|{_NAME})"
+_HTTP_URL = r"https?://([^\s/@?#]*@)?" + _HOST + r"(:\d{1,5})?(/[^\s?#]*)?"
+HttpUrl = Annotated[str, _matches(_HTTP_URL, "https://gateway.example, without ? and #")]
+# example: end
+
+ServiceName = Annotated[
+    str, _matches(r"[A-Za-z0-9][A-Za-z0-9._-]*", "a name without spaces, for example orders-api")
+]
+PathPrefix = Annotated[
+    str, _matches(r"(/\S*[^/\s])?", "a path without a slash at its end, for example /api")
 ]
 PostgresUrl = Annotated[
     SecretStr, _matches(r"postgres(ql)?://\S+", "postgresql://user:password@host:port/database")
 ]
 RedisUrl = Annotated[SecretStr, _matches(r"rediss?://\S+", "redis://:password@host:port/0")]
-_OCTET = r"(25[0-5]|2[0-4]\d|1?\d?\d)"  # example
-_IPV4, _IPV6 = _OCTET + r"(\." + _OCTET + r"){3}", r"\[[\da-fA-F:.]+\]"  # example
-_HOST = f"({_IPV4}|{_IPV6}" + r"|(?![\d.]+([:/]|$))\w[\w-]*(\.\w[\w-]*)*)"  # example
-_HTTP_URL = r"https?://([^\s/@?#]*@)?" + _HOST + r"(:\d{1,5})?(/[^\s?#]*)?"  # example
-HttpUrl = Annotated[str, _matches(_HTTP_URL, "https://gateway.example, without ? and #")]  # example
-PositiveSeconds = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-NonNegativeSeconds = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
-ServiceName = Annotated[
-    str, _matches(r"[A-Za-z0-9][A-Za-z0-9._-]*", "a name without spaces, such as orders-api")
-]
-LowerCase = BeforeValidator(str.lower)
-PathPrefix = Annotated[
-    str, _matches(r"(/\S*[^/\s])?", "a path such as /api, with no slash at its end")
-]

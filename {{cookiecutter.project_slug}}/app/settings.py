@@ -1,4 +1,4 @@
-"""Every setting of the service: read once from the environment and from mounted secret files, then frozen."""
+"""Every setting of the service: read once from the environment and from secret files, then frozen."""
 
 import os
 import sys
@@ -16,68 +16,78 @@ from pydantic_settings import (
 )
 from pydantic_settings.sources import InitSettingsSource, SecretsSettingsSource
 
-from app import setting_types  # example
 from app.setting_types import (
     CommaSeparated,
     HostPort,
+    HttpUrl,  # example
     LowerCase,
     NonNegativeSeconds,
     PathPrefix,
+    PositiveNumber,
     PositiveSeconds,
     PostgresUrl,
     RedisUrl,
     ServiceName,
 )
 
+SHOWN_CHARACTERS = 80  # of an invalid value
+
+
+def _default_docs_enabled(data: dict[str, Any]) -> bool:
+    return data.get("environment") == "development"
+
+
+def _default_bind(data: dict[str, Any]) -> HostPort:
+    port = data.get("port")
+    return HostPort(f"0.0.0.0:{port}" if port else "127.0.0.1:8000")
+
 
 class Settings(BaseSettings):
-    """The settings, named as in the environment but in lower case; README.md says what each of them does.
+    """The settings, named as in the environment but in lower case. README.md describes each.
 
-    `SECRETS_DIR` names a folder with one file per setting. The same setting there and in the environment is refused,
-    since one of the two would be ignored silently. An empty value counts as unset.
+    `SECRETS_DIR` names a directory with one file per setting. A setting that is both there and in
+    the environment is rejected, since one of the two would be ignored silently. An empty value
+    counts as unset.
     """
 
     model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
 
+    # The service
     service_name: ServiceName = "service"
     service_version: str = "0.0.0"
     environment: Annotated[Literal["development", "staging", "production"], LowerCase] = (
         "production"
     )
+    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], LowerCase] = (
+        "info"
+    )
+    log_format: Annotated[Literal["auto", "json", "console"], LowerCase] = "auto"
+    access_log_flush_ms: NonNegativeInt = 100
+    docs_enabled: bool = Field(default_factory=_default_docs_enabled)
     secrets_dir: Path | None = None
 
+    # Postgres and Redis
     database_url: PostgresUrl = SecretStr("postgresql://postgres@127.0.0.1:5432/postgres")
+    redis_url: RedisUrl = SecretStr("redis://127.0.0.1:6379/0")
     database_max_connections: PositiveInt = 8
     database_command_timeout_seconds: PositiveSeconds = 5
     database_acquire_timeout_seconds: PositiveSeconds = 1
     database_retry_seconds: NonNegativeSeconds = 3
     database_statement_cache_size: NonNegativeInt = 100
     postgres_max_connections: PositiveInt = 200
-    redis_url: RedisUrl = SecretStr("redis://127.0.0.1:6379/0")
     readiness_required: Annotated[tuple[Literal["postgres", "redis"], ...], *CommaSeparated] = (
         "postgres",
     )
     readiness_timeout_seconds: PositiveSeconds = 1
 
-    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], LowerCase] = (
-        "info"
-    )
-    log_format: Annotated[Literal["auto", "json", "console"], LowerCase] = "auto"
-    access_log_flush_ms: NonNegativeInt = 100
-    docs_enabled: bool = Field(
-        default_factory=lambda data: data.get("environment") == "development"
-    )
+    # HTTP
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    bind: HostPort = Field(default_factory=_default_bind)
+    metrics_bind: HostPort = HostPort("127.0.0.1:9464")
+    prometheus_multiproc_dir: Path | None = None
+    forwarded_allow_ips: Annotated[str, Field(pattern=r"^[0-9a-fA-F.:/*, ]+$")] = "127.0.0.1,::1"
     cors_allow_origins: Annotated[tuple[str, ...], *CommaSeparated] = ()
     root_path: PathPrefix = ""
-    forwarded_allow_ips: Annotated[str, Field(pattern=r"^[0-9a-fA-F.:/*, ]+$")] = "127.0.0.1,::1"
-
-    port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    bind: HostPort = Field(
-        default_factory=lambda data: f"0.0.0.0:{p}" if (p := data.get("port")) else "127.0.0.1:8000"
-    )
-    metrics_bind: HostPort = "127.0.0.1:9464"
-    prometheus_multiproc_dir: Path | None = None
-
     max_header_bytes: PositiveInt = 32_768
     max_body_bytes: PositiveInt = 1_048_576
     max_in_flight: PositiveInt = 256
@@ -85,12 +95,17 @@ class Settings(BaseSettings):
     request_body_timeout_seconds: PositiveSeconds = 15
     request_timeout_seconds: PositiveSeconds = 30
     keepalive_seconds: PositiveInt = 75
-    gateway_url: setting_types.HttpUrl = "http://127.0.0.1:8090"  # example
-    message_concurrency_per_worker: PositiveInt = 8  # example
-    rate_limit_per_minute: PositiveInt = 60_000  # example
 
+    # example: begin
+    # Payments
+    gateway_url: HttpUrl = "http://127.0.0.1:8090"
+    message_concurrency_per_worker: PositiveInt = 8
+    rate_limit_per_minute: PositiveInt = 60_000
+
+    # example: end
+    # Size and lifecycle
     web_concurrency: PositiveInt | None = None
-    workers_per_core: PositiveSeconds = 1
+    workers_per_core: PositiveNumber = 1
     max_workers: PositiveInt | None = None
     worker_memory_mb: PositiveInt = 120
     worker_timeout_seconds: NonNegativeInt = 30
@@ -108,48 +123,71 @@ class Settings(BaseSettings):
         env_settings: PydanticBaseSettingsSource,
         **sources: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        if not (folder := os.environ.get("SECRETS_DIR")):
-            return sources["init_settings"], env_settings
-        if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir() raises where a parent may not be entered
-            _refuse(f"SECRETS_DIR={folder}: is not a folder; create it or unset SECRETS_DIR")
+        init_settings = sources["init_settings"]
+        directory = os.environ.get("SECRETS_DIR")
+        if not directory:
+            return init_settings, env_settings
         try:
-            with warnings.catch_warnings(action="error"):
-                found = SecretsSettingsSource(settings_cls, secrets_dir=folder)()
-            files = {name: value for name, value in found.items() if value}
-            # gunicorn.conf.py itself puts the metrics folder into the environment, for prometheus_client
-            twice = sorted(files.keys() & env_settings().keys() - {"prometheus_multiproc_dir"})
+            files = _read_secret_files(settings_cls, directory)
+            environment = env_settings()
         except (SettingsError, Warning) as error:
-            _refuse(f"SECRETS_DIR={folder}: {error}: {type(error.__cause__).__name__}")
-        if twice:
-            _refuse(
-                f"{', '.join(twice).upper()}: stands in SECRETS_DIR and in the environment; remove one of them"
-            )
-        return sources["init_settings"], InitSettingsSource(settings_cls, files), env_settings
+            fail("SECRETS_DIR", directory, f"{error}: {type(error.__cause__).__name__}")
+        # gunicorn.conf.py itself puts the metrics directory into the environment
+        duplicates = files.keys() & environment.keys() - {"prometheus_multiproc_dir"}
+        if duplicates:
+            names = ", ".join(sorted(duplicates)).upper()
+            fail(names, None, "is set in both SECRETS_DIR and the environment; remove one")
+        return init_settings, InitSettingsSource(settings_cls, files), env_settings
 
 
 def load_settings() -> Settings:
     """Read the settings of this process.
 
-    Raises `SystemExit` with one line that names each wrong setting, its value unless that is a secret, and what it
-    takes. Nobody needs a traceback to mend an environment variable.
+    Raises `SystemExit` with one line that lists each invalid setting, its value unless that is a
+    secret, and what it must be. A traceback would not help to fix an environment variable.
     """
     try:
         return Settings()
     except ValidationError as error:
-        follows = "default_factory_not_called"  # of a default that depends on a wrong setting
-        _refuse("; ".join(_fault(fault) for fault in error.errors() if fault["type"] != follows))
+        # A default that depends on an invalid setting is not an error of its own.
+        errors = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
+        _exit([_describe_error(each) for each in errors])
 
 
-def _fault(fault: Any) -> str:
-    name = fault["loc"][0]
-    secret = isinstance(Settings.model_fields[name].default, SecretStr)
-    shown = ascii(fault["input"]).strip("'").rpartition("@")[2]  # before it a URL has its password
-    value = "" if secret else f"={shown[:80]}"
-    return f"{name.upper()}{value}: {fault['msg'].removeprefix('Value error, ').replace('Input should', 'should')}"
+def fail(name: str, value: object, problem: str) -> NoReturn:
+    """Exit with one line: the setting, its value, and what is wrong with it.
+
+    A value of None is not shown. Of a URL only the part after its credentials is.
+    """
+    _exit([_describe(name, value, problem)])
 
 
-def _refuse(message: str) -> NoReturn:
-    sys.exit(f"configuration error: {message}")
+def _read_secret_files(settings_cls: type[BaseSettings], directory: str) -> dict[str, Any]:
+    """Return the settings that are not empty. Raises `SettingsError` or `Warning`."""
+    if not os.path.isdir(directory):  # noqa: PTH112 - Path.is_dir() raises without permission
+        fail("SECRETS_DIR", directory, "is not a directory; create it or unset SECRETS_DIR")
+    with warnings.catch_warnings(action="error"):
+        found = SecretsSettingsSource(settings_cls, secrets_dir=directory)()
+    return {name: value for name, value in found.items() if value}
+
+
+def _describe_error(error: Any) -> str:
+    """Return one problem of pydantic's as `NAME=value: what it must be`."""
+    name = error["loc"][0]
+    is_secret = isinstance(Settings.model_fields[name].default, SecretStr)
+    problem = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return _describe(name.upper(), None if is_secret else error["input"], problem)
+
+
+def _describe(name: str, value: object, problem: str) -> str:
+    if value is None:
+        return f"{name}: {problem}"
+    without_credentials = ascii(value).strip("'").rpartition("@")[2]
+    return f"{name}={without_credentials[:SHOWN_CHARACTERS]}: {problem}"
+
+
+def _exit(problems: list[str]) -> NoReturn:
+    sys.exit(f"configuration error: {'; '.join(problems)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tasks beside the requests: those that a request starts, those that run as long as the process, and steps of both."""
+"""Background tasks: of a request, of the process; and what their loops are built of."""
 
 import asyncio
 import contextlib
@@ -8,81 +8,126 @@ from typing import Annotated, Any, Self, TypeVar
 
 from fastapi import Depends, Request
 
+#: How often shutdown looks whether its deadline has changed: a second signal makes it a quick one.
+POLL_SECONDS = 0.1
+#: Time limit for a cancelled task to end.
+CANCEL_SECONDS = 1.0
 Result = TypeVar("Result")
-logger = logging.getLogger("app.tasks")
+request_task_logger = logging.getLogger("app.background")
+process_task_logger = logging.getLogger("app.lifespan")
 
 
 class Background:
-    """Tasks that requests have started. What must not be lost belongs in the database, not here: processes die."""
+    """Tasks that requests have started; shutdown waits for them until its deadline.
+
+    Work that must survive a crash belongs in the database, not here.
+    """
 
     def __init__(self, seconds_left: Callable[[], float]) -> None:
-        """Take what says, at the end, how long the tasks may still run."""
+        """`seconds_left` returns, during shutdown, how long the tasks may still run."""
         self.seconds_left = seconds_left
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def start(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Run a coroutine beside the requests; what it raises becomes a line in the log."""
-        task = asyncio.create_task(work)
+        """Run a coroutine in the background. An exception in it is logged, never raised."""
+        task = asyncio.create_task(work, name=_name(work))
         self.tasks.add(task)
-        task.add_done_callback(self._end)
+        task.add_done_callback(self._finish)
 
-    def _end(self, task: asyncio.Task[Any]) -> None:
+    def _finish(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            logger.error("background work failed", exc_info=error)
+        _log_failure(request_task_logger, task)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Wait for all tasks, then cancel those that are left."""
+        """Wait for the tasks until the deadline, then cancel the rest."""
         if not self.tasks:
             return
-        logger.info("waiting for %d tasks in the background", len(self.tasks))
-        finished, left = 0, set(self.tasks)
-        while (
-            left and self.seconds_left() > 0
-        ):  # in steps, since the end may become a quick one meanwhile
-            done, left = await asyncio.wait(left, timeout=0.1)
+        running = set(self.tasks)
+        request_task_logger.info("waiting for %d background tasks", len(running))
+        finished = 0
+        while running and self.seconds_left() > 0:
+            done, running = await asyncio.wait(running, timeout=POLL_SECONDS)
             finished += len(done)
-        for task in left:
+        for task in running:
             task.cancel()
-        if left:
-            await asyncio.wait(left, timeout=1)
-        level = logging.WARNING if left else logging.INFO
-        logger.log(level, "%d tasks finished, %d cancelled", finished, len(left))
+        if running:
+            await asyncio.wait(running, timeout=CANCEL_SECONDS)
+        level = logging.WARNING if running else logging.INFO
+        message = "%d background tasks finished, %d cancelled"
+        request_task_logger.log(level, message, finished, len(running))
 
 
 @contextlib.asynccontextmanager
 async def background_task(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run something beside the requests; cancel it at the end."""
-    task = asyncio.create_task(work)
-    task.add_done_callback(_report)
+    """Run a coroutine for the duration of the block, then cancel it and wait for its end.
+
+    An exception in it is logged, never raised.
+    """
+    task = asyncio.create_task(work, name=_name(work))
+    task.add_done_callback(lambda done: _log_failure(process_task_logger, done))
     try:
         yield
     finally:
-        while (
-            not task.done()
-        ):  # Python 3.11's wait_for, which redis-py uses, can lose a cancellation
+        # Repeated, since Python 3.11's wait_for, which redis-py uses, can lose a cancellation.
+        while not task.done():
             task.cancel()
-            await asyncio.wait([task], timeout=1)
+            await asyncio.wait([task], timeout=CANCEL_SECONDS)
 
 
-def _report(task: asyncio.Task[None]) -> None:
+def _name(work: Coroutine[Any, Any, Any]) -> str:
+    """Return the name of a coroutine's function, for the log."""
+    return getattr(work, "__qualname__", type(work).__name__)
+
+
+def _log_failure(logger: logging.Logger, task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and (error := task.exception()):
-        logger.error("what ran beside the requests has failed", exc_info=error)
+        extra = {"task": task.get_name()}
+        logger.error("background task failed", exc_info=error, extra=extra)
 
 
 async def run_to_completion(step: Awaitable[Result]) -> Result:
-    """Await a step of a loop. A cancellation takes effect when the step has ended; a second one, at once."""
+    """Run one step to completion: a cancellation takes effect after it.
+
+    A cancellation during a connect or a commit would leave a connection in an unknown state. A
+    second cancellation takes effect at once.
+    """
     task = asyncio.ensure_future(step)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
         if not task.cancelled():
-            task.exception()  # seen
+            task.exception()  # retrieved, or asyncio would log it
         raise
+
+
+class StateLog:
+    """Logs a failing state once when it begins and once when it ends.
+
+    A loop that fails ten times a second during an outage writes two lines, not hundreds.
+    """
+
+    def __init__(self, logger: logging.Logger, failure: str, recovery: str) -> None:
+        """`failure` and `recovery` are stable texts, such as "redis unavailable"."""
+        self.logger = logger
+        self.failure = failure
+        self.recovery = recovery
+        self.is_failing = False
+
+    def failed(self, reason: str, /, **extra: object) -> None:
+        """Log a warning with the reason, unless it is failing already."""
+        if not self.is_failing:
+            self.logger.warning("%s: %s", self.failure, reason, extra=extra)
+        self.is_failing = True
+
+    def succeeded(self, **extra: object) -> None:
+        """Log the recovery, if it was failing."""
+        if self.is_failing:
+            self.logger.info(self.recovery, extra=extra)
+        self.is_failing = False
 
 
 async def _background(request: Request) -> Background:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from functools import partial
 
 from prometheus_client import Gauge
 from redis.exceptions import RedisError, ResponseError
@@ -73,15 +74,16 @@ class StreamConsumer:
                         task = self.under_way[message.entry] = asyncio.create_task(
                             self.handler.serve(message)
                         )
-                        task.add_done_callback(
-                            lambda _, entry=message.entry: self.under_way.pop(entry)
-                        )  # type: ignore[misc]
+                        task.add_done_callback(partial(self._finish, message.entry))
         if len(self.under_way) == self.concurrency:
             await asyncio.wait(
                 self.under_way.values(), timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED
             )
         elif not found:
             await asyncio.sleep(POLL_SECONDS)
+
+    def _finish(self, entry: bytes, _: asyncio.Task[None]) -> None:
+        del self.under_way[entry]
 
     async def _beat(self) -> None:
         """Tell the others what is under way, and count what is not, until cancelled."""

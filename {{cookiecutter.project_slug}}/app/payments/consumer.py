@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import sys
 import time
 from collections.abc import AsyncIterator
 from uuid import UUID
@@ -22,7 +21,8 @@ from app.patterns.stream_handler import PoisonError, RetryLaterError, StreamHand
 from app.payments import repository
 from app.payments.schemas import Payment
 from app.payments.service import CACHE, CREATED, STREAM, publish_created
-from app.settings import Settings, load_settings
+from app.settings import Settings, fail, load_settings
+from app.storage import Storage
 from app.storage.postgres import Connection, Database
 from app.tasks import background_task
 from app.telemetry import logs
@@ -126,7 +126,7 @@ def _ids(message: Message) -> tuple[UUID, UUID]:
 
 
 @contextlib.asynccontextmanager
-async def run_consumer(settings: Settings, database: Database, redis: Redis) -> AsyncIterator[None]:
+async def run_consumer(settings: Settings, storage: Storage) -> AsyncIterator[None]:
     """Charge payments from here to the end of the block, then finish what is under way."""
     concurrency = settings.message_concurrency_per_worker
     gateway = UpstreamClient(
@@ -136,9 +136,11 @@ async def run_consumer(settings: Settings, database: Database, redis: Redis) -> 
         concurrency,
     )
     async with contextlib.aclosing(gateway.http):
-        consumer = StreamConsumer(ChargeHandler(database, redis, gateway), concurrency)
+        consumer = StreamConsumer(
+            ChargeHandler(storage.database, storage.redis, gateway), concurrency
+        )
         async with background_task(
-            run_periodically(database, REPUBLISH_SECONDS, republish_pending)
+            run_periodically(storage.database, REPUBLISH_SECONDS, republish_pending)
         ):
             running = asyncio.create_task(
                 consumer.run(settings.graceful_timeout_seconds - CLOSING_SECONDS)
@@ -153,9 +155,10 @@ def main() -> None:
     settings = load_settings()
     logs.configure(settings)
     if settings.environment != "development" and settings.gateway_url.startswith("http://"):
-        shown = settings.gateway_url.rpartition("@")[2]  # before it a URL has its password
-        sys.exit(
-            f"configuration error: GATEWAY_URL={shown}: takes https:// unless ENVIRONMENT is development"
+        fail(
+            "GATEWAY_URL",
+            settings.gateway_url,
+            "must be https:// unless ENVIRONMENT is development",
         )
     process.run(settings, run_consumer)
 

@@ -1,7 +1,8 @@
 """What a worker does for payments: takes each once, announces it with an event, and finds it again."""
 
-from collections.abc import Coroutine
-from typing import Annotated, Any, cast
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Annotated, cast
 from uuid import UUID, uuid5
 
 from fastapi import Depends, Request, Response
@@ -15,17 +16,19 @@ from app.patterns.rate_limit import RateLimit
 from app.payments import repository
 from app.payments.schemas import NewPayment, Page, Payment
 from app.settings import Settings
+from app.storage import Storage
 from app.storage.postgres import Connection, Database
+from app.tasks import background_task
 from app.telemetry.context import request_id
 
 STREAM, CREATED, CACHE = "payment-events", "payment.created", "payments"
-Work = Coroutine[Any, Any, None]
 KEPT_SECONDS = {
     "pending": 1.0,
     "settled": 30.0,
 }  # in the cache: Redis may be away when a payment changes
 #: About which the stream is trimmed. An event that is cut off unread is announced again while its payment is pending.
 MAX_EVENTS = 100_000
+CLEAN_UP_SECONDS = 5.0
 
 
 async def publish_created(connection: Connection, payment: Payment) -> None:
@@ -88,16 +91,18 @@ class Payments:
             next_cursor=str(Cursor(last.created_at, last.payment_id)) if last else None,
         )
 
-    def work(self) -> tuple[Work, Work]:
-        """Return what goes on beside the requests: publishing events; counting what waits, and forgetting old keys."""
-        rest = run_periodically(
-            self.database,
-            5,
-            outbox.update_metrics,
-            idempotency.delete_expired,
-            inbox.delete_expired,
-        )
-        return outbox.relay(self.database, self.redis, MAX_EVENTS), rest
+
+@contextlib.asynccontextmanager
+async def open_payments(settings: Settings, storage: Storage) -> AsyncIterator[Payments]:
+    """Yield the payments of a worker, with their background tasks: the outbox relay, clean-up."""
+    database = storage.database
+    jobs = (outbox.update_metrics, idempotency.delete_expired, inbox.delete_expired)
+    relay = outbox.relay(database, storage.redis, MAX_EVENTS)
+    async with (
+        background_task(relay),
+        background_task(run_periodically(database, CLEAN_UP_SECONDS, *jobs)),
+    ):
+        yield Payments(settings, database, storage.redis)
 
 
 async def _payments(request: Request) -> Payments:

@@ -1,7 +1,8 @@
-"""Postgres: a pool that fails fast, sheds load instead of queueing for ever, and survives restarts of the server."""
+"""Postgres: a pool that fails fast, sheds load instead of queueing it, and survives restarts."""
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,24 +21,26 @@ from app.storage.postgres_errors import (
     translate_errors,
 )
 
-#: Seconds that connecting may take.
+#: Time limit for a connect.
 CONNECT_TIMEOUT_SECONDS = 3.0
-#: Seconds that closing may take.
+#: Time limit for closing the pool.
 CLOSE_TIMEOUT_SECONDS = 1.0
-#: Seconds between tries, of which the first follows at once; a random part of them is waited.
-PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.05, 0.5
+#: Growth of the pause between attempts, and its maximum. The first retry follows at once.
+BACKOFF_SECONDS = 0.05
+MAX_BACKOFF_SECONDS = 0.5
+
 Connection = asyncpg.pool.PoolConnectionProxy
 Result = TypeVar("Result")
 
 
 class Database:
-    """The connections of one worker: a pool to serve requests, and one connection of readiness' own.
+    """The connections of one worker: a pool for requests, and one for the readiness probe.
 
-    Nothing connects before first use, so a process starts while the server is away.
+    Nothing connects before first use, so a process starts while the server is unavailable.
     """
 
     def __init__(self, settings: Settings, connections: int) -> None:
-        """Take `connections`, this worker's share of the pod's budget; one of them is readiness'."""
+        """`connections` is this worker's share of the per-pod limit; the probe uses one of them."""
         self.settings = settings
         self.url = settings.database_url.get_secret_value()
         self.pool = asyncpg.create_pool(
@@ -51,16 +54,15 @@ class Database:
             server_settings={"application_name": settings.service_name},
         )
         self.probe: asyncpg.Connection | None = None
-        self.unavailable_since: float | None = (
-            None  # when it was found away first, after it had answered
-        )
+        #: The start of the current outage, by `time.monotonic()`.
+        self.unavailable_since: float | None = None
 
     async def __aenter__(self) -> Self:
         await self.pool
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Wait for connections in use, but not for a server that does not answer."""
+        """Wait for connections in use, but not for a server that does not respond."""
         if self.probe is not None:
             self.probe.terminate()
         try:
@@ -71,11 +73,12 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def acquire(self) -> AsyncIterator[Connection]:
-        """Lend a connection. Raises `UnavailableError` if none is free in time, or when the server does not answer.
+        """Lend a connection for the block.
 
-        A connection that is no good any more is replaced; that is no error of work that is done.
+        Raises `UnavailableError` if none is free in time, or if the server does not respond. A
+        failed release does not fail work that is done: the connection is replaced.
         """
-        connection = await self._connect()
+        connection = await self._until_available(self._acquire)
         try:
             with translate_errors(connection):
                 yield connection
@@ -85,66 +88,91 @@ class Database:
                 await self.pool.release(connection)
 
     async def retry(self, work: Callable[[Connection], Awaitable[Result]]) -> Result:
-        """Do work that may be done twice, such as a read, and do it again if the server goes away meanwhile.
+        """Call `work` with a connection, again if the connection is lost. It must be idempotent.
 
-        Raises `UnavailableError` when an outage lasts longer than `DATABASE_RETRY_SECONDS`, or at once when a command
-        takes too long: a server that does not answer may still be working on it.
+        Raises `UnavailableError` when an outage lasts longer than `DATABASE_RETRY_SECONDS`, or at
+        once when a command times out: a server that does not respond may still be executing it.
         """
-        tries = 0
-        while True:
-            try:
-                async with self.acquire() as connection:
-                    return await work(connection)
-            except ConnectionLostError:
-                if not await self._back_off(tries):
-                    raise
-            tries += 1
 
-    async def _connect(self) -> Connection:
-        tries = 0
-        while True:
-            try:
-                return await self.pool.acquire(
-                    timeout=self.settings.database_acquire_timeout_seconds
-                )
-            except TimeoutError as error:
-                raise UnavailableError("No connection to the database was free in time.") from error
-            except (*SHUTDOWN_ERRORS, OSError, asyncpg.InternalClientError) as error:
-                if not await self._back_off(tries):
-                    raise ConnectionLostError("The database is not available.") from error
-            except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # it does not want us
-                raise UnavailableError("The database is not available.") from error
-            tries += 1
+        async def attempt() -> Result:
+            async with self.acquire() as connection:
+                return await work(connection)
 
-    async def _back_off(self, tries: int) -> bool:
-        """Wait a little and return True in an outage that is young; in a longer one everybody fails at once."""
-        now = time.monotonic()
-        self.unavailable_since = self.unavailable_since or now
-        if now - self.unavailable_since >= self.settings.database_retry_seconds:
-            return False
-        await asyncio.sleep(min(tries * PAUSE_SECONDS, MAX_PAUSE_SECONDS) * random.random())  # noqa: S311 - to keep callers apart
-        return True
+        return await self._until_available(attempt)
 
     async def check(self) -> None:
-        """Ask the server for nothing over readiness' own connection; raises whatever is wrong."""
-        probe, self.probe = self.probe, None
+        """Run an empty query on the probe's connection. Raises on any failure."""
+        probe = self.probe
+        self.probe = None
         try:
             if probe is None or not await _is_usable(probe):
                 probe = await asyncpg.connect(self.url, statement_cache_size=0)
                 await probe.execute("select")
         except (
             BaseException
-        ) as error:  # a timeout of the caller too: what is in flight on this connection is unknown
+        ) as error:  # the caller's timeout too: the connection's state is unknown
             if probe is not None:
                 probe.terminate()
             if isinstance(error, (*SHUTDOWN_ERRORS, OSError)):
-                self.unavailable_since = self.unavailable_since or time.monotonic()
+                self._mark_unavailable()
             raise
-        self.probe, self.unavailable_since = probe, None
+        self.probe = probe
+        self.unavailable_since = None
+
+    async def _acquire(self) -> Connection:
+        timeout = self.settings.database_acquire_timeout_seconds
+        try:
+            return await self.pool.acquire(timeout=timeout)
+        except TimeoutError as error:
+            raise UnavailableError("No database connection was free in time.") from error
+        except (*SHUTDOWN_ERRORS, OSError, asyncpg.InternalClientError) as error:
+            raise ConnectionLostError("The database is not available.") from error
+        except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # it rejects us
+            raise UnavailableError("The database is not available.") from error
+
+    async def _until_available(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
+        """Repeat an attempt that loses its connection, within the retry window."""
+        for number in itertools.count():
+            try:
+                return await attempt()
+            except ConnectionLostError:
+                if self._mark_unavailable() >= self.settings.database_retry_seconds:
+                    raise
+                await _back_off(number)
+        raise AssertionError  # unreachable; for mypy
+
+    def _mark_unavailable(self) -> float:
+        """Note an outage; return for how many seconds it has lasted."""
+        now = time.monotonic()
+        if self.unavailable_since is None:
+            self.unavailable_since = now
+        return now - self.unavailable_since
+
+
+async def delete_older(
+    connection: Connection, table: str, column: str, hours: int, batch: int
+) -> int:
+    """Delete up to `batch` rows whose `column` is older; return how many.
+
+    Any number of processes may do so at once. Table and column are never input.
+    """
+    old = f"select ctid from {table} where {column} < now() - make_interval(hours => $1) limit $2"  # noqa: S608
+    query = f"delete from {table} where ctid = any(array({old} for update skip locked))"  # noqa: S608
+    status = await connection.execute(query, hours, batch)
+    return int(status.removeprefix("DELETE "))
+
+
+async def _back_off(attempt: int) -> None:
+    """Pause before the next attempt, for a random part of a growing time."""
+    seconds = min(attempt * BACKOFF_SECONDS, MAX_BACKOFF_SECONDS)
+    await asyncio.sleep(seconds * random.random())  # noqa: S311 - spreads out the callers
 
 
 async def _is_usable(connection: asyncpg.Connection) -> bool:
-    """Tell whether a connection still works; one that was closed while it was idle says nothing of the server."""
+    """Return whether an idle connection still works.
+
+    The server may have closed it while it was idle, which says nothing about the server now.
+    """
     try:
         await connection.execute("select")
     except (*SHUTDOWN_ERRORS, *CONNECTION_ERRORS):

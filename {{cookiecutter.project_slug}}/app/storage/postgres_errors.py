@@ -1,4 +1,7 @@
-"""What asyncpg raises when Postgres goes away, freezes or takes too long, and what of it a client is told."""
+"""Translate asyncpg's errors.
+
+A lost connection, a timeout and a read-only server become a 503; bugs pass unchanged.
+"""
 
 import asyncio
 import contextlib
@@ -9,9 +12,9 @@ import asyncpg
 
 from app.errors import UnavailableError
 
-#: Seconds for a server to acknowledge that a command is to end, or the connection is given up.
+#: Time limit for the server to acknowledge a cancellation; then the connection is terminated.
 CANCEL_TIMEOUT_SECONDS = 0.5
-#: What a server says that goes away, restarts, or starts.
+#: Errors of a server that shuts down, restarts, or is still starting.
 SHUTDOWN_ERRORS = (
     asyncpg.PostgresConnectionError,
     asyncpg.CannotConnectNowError,
@@ -19,55 +22,61 @@ SHUTDOWN_ERRORS = (
     asyncpg.CrashShutdownError,
     asyncpg.IdleSessionTimeoutError,
 )
-#: What a lost connection raises, and bugs too. InternalClientError is what asyncpg 0.32 raises when the server closed
-#: an idle connection just before it was used.
+#: Errors of a lost connection, which bugs raise too. asyncpg 0.32 raises InternalClientError when
+#: the server closed an idle connection just before it was used.
 CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-#: What a server says that answers, but takes no changes: a standby, or one whose disk is full.
+#: Errors of a server that accepts no changes: a standby, or one whose disk is full.
 READ_ONLY_ERRORS = (asyncpg.ReadOnlySQLTransactionError, asyncpg.InsufficientResourcesError)
-#: What a command raises that takes too long: for us, or for the server's own `statement_timeout`.
+#: Errors of a command that exceeds our timeout, or the server's own `statement_timeout`.
 TIMEOUT_ERRORS = (TimeoutError, asyncpg.QueryCanceledError)
 
 
 class ConnectionLostError(UnavailableError):
-    """The server went away, or cannot be reached; what it was told last may have been done, or not."""
+    """The server cannot be reached, or was lost; the last command may have been executed."""
 
 
 class BoundedCancelConnection(asyncpg.Connection):
-    """Tells the server to cancel a command that takes too long, as asyncpg does, but does not wait long for it.
+    """A connection that waits at most `CANCEL_TIMEOUT_SECONDS` for a cancellation.
 
-    A rollback would wait for as long as a command may take, and a frozen server would cost a transaction that twice.
+    asyncpg waits as long as a command may take: a hung server would cost a transaction its command
+    timeout twice, once for the command and once for the rollback.
     """
 
     def _cancel_current_command(self, sent: Any, acknowledged: Any) -> None:
         super()._cancel_current_command(sent, acknowledged)  # type: ignore[misc]
-        asyncio.get_running_loop().call_later(CANCEL_TIMEOUT_SECONDS, self._give_up, acknowledged)
+        loop = asyncio.get_running_loop()
+        loop.call_later(CANCEL_TIMEOUT_SECONDS, self._terminate_unless, acknowledged)
 
-    def _give_up(self, acknowledged: asyncio.Future[None]) -> None:
+    def _terminate_unless(self, acknowledged: asyncio.Future[None]) -> None:
         if not acknowledged.done():
             self.terminate()
 
 
 @contextlib.contextmanager
 def translate_errors(connection: asyncpg.pool.PoolConnectionProxy) -> Iterator[None]:
-    """Raise `ConnectionLostError` for a lost connection, `UnavailableError` for a server that is slow or only reads."""
+    """Translate the errors of commands on this connection.
+
+    Raises `ConnectionLostError` for a lost connection, `UnavailableError` for a timeout or a
+    read-only server. Anything else is a bug, and raised as it is.
+    """
     try:
         yield
     except (*SHUTDOWN_ERRORS, *CONNECTION_ERRORS, *TIMEOUT_ERRORS, *READ_ONLY_ERRORS) as raised:
-        error = _origin(raised)
+        error = _cause(raised)
         if isinstance(error, asyncio.CancelledError):
             raise error from None
         if isinstance(error, TIMEOUT_ERRORS):
-            raise UnavailableError("The database took too long.") from error
+            raise UnavailableError("The database timed out.") from error
         if isinstance(error, READ_ONLY_ERRORS):
-            connection.terminate()  # the next connection may be one to a new primary
-            raise UnavailableError("The database takes no changes.") from error
+            connection.terminate()  # the next connection may reach a new primary
+            raise UnavailableError("The database is read-only.") from error
         if isinstance(error, CONNECTION_ERRORS) and not _is_lost(connection):
-            raise  # a bug, such as a wrong number of arguments, or another service's failure
-        raise ConnectionLostError("The database did not answer.") from error
+            raise  # a bug, such as a wrong number of arguments; or an error of another service
+        raise ConnectionLostError("The database connection was lost.") from error
 
 
-def _origin(error: BaseException) -> BaseException:
-    """Return what asyncpg hides behind the InterfaceError of a transaction that cannot be left any more."""
+def _cause(error: BaseException) -> BaseException:
+    """Return the error behind asyncpg's InterfaceError for a transaction that cannot be left."""
     while isinstance(error, asyncpg.InterfaceError) and error.__context__ is not None:
         error = error.__context__
     return error

@@ -35,12 +35,12 @@ class HttpMetrics:
         self.counts: dict[
             tuple[str, str, int], list[float]
         ] = {}  # for each bucket, then the seconds in all
-        self.is_scheduled = False
+        self.is_flush_scheduled = False
 
     def schedule_flush(self) -> None:
         """Fold soon."""
-        if not self.is_scheduled:
-            self.is_scheduled = True
+        if not self.is_flush_scheduled:
+            self.is_flush_scheduled = True
             asyncio.get_running_loop().call_later(FLUSH_SECONDS, self.flush)
 
     def record(self, labels: tuple[str, str, int], seconds: float) -> None:
@@ -50,12 +50,12 @@ class HttpMetrics:
             counts = self.counts[labels] = [0] * (len(BUCKETS) + 2)
         counts[bisect_left(BUCKETS, seconds)] += 1
         counts[-1] += seconds
-        if not self.is_scheduled:
+        if not self.is_flush_scheduled:
             self.schedule_flush()
 
     def flush(self) -> None:
         """Hand over what was counted since the last time."""
-        self.is_scheduled = False
+        self.is_flush_scheduled = False
         self.active.set(len(self.in_flight))
         for labels, counts in self.counts.items():
             if counts[-1]:

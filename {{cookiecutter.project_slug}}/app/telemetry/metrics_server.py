@@ -8,22 +8,22 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from socket import AF_INET, AF_INET6
 from typing import Any
 from wsgiref.simple_server import WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer, _SilentHandler
 
+from app.setting_types import HostPort
+from app.settings import fail
 from app.telemetry.multiprocess import WorkersCollector, claim_directory
 
 
-def _listen(address: str, directory: Path) -> WSGIServer:
+def _listen(address: HostPort, directory: Path) -> WSGIServer:
     """Return a server of `GET /metrics` on `host:port`. Raises `OSError` if it cannot listen there."""
     registry = CollectorRegistry()
     registry.register(WorkersCollector(directory))
@@ -40,32 +40,28 @@ def _listen(address: str, directory: Path) -> WSGIServer:
         start_response(status, [("Content-Type", "text/plain")])
         return [text]
 
-    host, _, port = address.rpartition(":")
-    family = {"address_family": AF_INET6 if "[" in host else AF_INET}
-    kind: type[WSGIServer] = type("Server", (ThreadingWSGIServer,), family)
-    return make_server(host.strip("[]"), int(port), app, kind, _SilentHandler)
+    kind: type[WSGIServer] = type(
+        "Server", (ThreadingWSGIServer,), {"address_family": address.family}
+    )
+    return make_server(address.host, address.port, app, kind, _SilentHandler)
 
 
 class MetricsProcess:
     """Serves `GET /metrics` on `host:port` from a process that is forked from this one."""
 
-    def __init__(self, address: str, directory: Path) -> None:
+    def __init__(self, address: HostPort, directory: Path) -> None:
         """Listen, and take the directory. Raises `SystemExit` with one line that names the setting in the way."""
         try:
             self.server = _listen(address, directory)
         except OSError as error:
-            sys.exit(
-                f"configuration error: METRICS_BIND={address}: cannot listen there: {error.strerror}"
-            )
+            fail("METRICS_BIND", address, f"cannot listen there: {error.strerror}")
         try:
             self.owner = claim_directory(directory)
         except OSError as error:
             why = (
                 "another instance uses it" if isinstance(error, BlockingIOError) else error.strerror
             )
-            sys.exit(
-                f"configuration error: PROMETHEUS_MULTIPROC_DIR={directory}: {why}; name another directory"
-            )
+            fail("PROMETHEUS_MULTIPROC_DIR", directory, f"{why}; set another directory")
         self.pid = 0
 
     def ensure(self, inherited: Iterable[Any] = ()) -> None:

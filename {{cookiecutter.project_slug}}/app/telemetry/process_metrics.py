@@ -1,5 +1,6 @@
-"""What a process says of itself: that it lives, its memory, its connections, and who answers it."""
+"""Metrics of one process: memory, connection pools, and whether its dependencies respond."""
 
+import asyncio
 import resource
 import sys
 from pathlib import Path
@@ -9,52 +10,67 @@ from asyncpg import Pool
 from prometheus_client import CollectorRegistry, Gauge
 from redis.asyncio import ConnectionPool
 
+POOL = "db_client_connection_pool_name"
+STATE = "db_client_connection_state"
+
+
+def dependency_gauge(registry: CollectorRegistry) -> Gauge:
+    """Return the gauge `dependency_up`, by `dependency`."""
+    text = "1 if the dependency responds, to all workers."
+    labels = ["dependency"]
+    return Gauge("dependency_up", text, labels, registry=registry, multiprocess_mode="livemin")
+
 
 class WorkerMetrics:
-    """What a worker says of itself: that it lives, its memory, its connections, and who answers it."""
+    """The gauges of one worker, in a registry of its own.
+
+    A process that makes several applications, such as a test run, makes them several times.
+    """
 
     def __init__(self) -> None:
         registry = CollectorRegistry()
 
-        def gauge(
-            name: str, text: str, labels: tuple[str, ...] = (), mode: Any = "livesum"
-        ) -> Gauge:
+        def gauge(name: str, text: str, *labels: str, mode: Any = "livesum") -> Gauge:
             return Gauge(name, text, labels, registry=registry, multiprocess_mode=mode)
 
-        pool, state = "db_client_connection_pool_name", "db_client_connection_state"
-        gauge("worker_processes", "Workers that serve.").set(1)
-        self.memory = gauge(
-            "worker_resident_memory_bytes", "Resident memory of each worker.", mode="liveall"
-        )
-        self.up = gauge("dependency_up", "1 if it answers all workers.", ("dependency",), "livemin")
-        self.connections = gauge(
-            "db_client_connection_count", "Connections, idle or used.", (pool, state)
-        )
-        self.most_connections = gauge(
-            "db_client_connection_max", "Connections that a pool may have.", (pool,)
-        )
+        gauge("worker_processes", "Workers that are serving.").set(1)
+        text = "Resident memory of each worker."
+        self.memory = gauge("worker_resident_memory_bytes", text, mode="liveall")
+        text = "Connections, idle or used."
+        self.connections = gauge("db_client_connection_count", text, POOL, STATE)
+        text = "Maximum number of connections of a pool."
+        self.max_connections = gauge("db_client_connection_max", text, POOL)
+        self.up = dependency_gauge(registry)
+
+    async def update_periodically(
+        self, postgres: Pool, redis: ConnectionPool, seconds: float
+    ) -> None:
+        """Update the gauges every `seconds`, until cancelled."""
+        while True:
+            self.update(postgres, redis)
+            await asyncio.sleep(seconds)
 
     def update(self, postgres: Pool, redis: ConnectionPool) -> None:
-        """Look at this process and at its pools."""
+        """Read the memory of this process and the state of its pools."""
         self.memory.set(_resident_bytes())
         (redis_idle, _), (redis_used, _) = redis.get_connection_count()
-        idle = postgres.get_idle_size()
-        for name, state, count in (
-            ("postgres", "idle", idle),
-            ("postgres", "used", postgres.get_size() - idle),
+        postgres_idle = postgres.get_idle_size()
+        for pool, state, count in (
+            ("postgres", "idle", postgres_idle),
+            ("postgres", "used", postgres.get_size() - postgres_idle),
             ("redis", "idle", redis_idle),
             ("redis", "used", redis_used),
         ):
-            self.connections.labels(name, state).set(count)
-        self.most_connections.labels("postgres").set(postgres.get_max_size())
-        self.most_connections.labels("redis").set(redis.max_connections)
+            self.connections.labels(pool, state).set(count)
+        self.max_connections.labels("postgres").set(postgres.get_max_size())
+        self.max_connections.labels("redis").set(redis.max_connections)
 
 
 def _resident_bytes() -> int:
-    """Return the memory of this process now; where there is no /proc, the most that it ever had."""
+    """Return the memory of this process now; without /proc, its maximum so far."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * resource.getpagesize()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+        unit_bytes = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes

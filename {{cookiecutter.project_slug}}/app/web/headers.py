@@ -1,20 +1,24 @@
-"""What is read in the head of a request: its IDs, how long its body is, and whether a proxy speaks for a client."""
+"""Parses the headers that every request needs: its IDs, its body, its proxies."""
 
 import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
 
-#: What is taken over from a client; anything longer or stranger could forge log lines.
+#: Request IDs accepted from a client. Anything longer or stranger could forge log lines.
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
-#: W3C Trace Context, section 3.2.2: version, trace-id, parent-id, flags; all-zero ids are invalid.
+#: W3C Trace Context, section 3.2.2: version, trace-id, parent-id, flags; all-zero IDs are invalid.
 _TRACEPARENT = re.compile(
-    rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}((?<!^00.{53})-.*)?"
+    rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})"
+    rb"-[0-9a-f]{2}((?<!^00.{53})-.*)?"
 )
 
 
 def generate_request_ids() -> Iterator[str]:
-    """Yield request IDs that no other process makes: a random one for each would cost a system call (0.5 us)."""
+    """Yield request IDs that no other process generates.
+
+    A random prefix and a counter: a random ID each would cost a system call (0.5 us).
+    """
     prefix = os.urandom(10).hex()
     for number in itertools.count():
         yield f"{prefix}{number:012x}"
@@ -23,12 +27,14 @@ def generate_request_ids() -> Iterator[str]:
 def parse_headers(
     headers: Iterable[tuple[bytes, bytes]], request_ids: Iterator[str]
 ) -> tuple[dict[str, str], int | None, bool]:
-    """Return the IDs of the request and of its trace, the length of its body, and whether it has been forwarded.
+    """Return what the middleware needs: context, length of the body, whether it is forwarded.
 
-    The length is 0 if it is not known, and None without a body. In one pass, since each request pays for it.
+    The context has `request_id`, and `trace_id` with `parent_span_id` if the client sent them. The
+    length is 0 if it is not known, None without a body. One pass, since each request pays for it.
     """
     context: dict[str, str] = {}
-    body_bytes, is_forwarded = None, False
+    body_bytes = None
+    is_forwarded = False
     for name, value in headers:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             context["request_id"] = value.decode()
@@ -39,7 +45,8 @@ def parse_headers(
         elif name in {b"x-forwarded-for", b"x-forwarded-proto"}:
             is_forwarded = True
         elif name == b"traceparent" and (match := _TRACEPARENT.fullmatch(value)):
-            context["trace_id"], context["parent_span_id"] = match[1].decode(), match[2].decode()
+            context["trace_id"] = match[1].decode()
+            context["parent_span_id"] = match[2].decode()
     if "request_id" not in context:
         context["request_id"] = next(request_ids)
     return context, body_bytes, is_forwarded

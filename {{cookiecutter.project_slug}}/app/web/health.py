@@ -1,4 +1,9 @@
-"""The probes: live (the process answers), startup (its own initialisation is done), ready (send traffic here)."""
+"""The probes.
+
+- live: the event loop responds
+- startup: the warm-ups have finished
+- ready: the required dependencies respond, and the pod is not draining
+"""
 
 import asyncio
 import contextvars
@@ -11,83 +16,69 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from prometheus_client import Gauge
 
+from app.lifecycle import Lifecycle
 from app.settings import Settings
+from app.tasks import StateLog
 
-CACHE_SECONDS = 1.0  # for which a result stands, so that many kubelets and balancers cost one check
-WATCH_SECONDS = 5.0  # between checks when nobody probes, so that outages are logged all the same
+#: For how long a result is reused, so that many kubelets and balancers cost one check.
+CACHE_SECONDS = 1.0
+#: Time between checks without a probe, so that outages are logged all the same.
+WATCH_SECONDS = 5.0
 
 Check = Callable[[], Awaitable[object]]
 logger = logging.getLogger("app.health")
 
 
 class Health:
-    """What this process knows of itself and of its dependencies."""
+    """The state of this process and of its dependencies."""
 
     def __init__(
-        self,
-        settings: Settings,
-        checks: Mapping[str, Check],
-        draining: Callable[[], bool],
-        up: Gauge,
+        self, settings: Settings, checks: Mapping[str, Check], lifecycle: Lifecycle, up: Gauge
     ) -> None:
-        """Take, for each dependency, a coroutine function that raises when it does not answer; `up` shows it."""
-        self.settings, self.checks, self.draining, self.up = settings, checks, draining, up
+        """`checks` maps each dependency to a coroutine function that raises if it is unavailable.
+
+        `up` is the gauge that shows the results, by dependency.
+        """
+        self.settings = settings
+        self.checks = checks
+        self.lifecycle = lifecycle
+        self.up = up
         self.started = False
         self.report: dict[str, dict[str, Any]] = {}
         self.checked_at = float("-inf")
         self.running: asyncio.Task[None] | None = None
-
-    async def readiness(self) -> tuple[int, dict[str, Any]]:
-        """Return status and body of the readiness probe. A result is about a second old at most; never raises."""
-        if self.draining():
-            return 503, {"status": "draining", "checks": self.report}
-        await self.refresh()
-        required = all(
-            self.report[name]["status"] == "healthy" for name in self.settings.readiness_required
-        )
-        ready = self.started and required
-        return (200 if ready else 503), {
-            "status": "ready" if ready else "not_ready",
-            "checks": self.report,
+        self.state_logs = {
+            name: StateLog(logger, f"{name} unavailable", f"{name} available again")
+            for name in checks
         }
 
+    async def readiness(self) -> tuple[int, dict[str, Any]]:
+        """Return status and body of the readiness probe; never raises.
+
+        The checks in it are at most about a second old.
+        """
+        if self.lifecycle.is_draining():
+            return 503, {"status": "draining", "checks": self.report}
+        await self.refresh()
+        if self.started and all(map(self._is_healthy, self.settings.readiness_required)):
+            return 200, {"status": "ready", "checks": self.report}
+        return 503, {"status": "not_ready", "checks": self.report}
+
     async def refresh(self) -> None:
-        """Check every dependency, unless that was done within `CACHE_SECONDS`; callers share a check under way."""
+        """Check every dependency, at most once in `CACHE_SECONDS`. Callers share a running check."""
         if time.monotonic() - self.checked_at < CACHE_SECONDS:
             return
         if self.running is None or self.running.done():
-            # Its lines are not those of the request that happened to come by.
+            # An empty context: its log lines do not belong to the request that started it.
             self.running = asyncio.create_task(self._check_all(), context=contextvars.Context())
-        await asyncio.shield(
-            self.running
-        )  # a caller that leaves does not take the others' check along
-
-    async def _check_all(self) -> None:
-        results = await asyncio.gather(
-            *(self._check(name, check) for name, check in self.checks.items())
-        )
-        self.report = dict(zip(self.checks, results, strict=True))
-        self.checked_at = time.monotonic()
-
-    async def _check(self, name: str, check: Check) -> dict[str, Any]:
-        start, reason = time.perf_counter(), None
-        try:
-            async with asyncio.timeout(self.settings.readiness_timeout_seconds):
-                await check()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the dependency is not healthy
-            reason = type(error).__name__
-        was, now = (
-            self.report.get(name, {}).get("status", "healthy"),
-            "unhealthy" if reason else "healthy",
-        )
-        if now != was:  # one line per change of state, not per try
-            level = logging.WARNING if reason else logging.INFO
-            logger.log(level, "%s is %s", name, now, extra={"dependency": name, "reason": reason})
-        self.up.labels(name).set(not reason)
-        return {"status": now, "latency_ms": round((time.perf_counter() - start) * 1000, 3)}
+        # Shielded: a caller that disconnects does not cancel the check of the others.
+        await asyncio.shield(self.running)
 
     async def watch(self) -> None:
-        """Check until cancelled, so that changes of state are seen without a probe; let the last check finish."""
+        """Check until cancelled, so that a change is logged without a probe.
+
+        The last check finishes before this returns.
+        """
         try:
             while True:
                 await self.refresh()
@@ -96,31 +87,61 @@ class Health:
             if self.running is not None:
                 await asyncio.wait([self.running])
 
+    def _is_healthy(self, name: str) -> bool:
+        return bool(self.report[name]["status"] == "healthy")
+
+    async def _check_all(self) -> None:
+        checks = [self._check(name, check) for name, check in self.checks.items()]
+        results = await asyncio.gather(*checks)
+        self.report = dict(zip(self.checks, results, strict=True))
+        self.checked_at = time.monotonic()
+
+    async def _check(self, name: str, check: Check) -> dict[str, Any]:
+        start = time.perf_counter()
+        state_log = self.state_logs[name]
+        try:
+            async with asyncio.timeout(self.settings.readiness_timeout_seconds):
+                await check()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the dependency is unhealthy
+            reason = type(error).__name__
+            state_log.failed(reason, dependency=name, reason=reason)
+        else:
+            state_log.succeeded(dependency=name, reason=None)
+        self.up.labels(name).set(not state_log.is_failing)
+        status = "unhealthy" if state_log.is_failing else "healthy"
+        milliseconds = (time.perf_counter() - start) * 1000
+        return {"status": status, "latency_ms": round(milliseconds, 3)}
+
 
 router = APIRouter(prefix="/health", tags=["health"])
 
 
-def _answer(status: int, body: Mapping[str, Any]) -> Response:
-    return Response(orjson.dumps(body), status, {"Cache-Control": "no-store"}, "application/json")
+def _respond(status: int, body: Mapping[str, Any]) -> Response:
+    headers = {"Cache-Control": "no-store"}
+    return Response(orjson.dumps(body), status, headers, "application/json")
 
 
 @router.get("/live")
 async def live() -> Response:
-    """Liveness: the event loop answers. It touches no dependency, or an outage would restart every pod."""
-    return _answer(200, {"status": "alive"})
+    """Liveness: the event loop responds.
+
+    No dependency is checked, or an outage would restart every pod.
+    """
+    return _respond(200, {"status": "alive"})
 
 
 @router.get("/startup", responses={503: {"description": "Still starting"}})
 async def startup(request: Request) -> Response:
-    """Startup: warm-ups are done. A dependency that is away does not hold it back."""
-    return (
-        _answer(200, {"status": "started"})
-        if request.state.health.started
-        else _answer(503, {"status": "starting"})
-    )
+    """Startup: the warm-ups have finished. An unavailable dependency does not delay it."""
+    health: Health = request.state.health
+    if health.started:
+        return _respond(200, {"status": "started"})
+    return _respond(503, {"status": "starting"})
 
 
 @router.get("/ready", responses={503: {"description": "Not ready, or draining"}})
 async def ready(request: Request) -> Response:
-    """Readiness: every required dependency answers, and the process is not draining."""
-    return _answer(*await request.state.health.readiness())
+    """Readiness: the required dependencies respond, and the pod is not draining."""
+    health: Health = request.state.health
+    status, body = await health.readiness()
+    return _respond(status, body)

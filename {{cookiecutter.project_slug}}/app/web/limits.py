@@ -1,7 +1,8 @@
-"""What a worker takes on: how many requests at once, how large, and for how long.
+"""Limits of a worker: concurrency, body size and timeouts.
 
-observe.py asks here, so that each refusal carries the request's ID, is logged and counted. Uvicorn itself would read a
-body of 200 MB into memory, and its own limit on concurrency counts idle connections and refuses probes.
+The middleware enforces them, so that a rejected request has an ID, an access line and a metric.
+Uvicorn itself would read a body of 200 MB into memory, and its own limit of concurrency counts idle
+connections and rejects probes.
 """
 
 import asyncio
@@ -13,86 +14,95 @@ from starlette.types import Message, Receive, Scope
 from app.errors import ServiceError, UnavailableError
 from app.settings import Settings
 
-_EXPIRY_SECONDS = 0.5
-#: Key of `scope["state"]` by which the protocol tells the middleware to reject a request with this status.
+#: How often requests are checked against `REQUEST_TIMEOUT_SECONDS`.
+EXPIRY_SECONDS = 0.5
+#: The key of `scope["state"]` with which the protocol has a request rejected: its value is the
+#: status of the response.
 REJECTED_STATUS = "rejected_status"
-_CLOSE = {"Connection": "close"}
 _DETAILS = {
-    400: "This is not a valid HTTP request.",
+    400: "The request is not valid HTTP.",
     408: "The request did not arrive in time.",
-    413: "The body of the request is too large.",
-    431: "The header fields of the request are too large.",
+    413: "The request body is too large.",
+    431: "The request headers are too large.",
 }
 
 
 class Exchange(Protocol):
-    """What is limited: one request and its answer."""
+    """One request and its response, as far as the limits need it."""
 
     scope: Scope
     start: float
     status: int
 
     def time_out(self) -> None:
-        """Answer 504."""
+        """Cancel the handler and respond 504."""
 
 
 class RejectedError(ServiceError):
-    """A request, or its body, that is not read to its end: 400, 408, 413 or 431; the connection is closed."""
+    """A request that is not read to its end: 400, 408, 413 or 431; the connection is closed."""
 
     def __init__(self, status: int) -> None:
         self.status = status
-        super().__init__(_DETAILS[status], _CLOSE)
+        super().__init__(_DETAILS[status], {"Connection": "close"})
 
 
 class Limits:
-    """The requests of one worker that have no whole answer yet, and the bounds that they keep to."""
+    """The requests in flight in one worker, and their limits."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.max_in_flight, self.max_body_bytes = settings.max_in_flight, settings.max_body_bytes
-        self.probes = f"{settings.root_path}/health/"
+        self.max_in_flight = settings.max_in_flight
+        self.max_body_bytes = settings.max_body_bytes
+        self.probe_prefix = f"{settings.root_path}/health/"
         self.in_flight: dict[Exchange, None] = {}  # in the order of their start
         self.is_expiry_scheduled = False
 
     def admit(self, exchange: Exchange, body_bytes: int) -> None:
-        """Count a request in, to be ended after `REQUEST_TIMEOUT_SECONDS`; `body_bytes` is 0 where it is not known.
+        """Add a request to those in flight; `body_bytes` is 0 if its length is not known.
 
-        Raises `ServiceError` for a request that is not to be served.
+        Raises `RejectedError` for a request that the protocol rejects or whose body is too large,
+        `UnavailableError` at the limit of concurrency. Probes are always admitted.
         """
         scope = exchange.scope
         if REJECTED_STATUS in scope["state"]:
             raise RejectedError(scope["state"][REJECTED_STATUS])
         if body_bytes > self.max_body_bytes:
             raise RejectedError(413)
-        if len(self.in_flight) >= self.max_in_flight and not scope["path"].startswith(self.probes):
+        is_full = len(self.in_flight) >= self.max_in_flight
+        if is_full and not scope["path"].startswith(self.probe_prefix):
             raise UnavailableError("The service is busy.")
         self.in_flight[exchange] = None
         if not self.is_expiry_scheduled:
-            self.is_expiry_scheduled = True
-            asyncio.get_running_loop().call_later(_EXPIRY_SECONDS, self._expire_requests)
+            self._schedule_expiry()
+
+    def _schedule_expiry(self) -> None:
+        self.is_expiry_scheduled = True
+        asyncio.get_running_loop().call_later(EXPIRY_SECONDS, self._expire_requests)
 
     def _expire_requests(self) -> None:
-        """Time out what has waited too long: one timer for all, since one for each would cost each of them."""
-        too_old = time.perf_counter() - self.settings.request_timeout_seconds
+        """Time out the requests that exceed their limit. One timer serves all requests."""
+        oldest_start = time.perf_counter() - self.settings.request_timeout_seconds
         for exchange in list(self.in_flight):
-            if exchange.start > too_old:
+            if exchange.start > oldest_start:
                 break
-            if not exchange.status:  # else it is a stream
+            is_streaming = exchange.status != 0
+            if not is_streaming:
                 exchange.time_out()
-        self.is_expiry_scheduled = bool(self.in_flight)
-        if self.is_expiry_scheduled:
-            asyncio.get_running_loop().call_later(_EXPIRY_SECONDS, self._expire_requests)
+        self.is_expiry_scheduled = False
+        if self.in_flight:
+            self._schedule_expiry()
 
     def limit_receive(self, scope: Scope, receive: Receive) -> Receive:
-        """Return a `receive` that raises `RejectedError` for a body that is too large, too slow, or broken."""
-        size, deadline, is_complete = (
-            0,
-            time.monotonic() + self.settings.request_body_timeout_seconds,
-            False,
-        )
+        """Return a `receive` that enforces the limits of the body.
 
-        async def bounded() -> Message:
-            nonlocal size, is_complete
+        It raises `RejectedError` for a body that is too large, too slow, or not valid HTTP.
+        """
+        size_bytes = 0
+        deadline = time.monotonic() + self.settings.request_body_timeout_seconds
+        is_complete = False
+
+        async def limited() -> Message:
+            nonlocal size_bytes, is_complete
             if is_complete:
                 return await receive()
             try:
@@ -100,12 +110,12 @@ class Limits:
                     message = await receive()
             except TimeoutError:
                 raise RejectedError(408) from None
-            size += len(message.get("body", b""))
+            size_bytes += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
-            if size > self.max_body_bytes:
+            if size_bytes > self.max_body_bytes:
                 raise RejectedError(413)
-            if REJECTED_STATUS in scope["state"]:  # the protocol could not parse it
+            if REJECTED_STATUS in scope["state"]:  # set by the protocol while it read the body
                 raise RejectedError(scope["state"][REJECTED_STATUS])
             return message
 
-        return bounded
+        return limited

@@ -1,4 +1,4 @@
-"""Errors as problem details (RFC 9457): every error response has this one shape and carries the request ID."""
+"""Problem details (RFC 9457): every error response has this shape and carries the request ID."""
 
 import re
 from collections.abc import Mapping
@@ -15,22 +15,27 @@ from starlette.routing import Match
 from app.telemetry.context import request_context
 
 MEDIA_TYPE = "application/problem+json"
-_TEXTS = {name: {"type": "string"} for name in ("type", "title", "detail", "request_id")}
-_MEMBERS = {**_TEXTS, "status": {"type": "integer"}}
+_TITLES = {status.value: status.phrase for status in HTTPStatus}
 _SCHEMA = {
     "title": "Problem",
     "type": "object",
     "required": ["type", "title", "status"],
-    "properties": _MEMBERS,
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "detail": {"type": "string"},
+        "request_id": {"type": "string"},
+        "status": {"type": "integer"},
+    },
 }
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
-_TITLES = {status.value: status.phrase for status in HTTPStatus}
+#: Keys of the body that are shown in a pointer; others are the client's own text.
+_SHOWN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
 def problem(
     status: int, detail: str | None = None, headers: Mapping[str, str] | None = None, **members: Any
 ) -> Response:
-    """Return a problem response; `members` are added to the document (RFC 9457, section 3.2)."""
+    """Return a problem response. `members` extend the document (RFC 9457, section 3.2)."""
     document = {
         "type": "about:blank",
         "title": _TITLES.get(status, "Error"),
@@ -39,12 +44,13 @@ def problem(
     }
     if detail and detail != document["title"]:
         document["detail"] = detail
-    fields = {"Cache-Control": "no-store", **(headers or {})}
-    return Response(orjson.dumps(document | members), status, fields, media_type=MEDIA_TYPE)
+    content = orjson.dumps(document | members)
+    all_headers = {"Cache-Control": "no-store", **(headers or {})}
+    return Response(content, status, all_headers, media_type=MEDIA_TYPE)
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the OpenAPI description of the problems that a route may answer, for its `responses=`."""
+    """Return the OpenAPI description of problems, for `responses=` of a route."""
     content = {MEDIA_TYPE: {"schema": _SCHEMA}}
     return {
         status: {"description": _TITLES.get(status, "Error"), "content": content}
@@ -52,36 +58,51 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def install_handlers(app: FastAPI) -> None:
+    """Turn every error of the application into a problem; the middleware handles bugs."""
+    app.exception_handler(HTTPException)(_http_error)
+    app.exception_handler(RequestValidationError)(_validation_error)
+    app.exception_handler(RedisError)(_redis_unavailable)
+
+
 async def _http_error(request: Request, error: HTTPException) -> Response:
     if error.status_code == 405:
-        return problem(405, None, {"Allow": _allowed(request)})
-    if error.status_code in {204, 304}:  # these have no body (RFC 9110, sections 15.3.5 and 15.4.5)
+        return problem(405, None, {"Allow": _allowed_methods(request)})
+    if error.status_code in {204, 304}:  # without a body (RFC 9110, sections 15.3.5 and 15.4.5)
         return Response(status_code=error.status_code, headers=error.headers)
     return problem(error.status_code, str(error.detail), error.headers)
 
 
-def _allowed(request: Request) -> str:
-    """Return all methods that the path takes (RFC 9110, section 15.5.6); Starlette names those of one route alone."""
-    scopes = {method: {**request.scope, "method": method} for method in HTTPMethod}
-    found = [
-        m
-        for m, s in scopes.items()
-        if any(r.matches(s)[0] is Match.FULL for r in request.app.routes)
-    ]
-    return ", ".join(found)
+async def _validation_error(_: Request, error: RequestValidationError) -> Response:
+    errors = [{"detail": _detail(each), "pointer": _pointer(each)} for each in error.errors()]
+    return problem(422, "Request validation failed.", errors=errors)
 
 
-async def _invalid_request(_: Request, error: RequestValidationError) -> Response:
-    faults = [{"detail": _reason(fault), "pointer": _pointer(fault)} for fault in error.errors()]
-    return problem(422, "The request does not match what this route takes.", errors=faults)
+async def _redis_unavailable(_: Request, __: Exception) -> Response:
+    """Respond 503 to a request that needs Redis."""
+    return problem(503, "Redis is not available.", {"Retry-After": "1"})
 
 
-def _reason(fault: Mapping[str, Any]) -> str:
-    """Return pydantic's message without the parts that quote the input: a card number must not come back.
+def _allowed_methods(request: Request) -> str:
+    """Return all methods of the path (RFC 9110, section 15.5.6).
 
-    What a validator of ours raises is passed on, so it must not hold the value either.
+    Starlette lists those of one route alone.
     """
-    context, message = fault.get("ctx", {}), str(fault["msg"])
+    methods = []
+    for method in HTTPMethod:
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
+            methods.append(method)
+    return ", ".join(methods)
+
+
+def _detail(error: Mapping[str, Any]) -> str:
+    """Return pydantic's message without its quotes of the input, such as a card number.
+
+    The text of a validator of ours is kept, so it must not quote the input either.
+    """
+    context = error.get("ctx", {})
+    message = str(error["msg"])
     if "tag" in context:
         return "Input does not match any of the expected kinds"
     if isinstance(context.get("error"), str):
@@ -89,28 +110,18 @@ def _reason(fault: Mapping[str, Any]) -> str:
     return message.removeprefix("Value error, ")
 
 
-def _pointer(fault: Mapping[str, Any]) -> str:
-    """Return a JSON Pointer into the body (RFC 6901, section 6: `#/amount`), or `query/limit` for a parameter.
+def _pointer(error: Mapping[str, Any]) -> str:
+    """Return a JSON Pointer into the body (RFC 6901, section 6), or the name of a parameter.
 
-    A key that is no name is shown as `*`: it is the client's own.
+    Such as `#/amount`, or `query/limit`. A key that is not an identifier is shown as `*`.
     """
-    place, *path = fault["loc"]
-    if fault["type"] in {
-        "extra_forbidden",
-        "json_invalid",
-    }:  # the last part is the client's own text, or an offset
-        path = path[:-1]
-    steps = [str(step) if isinstance(step, int) or _NAME.fullmatch(step) else "*" for step in path]
+    place, *path = error["loc"]
+    if error["type"] in {"extra_forbidden", "json_invalid"}:
+        path = path[:-1]  # the client's own text, or an offset
+    steps = [_step(each) for each in path]
     return "/".join(["#" if place == "body" else place, *steps])
 
 
-async def _redis_unavailable(_: Request, __: Exception) -> Response:
-    """Answer 503 for a request that could not do without Redis."""
-    return problem(503, "The cache is not available.", {"Retry-After": "1"})
-
-
-def install_handlers(app: FastAPI) -> None:
-    """Answer every error of the app as a problem; unhandled exceptions are observe.py's."""
-    app.exception_handler(HTTPException)(_http_error)
-    app.exception_handler(RequestValidationError)(_invalid_request)
-    app.exception_handler(RedisError)(_redis_unavailable)
+def _step(key: int | str) -> str:
+    is_shown = isinstance(key, int) or _SHOWN_KEY.fullmatch(key) is not None
+    return str(key) if is_shown else "*"

@@ -253,7 +253,7 @@ def test_with_nothing_there_it_starts_is_live_and_recovers(redis: Redis) -> None
                 lambda: states(service) == recovered
             )  # another worker may know it up to a second later
             lines = [line["message"] for line in service.lines if line["logger"] == "app.health"]
-            for text in ("postgres is unhealthy", "redis is unhealthy"):
+            for text in ("postgres unavailable", "redis unavailable"):
                 assert 1 <= lines.count(text) <= 2  # one for each worker, not one for each try
 
 

@@ -139,7 +139,7 @@ def test_a_quick_end_cuts_everything_off(service: Service, number: int, draining
 def test_an_end_may_become_a_quick_one_at_any_time(service: Service) -> None:
     service.get("/background?seconds=60")
     service.process.send_signal(signal.SIGTERM)
-    eventually(lambda: "waiting for 1 tasks in the background" in service.text)
+    eventually(lambda: "waiting for 1 background tasks" in service.text)
     assert service.stop(signal.SIGINT) == 0
     assert {"0 tasks finished, 1 cancelled", "Application shutdown complete."} <= set(
         messages(service)

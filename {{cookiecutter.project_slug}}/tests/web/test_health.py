@@ -6,6 +6,7 @@ import logging
 import pytest
 from prometheus_client import Gauge
 
+from app.lifecycle import Lifecycle
 from app.lifespan import State, open_state
 from app.main import create_app
 from app.settings import Settings
@@ -20,7 +21,7 @@ def checker(*checks: health.Check, **settings: object) -> Health:
     found = Health(
         chosen,
         dict(zip(("postgres", "redis"), checks, strict=False)),
-        lambda: False,
+        Lifecycle(),
         Gauge("up", "", ["dependency"], registry=None),
     )
     found.started = True
@@ -110,15 +111,15 @@ async def test_a_change_of_state_is_one_line(caplog: pytest.LogCaptureFixture) -
         await found.refresh()
         state.pop(0)
     assert caplog.messages == [
-        "postgres is unhealthy",
-        "postgres is healthy",
-        "postgres is unhealthy",
+        "postgres unavailable: OSError",
+        "postgres available again",
+        "postgres unavailable: OSError",
     ]
 
 
 async def test_a_draining_process_says_so_and_asks_nobody() -> None:
     found = checker(frozen)
-    found.draining = lambda: True
+    found.lifecycle.is_draining = lambda: True
     assert await found.readiness() == (503, {"status": "draining", "checks": {}})
 
 
@@ -151,4 +152,4 @@ async def test_a_failed_warm_up_keeps_the_process_starting(
     async with open_state(settings, [fail]) as state:
         await asyncio.sleep(0.01)
         assert not state["health"].started
-    assert "a warm-up failed, so this process stays in `starting`" in caplog.messages
+    assert "warm-up failed, this process stays in `starting`" in caplog.messages
