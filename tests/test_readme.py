@@ -232,7 +232,7 @@ def test_commands_without_make_set_up_the_template(template: Path, tmp_path: Pat
     assert done.returncode == 0, done.stdout.decode()[-5000:]
 
 
-def free_addresses() -> dict[str, str]:
+def addresses() -> dict[str, str]:
     """Return settings with free addresses for a service."""
     return {"BIND": f"127.0.0.1:{free_port()}", "METRICS_BIND": f"127.0.0.1:{free_port()}"}
 
@@ -240,17 +240,18 @@ def free_addresses() -> dict[str, str]:
 def shell_block(project: Path, word: str) -> str:
     """Return the only shell block with this word of the project's README."""
     text = (project / "README.md").read_text()
-    (found,) = [block for block in SHELL.findall(text) if word in block]
+    blocks: list[str] = SHELL.findall(text)
+    (found,) = [block for block in blocks if word in block]
     return found
 
 
 @pytest.mark.slow
 def test_commands_without_make_run_the_project(bake: Bake) -> None:
     project = bake()
-    addresses = free_addresses()
+    free = addresses()
     commands = shell_block(project, "pip install")
-    with terminal(["bash", "-ec", commands], project, **addresses) as running:
-        running.wait_for(f"http://{addresses['BIND']}/health/ready")
+    with terminal(["bash", "-ec", commands], project, **free) as running:
+        running.wait_for(f"http://{free['BIND']}/health/ready")
         assert running.interrupt() < INTERRUPT_SECONDS
 
 
@@ -258,11 +259,11 @@ def test_commands_without_make_run_the_project(bake: Bake) -> None:
 def test_make_dev_reloads_and_serves_docs_and_metrics(bake: Bake) -> None:
     """It reads `.env`, too."""
     project = bake()
-    addresses = free_addresses()
+    free = addresses()
     (project / ".env").write_text('SERVICE_VERSION="1.2.3 from .env"\n')
-    base = f"http://{addresses['BIND']}"
-    metrics = f"http://{addresses['METRICS_BIND']}/metrics"
-    with terminal(["make", "dev", tools()], project, **addresses) as running:
+    base = f"http://{free['BIND']}"
+    metrics = f"http://{free['METRICS_BIND']}/metrics"
+    with terminal(["make", "dev", tools()], project, **free) as running:
         running.wait_for(base + "/health/ready")
         expected = {"service": "my-service", "version": "1.2.3 from .env"}
         assert httpx.get(base + "/").json() == expected
@@ -279,12 +280,12 @@ def test_make_dev_reloads_and_serves_docs_and_metrics(bake: Bake) -> None:
 @pytest.mark.slow
 def test_payments_session_can_be_pasted(bake: Bake) -> None:
     project = bake()
-    addresses = free_addresses()
+    free = addresses()
     session = shell_block(project, "Idempotency-Key")
-    session = session.replace("127.0.0.1:8000", addresses["BIND"])
-    session = session.replace("127.0.0.1:9464", addresses["METRICS_BIND"])
-    base = f"http://{addresses['BIND']}"
-    with terminal(["make", "dev", tools()], project, **addresses) as running:
+    session = session.replace("127.0.0.1:8000", free["BIND"])
+    session = session.replace("127.0.0.1:9464", free["METRICS_BIND"])
+    base = f"http://{free['BIND']}"
+    with terminal(["make", "dev", tools()], project, **free) as running:
         running.wait_for(base + "/health/ready")
         command = ["bash", "-ec", session]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
