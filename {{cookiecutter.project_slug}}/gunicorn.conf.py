@@ -84,7 +84,7 @@ def on_starting(arbiter: Any) -> None:
 
 
 def when_ready(arbiter: Any) -> None:
-    """Replace gunicorn's arbiter by the service's own, once it listens."""
+    """Turn gunicorn's arbiter into the service's own once it listens."""
     use_service_arbiter(arbiter)
 
 
