@@ -1,4 +1,4 @@
-"""Library internals that the service relies on. A failure after an upgrade names code to review."""
+"""Library internals that the service relies on; a failure identifies code to review."""
 
 import hashlib
 import inspect

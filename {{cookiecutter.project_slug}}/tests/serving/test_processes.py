@@ -262,7 +262,7 @@ def test_metrics_directory_in_use_is_one_clear_line(
 
 
 def failed_start(**settings: str) -> str:
-    """Return the line that a failed start prints on stderr, without the kernel's own message."""
+    """Return the line on stderr of a failed start, without the kernel's own message."""
     addresses = {"BIND": f"127.0.0.1:{free_port()}", "METRICS_BIND": f"127.0.0.1:{free_port()}"}
     done = subprocess.run(
         [sys.executable, "-m", "gunicorn"],

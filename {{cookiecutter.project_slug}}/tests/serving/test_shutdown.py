@@ -124,7 +124,7 @@ def test_tasks_running_at_the_deadline_are_cancelled(urls: dict[str, str]) -> No
 
 
 def test_connections_in_the_accept_queue_are_served(service: Service) -> None:
-    """While a worker is suspended, the kernel accepts for it. Shutdown must not reset these."""
+    """The kernel accepts connections for a suspended worker. None of them is reset."""
     started = "Started server process"
     (worker,) = {line["pid"] for line in service.lines if line["message"].startswith(started)}
     process = psutil.Process(worker)
@@ -196,7 +196,7 @@ def block_worker(service: Service) -> None:
 
 
 def test_replacement_starts_before_the_only_worker_retires(urls: dict[str, str]) -> None:
-    """So there is no gap, although an idle connection keeps the worker for RETIRE_SECONDS."""
+    """An idle connection keeps the worker for RETIRE_SECONDS; there is no gap."""
     recycling = {"MAX_REQUESTS": "50", "MAX_REQUESTS_JITTER": "0", "RETIRE_SECONDS": "9"}
     with serving(**DRAIN | urls | recycling) as service:
         service.wait()
