@@ -63,7 +63,7 @@ attack: setup ## attack a running service: floods, faults, restarts behind proxi
 	@$(IN_SERVICE) setup
 	@$(SERVICE_BIN)/python -m pytest attack
 
-bench: setup ## benchmark against bare FastAPI and the most popular template; QUICK=1 for one short round
+bench: setup ## benchmark against bare FastAPI and the most used template; QUICK=1 for one short round
 	@QUICK='$(QUICK)' TOOLS='$(abspath $(TOOLS))' $(BIN)/python -m benchmarks
 
 tuning: setup ## measure the figures of docs/tuning.md on this machine; two minutes
