@@ -11,7 +11,6 @@ from benchmarks import plot
 Figures = dict[str, Any]
 NAMES = {"bare": "bare FastAPI", "service": "this template"}
 NOTHING = "–"  # noqa: RUF001 - a dash, as in any table
-PLOT = "![CPU, workers and overload]"
 BLOCK = re.compile(r"(?<=<!-- bench: begin -->\n).*?(?=<!-- bench: end -->)", re.DOTALL)
 RAMP_COLUMNS = {
     "200s/s": "answered",
@@ -164,7 +163,7 @@ def introduction(figures: Figures) -> str:
         f"Warm-up rounds, not counted: {size['warm_up_rounds']}. "
         "Clients and Postgres run on the same CPUs. Compare figures of one run only.\n\n"
         f"Versions of bare FastAPI and the service: {versions(machine['versions'])}.\n\n"
-        f"{PLOT}(results.svg)\n"
+        "![CPU, workers and overload](results.svg)\n"
     )
 
 
@@ -237,7 +236,6 @@ def block(figures: Figures) -> str:
     machine = figures["machine"]
     found = machine["versions"]
     return (
-        f"{PLOT}(benchmarks/results.svg)\n\n"
         f"{summary(figures)}\n"
         f"Measured on {machine['date']} with {machine['cpus']} CPUs, Python {found['python']}, "
         f"FastAPI {found['fastapi']}, gunicorn {found['gunicorn']} and uvicorn "

@@ -25,15 +25,15 @@ NO_WRK = "wrk is missing; install it: apt-get install wrk, or brew install wrk"
 SERVER = """
 import http.server, os, sys
 class Handler(http.server.BaseHTTPRequestHandler):
-    responses = 0
+    served = 0
     def do_GET(self):
-        if Handler.responses:
+        if Handler.served:
             {then}
-        self.send_response(500 if Handler.responses else 200)
+        self.send_response(500 if Handler.served else 200)
         self.send_header("Content-Length", "0")
         self.send_header("Connection", "close")
         self.end_headers()
-        Handler.responses += 1
+        Handler.served += 1
     def log_message(self, *_): pass
 print("the last line", flush=True)
 http.server.HTTPServer(("127.0.0.1", {port}), Handler).serve_forever()
