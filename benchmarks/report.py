@@ -241,7 +241,7 @@ def block(figures: Figures) -> str:
         f"FastAPI {found['fastapi']}, gunicorn {found['gunicorn']} and uvicorn "
         f"{found['uvicorn']}. Clients and Postgres run on the same CPUs. "
         "[benchmarks/results.md](benchmarks/results.md) describes the method and has the other "
-        "figures: numbers of workers, overload, and the peer's pins.\n"
+        "figures: numbers of workers, overload, and all versions.\n"
     )
 
 
