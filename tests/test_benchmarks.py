@@ -122,13 +122,13 @@ def test_ctrl_c_stops_a_run_with_one_line_and_leaves_nothing() -> None:
     with terminal(QUICK) as running:
         eventually(lambda: "small JSON" in running.read(), READY_SECONDS)
         family = running.family()
-        directories = running.folders(family)
+        directories = running.directories(family)
         assert directories  # its Postgres at least
         assert len(family) > 5  # make, the run, Postgres, Redis, servers
         running.interrupt()
         _, alive = psutil.wait_procs(family, 10)
         assert alive == []
-        assert not any(path.exists() for path in [*directories, *running.folders(family)])
+        assert not any(path.exists() for path in [*directories, *running.directories(family)])
         assert running.process.returncode != 0
         assert "benchmark failed: interrupted by SIGINT" in running.read()
         assert "Traceback" not in running.text
