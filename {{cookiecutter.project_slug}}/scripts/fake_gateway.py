@@ -12,31 +12,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import NamedTuple
+
+from scripts.quiet_http import QuietHandler
 
 DEFAULT_PORT = 8090
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
-
-
-class QuietHandler(BaseHTTPRequestHandler):
-    """A handler of HTTP/1.1 that logs nothing, not even a lost client."""
-
-    protocol_version = "HTTP/1.1"
-
-    def handle_one_request(self) -> None:
-        """Handle a request, unless the client has disconnected."""
-        try:
-            super().handle_one_request()
-        except OSError:
-            self.close_connection = True
-
-    def log_message(self, *_: object) -> None:
-        """Log nothing."""
-
-    def read_body(self) -> bytes:
-        """Return the body of the request."""
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
 
 class Call(NamedTuple):
@@ -93,7 +75,7 @@ class _Handler(QuietHandler):
     server: FakeGateway
     disable_nagle_algorithm = True
 
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802 - http.server names it
         """Charge."""
         self.read_body()
         key = self.headers.get("Idempotency-Key")

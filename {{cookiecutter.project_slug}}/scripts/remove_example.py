@@ -13,6 +13,7 @@ PATHS = [
     "migrations/versions/0002_patterns.py",
     "scripts/dev_consumer.py",
     "scripts/fake_gateway.py",
+    "scripts/quiet_http.py",
     "scripts/remove_example.py",
     "scripts/tail_events.py",
     "tests/patterns",
