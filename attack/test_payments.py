@@ -208,7 +208,7 @@ def settings(urls: dict[str, str], gateway: FakeGateway) -> dict[str, str]:  # n
 
 
 class Faults:
-    """Kills and restarts everything that takes part in a payment, step by step."""
+    """Kills and restarts the processes behind a payment, step by step."""
 
     def __init__(
         self,

@@ -69,7 +69,7 @@ def _text_files(directory: Path) -> list[Path]:
 
 
 def _edit(path: Path) -> None:
-    """Remove what is marked in a file, byte by byte the same otherwise."""
+    """Remove the marked parts of a file; leave all other bytes unchanged."""
     before = path.read_bytes().decode(errors="surrogateescape")
     text = BLOCK_BETWEEN_BLANK_LINES.sub("", before)
     text = BLOCK.sub("", text)

@@ -1,6 +1,6 @@
 """HTTP client for another service: bounded time and size, safe retries.
 
-Each call goes through a circuit breaker. It follows no redirects and uses no proxy from the
+Each call goes through a circuit breaker. The client follows no redirects and uses no proxy from the
 environment: either could send a request, and its secrets, elsewhere.
 """
 

@@ -61,7 +61,7 @@ class StreamGroup:
     async def reclaim(self, count: int) -> list[Message]:
         """Return up to `count` idle messages. Raises `ResponseError` if there is no group.
 
-        One scan of all pending messages takes at least `SCAN_SECONDS`.
+        Pauses for `SCAN_SECONDS` after each scan of all pending messages.
         """
         if time.monotonic() < self.next_scan_at:
             return []

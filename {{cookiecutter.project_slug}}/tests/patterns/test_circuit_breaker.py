@@ -28,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Upstream:
-    """An upstream behind a breaker. It takes a moment, and counts its calls."""
+    """An upstream behind a breaker, which counts its calls."""
 
     def __init__(self, max_failures: int = 5) -> None:
         self.breaker = CircuitBreaker("test", max_failures, RESET_SECONDS)
