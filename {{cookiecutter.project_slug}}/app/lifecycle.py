@@ -1,4 +1,7 @@
-"""What the server tells the application about its shutdown. Without our server, nothing."""
+"""The state of shutdown, which the serving runtime reports to the application.
+
+Without this runtime, as in tests or under another server, nothing is reported.
+"""
 
 import time
 from collections.abc import Callable
