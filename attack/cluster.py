@@ -29,7 +29,7 @@ START_SECONDS = 40.0
 
 
 class Balancer:
-    """The kube-proxy of one node: learns of changes late, and applies them to new connections."""
+    """The kube-proxy of one node: learns late of changes, for new connections only."""
 
     def __init__(self) -> None:
         self.versions: deque[tuple[float, Sequence[str]]] = deque([(0.0, ())])
@@ -85,7 +85,10 @@ class Cluster:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all pods are of this release and available, as for `kubectl rollout status`."""
+        """Whether all pods are of this release and available.
+
+        Then `kubectl rollout status` succeeds.
+        """
         return len(self.live) == self.manifest.replicas and all(
             pod.is_available and pod.manifest is self.manifest for pod in self.live
         )
@@ -125,9 +128,9 @@ class Cluster:
         self.update(self.previous, "undo")
 
     def evict(self, pod: Pod) -> bool:
-        """Delete a pod if its PodDisruptionBudget allows it; otherwise the API responds with 429.
+        """Delete a pod if its PodDisruptionBudget allows it; return whether it does.
 
-        Returns whether it was deleted.
+        Otherwise the API of Kubernetes responds with 429.
         """
         ready = sum(each.is_ready for each in self.live)
         required = self.manifest.replicas - self.manifest.disruptions
@@ -169,7 +172,10 @@ class Cluster:
         return starting
 
     def _delete_old(self, least: int) -> None:
-        """Delete pods of other releases while `least` pods stay available, unavailable ones first."""
+        """Delete pods of other releases while `least` pods stay available.
+
+        Unavailable pods are deleted first.
+        """
         old = [pod for pod in self.live if pod.manifest is not self.manifest]
         new = [pod for pod in self.live if pod.manifest is self.manifest]
         starting = sum(not pod.is_available for pod in new)
@@ -202,7 +208,10 @@ class Cluster:
         return pod
 
     def _publish(self) -> None:
-        """Send changed endpoints to the nodes. A deleted pod is no endpoint, even if ready."""
+        """Send changed endpoints to the nodes.
+
+        A deleted pod is no endpoint, even while it is ready.
+        """
         endpoints = [pod.address for pod in self.live if pod.is_ready]
         if endpoints != self.endpoints:
             self.endpoints = endpoints
@@ -212,7 +221,10 @@ class Cluster:
 
 @contextlib.contextmanager
 def running(manifest: Manifest) -> Iterator[Cluster]:
-    """Run the Deployment of a manifest; the block begins when all nodes know all its pods."""
+    """Run the Deployment of a manifest.
+
+    The block begins when all nodes know all its pods.
+    """
     with tempfile.TemporaryDirectory(prefix="cluster-") as name, ThreadPoolExecutor(1) as thread:
         cluster = Cluster(manifest, Path(name))
         stop = threading.Event()

@@ -17,7 +17,7 @@ pytest_plugins = ["tests.conftest"]
 
 @pytest.fixture(scope="session")
 def urls(database_url: str, redis: Redis) -> dict[str, str]:
-    """Settings for the service: a migrated Postgres, Redis, and this directory on the path.
+    """Settings for the service: migrated Postgres, Redis, this directory on the path.
 
     The rate limit is practically unlimited, since all load comes from one caller.
     """

@@ -1,4 +1,4 @@
-"""The service with routes that use Postgres or Redis for longer than the example does."""
+"""The service with routes that use Postgres or Redis longer than the example."""
 
 from app.main import create_app
 from app.settings import load_settings

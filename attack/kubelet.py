@@ -1,4 +1,4 @@
-"""A pod as a kubelet runs it: a real process of the service, on its own loopback address."""
+"""A pod as a kubelet runs it: a real service, on a loopback address of its own."""
 
 import asyncio
 import contextlib
@@ -22,11 +22,7 @@ class Pod:
     """A pod with its container, its probes and its state."""
 
     def __init__(
-        self,
-        address: str,
-        manifest: Manifest,
-        directory: Path,
-        record: Callable[[str], None],
+        self, address: str, manifest: Manifest, directory: Path, record: Callable[[str], None]
     ) -> None:
         self.address = address
         self.manifest = manifest

@@ -1,4 +1,4 @@
-"""Load that accounts for every request: a status, or the reason of a failure. It never retries.
+"""Load that accounts for every request, as a status or an error. It never retries.
 
 with load(port, 8 * [GET], 2 * [POST]) as result:
     ...  # the fault that the service has to survive
@@ -65,7 +65,7 @@ def post(
     keeps_alive: bool = True,
     pause: float = 0.01,
 ) -> Kind:
-    """Return a client that posts `body` as JSON; `pause` is its longest pause in seconds."""
+    """Return a client that posts `body` as JSON; `pause` is its longest in seconds."""
     data = json.dumps(body).encode()
     lines = [
         f"POST {path} HTTP/1.1",
@@ -90,7 +90,7 @@ MIXED = 8 * [GET] + 3 * [GET_NEW] + 6 * [POST] + 4 * [POST_NEW] + 4 * [SLOW]
 
 
 class Failure(NamedTuple):
-    """A failed request: `time.monotonic()` at its begin and end, its kind, and its server."""
+    """A failed request; begin and end are values of `time.monotonic()`."""
 
     begin: float
     end: float
@@ -104,7 +104,7 @@ class Result:
     """The outcome of all requests, which may be read while the load runs."""
 
     #: The number of responses by kind and status.
-    answered: Counter[tuple[str, int]] = field(default_factory=Counter)
+    responses: Counter[tuple[str, int]] = field(default_factory=Counter)
     #: Requests without a response, or with an unexpected status.
     failures: list[Failure] = field(default_factory=list)
     slowest_seconds: dict[str, float] = field(default_factory=dict)
@@ -113,7 +113,7 @@ class Result:
     def total(self) -> int:
         """The number of all requests, failed ones included."""
         without_response = sum(not each.reason.startswith("status") for each in self.failures)
-        return self.answered.total() + without_response
+        return self.responses.total() + without_response
 
     @property
     def failed(self) -> Counter[tuple[str, str]]:
@@ -121,7 +121,7 @@ class Result:
         return Counter((each.kind, each.reason) for each in self.failures)
 
     def __str__(self) -> str:
-        responses = {f"{kind}: {status}": n for (kind, status), n in sorted(self.answered.items())}
+        responses = {f"{kind}: {status}": n for (kind, status), n in sorted(self.responses.items())}
         failed = {f"{kind}: {reason}": n for (kind, reason), n in sorted(self.failed.items())}
         counts = f"{self.total} requests, {len(self.failures)} failed"
         return f"{counts} {failed}; responses {responses}"
@@ -157,14 +157,14 @@ class _Client:
         self._close()
 
     async def _attempt(self) -> str:
-        """Send a request and count its response; return the reason if it failed, else nothing."""
+        """Send a request and count its response; return the reason of a failure, or ''."""
         try:
             async with asyncio.timeout(self.kind.timeout_seconds):
                 status = await self._request()
         except (OSError, _ClosedError) as error:
             self._close()
             return _describe(error)
-        self.result.answered[self.kind.name, status] += 1
+        self.result.responses[self.kind.name, status] += 1
         return "" if status in self.kind.statuses else f"status {status}"
 
     async def _request(self) -> int:

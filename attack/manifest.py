@@ -1,4 +1,4 @@
-"""The parts of a rendered overlay that cluster.py follows; all times are in seconds."""
+"""The parts of a rendered overlay that cluster.py follows; times are in seconds."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,7 +107,7 @@ PROBE_FIELDS = {
 
 
 def _probe(probe: dict[str, Any], ports: dict[str, int]) -> Probe:
-    """Return a probe of the manifest. Raises `KeyError` on a field that is not supported here."""
+    """Return a probe of the manifest. Raises `KeyError` for an unsupported key."""
     fields = {PROBE_FIELDS[name]: value for name, value in probe.items() if name != "httpGet"}
     request = probe["httpGet"]
     return Probe(request["path"], ports[request["port"]], **fields)

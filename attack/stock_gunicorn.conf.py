@@ -1,4 +1,4 @@
-"""The usual configuration: gunicorn with uvicorn's stock worker, and time to finish requests."""
+"""The usual configuration: uvicorn's stock worker, and time to finish requests."""
 
 import os
 

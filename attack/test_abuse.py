@@ -54,7 +54,7 @@ def service(urls: dict[str, str]) -> Iterator[Service]:
 
 @contextlib.contextmanager
 def bearing(service: Service) -> Iterator[None]:
-    """Assert that during the block memory is bounded, workers survive and others are served."""
+    """Assert that memory is bounded, workers survive and other clients are served."""
     pids = workers(service)
     with (
         every(0.05, lambda: resident_bytes(pids)) as memory,
@@ -74,7 +74,10 @@ def bearing(service: Service) -> Iterator[None]:
 
 
 def flood(port: int, start: bytes, chunk: bytes, megabytes: int) -> bytes:
-    """Send `start`, then chunks up to a size or until the server closes; return its response."""
+    """Send `start`, then chunks until the server closes; return its response.
+
+    `megabytes` is the total size of the chunks.
+    """
     with socket.create_connection(("127.0.0.1", port), 20) as connection:
         with contextlib.suppress(ConnectionError):
             connection.sendall(start)
@@ -192,7 +195,7 @@ def assert_overload_problem(response: httpx.Response) -> None:
 
 
 def test_300_requests_over_a_small_cap_are_rejected_at_once(urls: dict[str, str]) -> None:
-    """Each rejection has a request ID, an access-log line and a metric; probes still pass."""
+    """Each rejection has a request ID, a log line and a metric; probes still pass."""
     requests = 300
     cap = 20
     seconds = 5.0
@@ -200,9 +203,7 @@ def test_300_requests_over_a_small_cap_are_rejected_at_once(urls: dict[str, str]
         service.wait()
         eventually(lambda: len(workers(service)) == 2)
         with load(service.port, 2 * [get("/health/live", keeps_alive=False, pause=0.05)]) as probes:
-            responses = asyncio.run(
-                get_at_once(service.port, f"/slow?seconds={seconds}", requests)
-            )
+            responses = asyncio.run(get_at_once(service.port, f"/slow?seconds={seconds}", requests))
         print(f"probes: {probes}")
         assert probes.failures == [], str(probes)
         served = [response for response in responses if response.status_code == 200]

@@ -1,4 +1,4 @@
-"""A listener closes while clients keep connecting: every accepted client gets a response."""
+"""A listener closes while clients connect: each accepted one gets a response."""
 
 import contextlib
 import socket
@@ -27,13 +27,13 @@ def attempt(address: tuple[str, int]) -> str:
         client.settimeout(10)
         try:
             client.sendall(b"?")
-            return "answered" if client.recv(1) == b"!" else "closed"
+            return "served" if client.recv(1) == b"!" else "closed"
         except OSError:
             return "reset"
 
 
 def connect_repeatedly(addresses: list[tuple[str, int]], stop: threading.Event) -> Counter[str]:
-    """Connect to the newest address until `stop` is set; return the number of each outcome."""
+    """Connect to the newest address until `stop` is set; count the outcomes."""
     outcomes: Counter[str] = Counter()
     while not stop.is_set():
         outcomes[attempt(addresses[-1])] += 1
@@ -69,6 +69,6 @@ def test_closing_a_listener_resets_no_connection() -> None:
         stop.set()
         outcomes = sum((client.result() for client in clients), Counter[str]())
     print(dict(outcomes))
-    assert outcomes["answered"] > CLOSES
+    assert outcomes["served"] > CLOSES
     assert outcomes["reset"] == 0
     assert outcomes["closed"] == 0

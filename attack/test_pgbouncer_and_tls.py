@@ -29,7 +29,7 @@ def directory() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def running(port: int, *command: object) -> Iterator[None]:
-    """Run a server until the end of the block, which begins when it listens on its port.
+    """Run a server; the block begins when it listens on its port.
 
     It runs as an ordinary user: PgBouncer does not run as root.
     """
@@ -82,7 +82,10 @@ def pgbouncer(postgres: Postgres, directory: Path, **settings: object) -> Iterat
 def test_pgbouncer_requires_a_statement_cache_size_of_zero(
     urls: dict[str, str], postgres: Postgres, directory: Path, cache_size: str, fails: bool
 ) -> None:
-    """No other setting is required. 40 clients share 4 connections, so they wait longer."""
+    """PgBouncer needs no other setting.
+
+    The longer acquire timeout is for 40 clients that share 4 connections.
+    """
     settings = {
         "DATABASE_MAX_CONNECTIONS": "40",
         "DATABASE_STATEMENT_CACHE_SIZE": cache_size,
@@ -110,21 +113,18 @@ class Certificate(NamedTuple):
 
 
 def create_certificate(directory: Path, name: str, *options: object) -> Certificate:
-    """Create a certificate that is valid for a day; `options` are those of `openssl req`."""
+    """Create a certificate for one day; `options` are those of `openssl req`."""
     created = Certificate(directory / f"{name}.pem", directory / f"{name}.key")
     command = [program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
     files = ["-out", created.file, "-keyout", created.key]
-    subprocess.run(
-        [*command, "-subj", f"/CN={name}", *files, *map(str, options)],
-        check=True,
-        capture_output=True,
-    )
+    arguments = [*command, "-subj", f"/CN={name}", *files, *options]
+    subprocess.run(list(map(str, arguments)), check=True, capture_output=True)
     created.key.chmod(0o644)
     return created
 
 
 def create_certificates(directory: Path) -> tuple[Certificate, Path]:
-    """Return a certificate for 127.0.0.1, and the certificate of the authority that signed it."""
+    """Return a certificate for 127.0.0.1, and that of the authority that signed it."""
     authority = create_certificate(
         directory, "authority", "-addext", "keyUsage=critical,keyCertSign"
     )
@@ -167,7 +167,7 @@ def trusted(directory: Path) -> tuple[Certificate, Path]:
 def tls_urls(
     urls: dict[str, str], postgres: Postgres, directory: Path, trusted: tuple[Certificate, Path]
 ) -> Iterator[dict[str, str]]:
-    """Settings for Postgres (behind PgBouncer) and Redis over TLS, without an authority."""
+    """Settings for Postgres (behind PgBouncer) and Redis over TLS."""
     certificate, _ = trusted
     tls = {
         "client_tls_sslmode": "require",
@@ -211,7 +211,7 @@ def test_tls_with_a_trusted_certificate_is_accepted(
 def test_tls_with_an_untrusted_certificate_is_rejected(
     tls_urls: dict[str, str], directory: Path
 ) -> None:
-    """The service starts, reports both as unhealthy, and logs why, without the password."""
+    """The service starts, reports both as unhealthy, and logs the reasons."""
     other_directory = directory / "other"
     other_directory.mkdir()
     _, other = create_certificates(other_directory)

@@ -5,8 +5,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 from tests.service_process import Service, eventually, serving
 
@@ -17,7 +17,8 @@ ROUNDS = 3
 OF_LOAD = r'http_route="(/|/payments|/slow)"'
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True)
+class Outcome:
     """The outcome of an attack: of the load, of the metrics and of the log."""
 
     result: Result
@@ -26,7 +27,10 @@ class Outcome(NamedTuple):
 
 
 def bear(attack: Callable[[Service], None], **settings: str) -> Outcome:
-    """Run mixed load on two workers during an attack; the count in the metrics never decreases."""
+    """Run mixed load on two workers during an attack; return the outcome.
+
+    The count in the metrics must never decrease.
+    """
     with serving("tests.fault_routes:app", **settings) as service:
         service.wait()
         eventually(lambda: len(workers(service)) == 2)
@@ -104,7 +108,7 @@ def test_max_requests_loses_no_request_and_no_count(urls: dict[str, str]) -> Non
 
 
 def test_sigkill_of_one_worker_loses_only_its_last_counts(urls: dict[str, str]) -> None:
-    """At most the counts of 0.3 s are lost: three times the flush interval, for both workers."""
+    """At most the counts of 0.3 s are lost: three flush intervals of both workers."""
     seconds: list[float] = []
 
     def kill(service: Service) -> None:
@@ -119,5 +123,5 @@ def test_sigkill_of_one_worker_loses_only_its_last_counts(urls: dict[str, str]) 
 
     outcome = bear(kill, **urls)
     allowed = 0.3 * outcome.result.total / seconds[0]
-    lost = outcome.result.answered.total() - outcome.count
+    lost = outcome.result.responses.total() - outcome.count
     assert -len(outcome.result.failures) <= lost <= allowed, f"{lost} lost"

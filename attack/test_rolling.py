@@ -59,7 +59,7 @@ class Instance:
 
 
 def roll(name: str, settings: dict[str, str], is_enough: Callable[[int, Result], object]) -> Result:
-    """Restart two instances in turn, under mixed load behind a proxy, until it is enough.
+    """Restart two instances behind a proxy in turn, under load, until it is enough.
 
     `is_enough` gets the number of restarts and the result so far.
     """

@@ -51,7 +51,7 @@ def clients(number: int, reference: str, timeout_seconds: float = TIMEOUT_SECOND
 def fewest(result: Result) -> int:
     """Return the number of responses over the kind of connection that has fewer."""
     return min(
-        sum(n for (kind, _), n in result.answered.items() if kind.endswith(connection))
+        sum(n for (kind, _), n in result.responses.items() if kind.endswith(connection))
         for connection in CONNECTIONS
     )
 
@@ -93,7 +93,7 @@ def prod(database_url: str, redis: Redis) -> Manifest:
 class HungPod:
     """A pod hangs under load until its kubelet has restarted it.
 
-    It takes 43 s until liveness fails, and 60 s of grace.
+    Liveness fails after 43 s; then the pod has 60 s of grace.
     """
 
     def __init__(self, prod: Manifest) -> None:
@@ -122,7 +122,7 @@ class HungPod:
 
 @pytest.fixture(scope="module", autouse=True)
 def hung_pod(prod: Manifest) -> Iterator["tuple[HungPod, Future[None]]"]:
-    """The scenario of a hung pod; it runs for two minutes in the background of all tests."""
+    """The scenario of a hung pod, which runs two minutes in the background."""
     with ThreadPoolExecutor(1) as thread:
         scenario = HungPod(prod)
         yield scenario, thread.submit(scenario.run)
@@ -139,7 +139,7 @@ def test_rolling_update_loses_no_request(prod: Manifest, database_url: str) -> N
                 eventually(lambda: cluster.is_settled, UPDATE_SECONDS)
         report(cluster, result)
         assert result.failures == []
-        created = sum(n for (_, status), n in result.answered.items() if status == 201)
+        created = sum(n for (_, status), n in result.responses.items() if status == 201)
         assert stored(database_url, "update") == created
         ended = cluster.pods[: -prod.replicas]
         assert [pod.exit_codes for pod in ended] == [[0]] * prod.replicas * updates
@@ -162,9 +162,7 @@ def test_release_that_is_never_ready_stops_at_one_pod(prod: Manifest) -> None:
 
     The pod is never restarted, since liveness checks no dependency: it ends once, by the undo.
     """
-    broken_release = replace(
-        read("prod", UNREACHABLE), progress_deadline=PROGRESS_DEADLINE_SECONDS
-    )
+    broken_release = replace(read("prod", UNREACHABLE), progress_deadline=PROGRESS_DEADLINE_SECONDS)
     with running(prod) as cluster:
         before = cluster.live
         with load(cluster.pick, clients(3, "undo")) as result:

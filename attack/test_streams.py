@@ -113,7 +113,7 @@ def test_streams_end_after_drain_and_retire_seconds(urls: dict[str, str]) -> Non
 
 def test_repeated_sigterm_does_not_shorten_the_drain(urls: dict[str, str]) -> None:
     """A signal to the process group reaches the master and all workers."""
-    # Longer than the repeated signals take, and shorter than the requests in flight.
+    # Longer than the repeated signals last, and shorter than the requests in flight.
     drain_seconds = 6.0
     in_flight = get("/slow?seconds=8", "GET of 8 s")
     with started(urls, DRAIN_SECONDS=str(drain_seconds), RETIRE_SECONDS="1") as service:
@@ -130,5 +130,5 @@ def test_repeated_sigterm_does_not_shorten_the_drain(urls: dict[str, str]) -> No
         print(result)
         # The service refuses connections only after it has ended.
         assert {failure.reason for failure in result.failures} == {"refused"}
-        assert result.answered["GET of 8 s", 200] == 4
+        assert result.responses["GET of 8 s", 200] == 4
         assert {line["level"] for line in service.lines} == {"info"}

@@ -1,4 +1,4 @@
-"""A running service observed from outside: its workers, their memory, their counts."""
+"""A running service observed from outside: workers, their memory, their counts."""
 
 import contextlib
 import re

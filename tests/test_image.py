@@ -212,7 +212,7 @@ def test_restricted_container_serves_and_migrates_as_any_user(
             time.sleep(3)
             docker("exec", name, "python", "-m", "app.serving.healthcheck", "/health/ready")
         assert result.failures == [], str(result)
-        eventually(lambda: counted_payments(published(name, 9464)) > result.answered["POST", 201])
+        eventually(lambda: counted_payments(published(name, 9464)) > result.responses["POST", 201])
         assert_unprivileged(name, user)
         assert inspect(name)["State"]["OOMKilled"] is False
         begin = time.monotonic()
