@@ -21,9 +21,10 @@ def workers(service: Service) -> set[int]:
 
 def counted(service: Service, labels: str = "") -> int:
     """Return the number of requests in the metrics; `labels` is a regular expression."""
-    pattern = r"^http_server_request_duration_seconds_count{.*" + labels + r".*} (.+)$"
-    values = re.findall(pattern, service.metrics(), re.MULTILINE)
-    return round(sum(map(float, values)))
+    # A named group, since `labels` may contain groups too.
+    pattern = r"^http_server_request_duration_seconds_count{.*" + labels + r".*} (?P<value>.+)$"
+    found = re.finditer(pattern, service.metrics(), re.MULTILINE)
+    return round(sum(float(match["value"]) for match in found))
 
 
 def resident_bytes(pids: set[int]) -> dict[int, int]:
