@@ -94,7 +94,7 @@ def pre_fork(arbiter: Any, worker: Any) -> None:
 
 
 def child_exit(arbiter: Any, worker: Any) -> None:
-    """Log the stacks of a worker that timed out or crashed; keep the metrics of any worker."""
+    """Archive the metrics of a worker; log its stacks if it timed out or crashed."""
     try:
         worker.log_crash_stacks()
         archive_worker(metrics_directory, worker.pid)

@@ -26,5 +26,5 @@ class Lifecycle:
     closing_deadline: float = 0.0
 
     def seconds_left(self) -> float:
-        """Return the seconds that background tasks may still run; negative after the deadline."""
+        """Return the seconds until background tasks are cancelled, negative after it."""
         return self.closing_deadline - time.monotonic()

@@ -1,4 +1,7 @@
-"""Create the secrets of compose.yaml in `.secrets`, once: `python -m scripts.compose_secrets`."""
+"""Create the secrets of compose.yaml in `.secrets`, unless they exist.
+
+Usage: `python -m scripts.compose_secrets`.
+"""
 
 import secrets
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""Run a command with a temporary Postgres and Redis: `python -m scripts.dev_services gunicorn`.
+"""Run a command with a temporary Postgres and Redis.
 
-If `DATABASE_URL` or `REDIS_URL` is set in the environment, that server is used instead.
+`DATABASE_URL` and `REDIS_URL` in the environment, or in `SECRETS_DIR`, are used as they are; the
+command gets the URL of a temporary server for each that is not set.
 """
 
 import contextlib
@@ -152,7 +153,7 @@ def _find_programs(target: Path) -> Path:
 
 
 def _find_wheel_programs(target: Path) -> Path | None:
-    """Return the directory of the embedded Postgres' programs, None if it is not installed.
+    """Return the directory of the embedded Postgres' programs, if it is installed.
 
     As root the programs are copied to `target`, where an ordinary user may read them.
     """
@@ -259,7 +260,7 @@ def _fake_redis() -> Iterator[Redis]:
 
 @contextlib.contextmanager
 def environment() -> Iterator[dict[str, str]]:
-    """Yield the environment, with `DATABASE_URL` and `REDIS_URL` of temporary servers if unset.
+    """Yield the environment, with the URLs of temporary servers where none is set.
 
     Empty variables count as unset, since gunicorn parses even an empty `WEB_CONCURRENCY` as a
     number.

@@ -1,4 +1,4 @@
-"""The service with routes that tests need: errors, slow responses, streams, background tasks.
+"""The service with routes that tests need: errors, slow responses, streams, tasks.
 
 It also logs when `atexit` runs, which shows a clean exit.
 """

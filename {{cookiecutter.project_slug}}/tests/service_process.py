@@ -1,4 +1,4 @@
-"""The service as a real process: started, requested over sockets, stopped, its output read."""
+"""The service as a real process: its start, its sockets, its signals, its output."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ import psutil
 from scripts.dev_services import free_port
 
 PROJECT = Path(__file__).parent.parent
-#: Starting takes 10 s on a machine that runs other tests. Less than GRACEFUL_TIMEOUT_SECONDS.
+#: A start needs 10 s on a machine that runs other tests. Less than GRACEFUL_TIMEOUT_SECONDS.
 DEADLINE_SECONDS = 30.0
 
 

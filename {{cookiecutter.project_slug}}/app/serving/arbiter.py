@@ -1,4 +1,4 @@
-"""The gunicorn master: announces a shutdown before it signals, starts a replacement first."""
+"""The gunicorn master, with announced shutdowns and workers replaced one by one."""
 
 import signal
 from typing import Any
@@ -68,5 +68,8 @@ class ServiceArbiter(Arbiter):  # type: ignore[misc]
 
 
 def use_service_arbiter(arbiter: Any) -> None:
-    """Turn gunicorn's arbiter into a `ServiceArbiter`: gunicorn has no setting for its class."""
+    """Turn gunicorn's arbiter into a `ServiceArbiter`.
+
+    gunicorn has no setting for its class.
+    """
     arbiter.__class__ = ServiceArbiter

@@ -1,6 +1,6 @@
 """The gunicorn worker: uvicorn's, with the server and the protocols of this package.
 
-`worker_class` in gunicorn.conf.py names it.
+`worker_class` in gunicorn.conf.py refers to it.
 """
 
 import asyncio

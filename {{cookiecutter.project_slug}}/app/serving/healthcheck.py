@@ -1,6 +1,6 @@
-"""The container's HEALTHCHECK, without curl: `python -m app.serving.healthcheck [path]`.
+"""The container's health check, without curl.
 
-It exits with 0 if the response is a 200.
+`python -m app.serving.healthcheck [path]` exits with 0 if the response is a 200.
 """
 
 import http.client

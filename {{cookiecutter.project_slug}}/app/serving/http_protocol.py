@@ -16,7 +16,7 @@ from app.serving.http_response import HttpResponseProtocol
 from app.settings import Settings
 from app.web.limits import REJECTED_STATUS
 
-#: Pipelined requests that may wait for the one being served. Each takes memory before any limit
+#: Pipelined requests that may wait for the one being served. Each uses memory before any limit
 #: counts it.
 MAX_PIPELINED = 8
 #: Receives the trailers of a request: fields after the body, which nothing has validated
@@ -25,7 +25,7 @@ DISCARD: deque[tuple[bytes, bytes]] = deque(maxlen=0)
 
 
 class ServiceState(ServerState):
-    """Uvicorn's state of one server, shared by its connections, with the service's additions."""
+    """The state that a server shares with its connections: uvicorn's, and our own."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class HttpRequestProtocol(HttpResponseProtocol):
             self.reject(431)
 
     def on_headers_complete(self) -> None:
-        """Start the request. While shutting down, its response says `Connection: close`.
+        """Start the request. While shutting down, the response has `Connection: close`.
 
         Raises `ValueError` for too many pipelined requests: the parser stops, and uvicorn calls
         `send_400_response`.
@@ -126,7 +126,7 @@ class HttpRequestProtocol(HttpResponseProtocol):
             self.cycle.message_event.set()
 
     def _start_rejection(self, status: int) -> None:
-        """Have the application respond to the request that is partly read, or to an empty one."""
+        """Have the application respond to the partly read request, or an empty one."""
         if self.is_between_requests:
             self.on_message_begin()
         self.scope["state"][REJECTED_STATUS] = status
@@ -148,7 +148,7 @@ class HttpRequestProtocol(HttpResponseProtocol):
         self._start_asgi_task(self.cycle, self.app)
 
     def enforce_timeouts(self) -> None:
-        """Close a connection that is idle for `KEEPALIVE_SECONDS`; reject slow headers with 408.
+        """Close an idle connection; reject headers that arrive too slowly with 408.
 
         To be called once a second: it counts its calls.
         """

@@ -1,4 +1,4 @@
-"""The response side of an HTTP connection: written at once, closed in order, aborted if endless."""
+"""The response side of an HTTP connection: writing, closing, aborting."""
 
 from typing import Any
 

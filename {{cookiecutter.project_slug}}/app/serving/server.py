@@ -1,4 +1,7 @@
-"""Uvicorn's server with a shutdown that loses no request and always runs lifespan shutdown."""
+"""Uvicorn's server, with a shutdown that loses no request.
+
+Lifespan shutdown always runs.
+"""
 
 import asyncio
 import contextlib
@@ -40,7 +43,7 @@ logger = logging.getLogger("app.server")
 
 
 class ServiceServer(Server):
-    """Uvicorn's server, which drains with the pod or retires alone, and resets no connection."""
+    """Drains with the pod, or retires alone; resets no connection in either case."""
 
     server_state: ServiceState
 
@@ -74,7 +77,7 @@ class ServiceServer(Server):
             self.quick_shutdown_requested_at = min(self.quick_shutdown_requested_at, now)
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether to stop. Request a replacement and enforce timeouts when they are due."""
+        """Enforce timeouts, request a replacement when due; return whether to stop."""
         self._notice_shutdown()
         self._request_replacement_when_due()
         if counter % TICKS_PER_SECOND == 0:

@@ -36,7 +36,7 @@ def is_quick_shutdown() -> bool:
 
 
 def reset_flag(age: int) -> None:
-    """Clear the flag of a worker that is about to be forked; `age` is gunicorn's number of it."""
+    """Clear the flag of a worker before it is forked; `age` is its number in gunicorn."""
     _FLAGS[_worker_index(age)] = 0
 
 
@@ -51,5 +51,5 @@ def replacement_requested(age: int) -> bool:
 
 
 def _worker_index(age: int) -> int:
-    """Return the index of a worker's flag. Ages grow without limit, so indexes are reused."""
+    """Return the index of a worker's flag. Ages grow forever, so indexes are reused."""
     return _FIRST_WORKER_INDEX + age % (len(_FLAGS) - _FIRST_WORKER_INDEX)

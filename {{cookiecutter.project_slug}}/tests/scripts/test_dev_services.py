@@ -1,4 +1,4 @@
-"""The temporary Postgres and Redis: started unless others are configured, then deleted."""
+"""The temporary Postgres and Redis: started if none is configured, then deleted."""
 
 import os
 import signal
