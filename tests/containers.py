@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-from scripts.ports import eventually as eventually
 from tests.conftest import missing
 
 # The images that the generated project names; `.ci/engine` builds substitutes without a registry.
