@@ -180,10 +180,7 @@ def project(repository: Path, tmp_path: Path) -> Path:
 def flat_repository(tmp_path: Path) -> Path:
     """A git repository of the template as it was with the flat layout."""
     archive = subprocess.run(
-        ["git", "archive", "--format=tar", FLAT_LAYOUT],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
+        ["git", "archive", "--format=tar", FLAT_LAYOUT], cwd=ROOT, check=False, capture_output=True
     )
     if archive.returncode:
         missing(f"revision {FLAT_LAYOUT} (a clone with the whole history has it)")
