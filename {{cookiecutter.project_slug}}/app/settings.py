@@ -1,4 +1,4 @@
-"""Every setting of the service: read once from the environment and from secret files, then frozen."""
+"""Every setting: read once from the environment and from secret files, then frozen."""
 
 import os
 import sys
@@ -30,7 +30,8 @@ from app.setting_types import (
     ServiceName,
 )
 
-SHOWN_CHARACTERS = 80  # of an invalid value
+#: Characters of an invalid value that are shown.
+SHOWN_CHARACTERS = 80
 
 
 def _default_docs_enabled(data: dict[str, Any]) -> bool:
