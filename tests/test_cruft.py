@@ -32,39 +32,55 @@ class Edit(NamedTuple):
     after: str
 
 
-#: Edits of the flat layout that git merges with the layout of today. Git merges an edit only if at
-#: least one line between it and the nearest change of the template is the same in all versions.
-#: That excludes, for example, an import between two modules that were moved.
+#: Edits of the flat layout that git merges with the layout of today. Git merges an edit if at least
+#: one unchanged line separates it from the nearest change of the template. Other edits conflict,
+#: such as an import next to that of a module that has moved; the update then shows both versions.
 EDITS = [
     Edit(
         "app/main.py",
-        "from app.settings import Settings, load_settings\n",
-        "from app.settings import Settings, load_settings\n"
-        "from app.subscriptions.router import router as subscriptions_router\n",
+        "from starlette.types import ASGIApp\n",
+        "from starlette.middleware.gzip import GZipMiddleware\n"
+        "from starlette.types import ASGIApp\n",
     ),
     Edit(
         "app/main.py",
-        "    return app\n\n\napp = ",
-        "    app.include_router(subscriptions_router)\n    return app\n\n\napp = ",
+        "    return app\n\n\n",
+        "    app.add_middleware(GZipMiddleware)\n    return app\n\n\n",
     ),
     Edit(
         "app/settings.py",
-        "    max_body_bytes: PositiveInt = 1_048_576\n",
-        "    max_body_bytes: PositiveInt = 8_388_608\n",
+        "    database_max_connections: PositiveInt = 8\n",
+        "    database_max_connections: PositiveInt = 12\n",
+    ),
+    Edit(
+        "app/settings.py",
+        "    request_timeout_seconds: Positive = 30\n",
+        "    request_timeout_seconds: Positive = 20\n",
     ),
     Edit(
         "app/settings.py",
         "    max_requests_jitter: NonNegativeInt = 2_000\n",
-        "    max_requests_jitter: NonNegativeInt = 2_000\n"
-        "    subscription_days: PositiveInt = 30\n",
+        "    max_requests_jitter: NonNegativeInt = 2_000\n    refund_days: PositiveInt = 30\n",
     ),
 ]
-#: Edits of the example. They exist only in a project that kept it.
+#: Edits of a project that kept the example. The router is imported after that of the example.
 EXAMPLE_EDITS = [
     Edit(
+        "app/main.py",
+        "from app.settings import Settings, load_settings\n",
+        "from app.refunds.router import router as refunds_router\n"
+        "from app.settings import Settings, load_settings\n",
+    ),
+    Edit(
+        "app/main.py",
+        "    app.include_router(payments_router)  # example\n",
+        "    app.include_router(payments_router)  # example\n"
+        "    app.include_router(refunds_router)\n",
+    ),
+    Edit(
         "app/payments/router.py",
-        "List payments, the newest first;",
-        "List the payments of all customers, the newest first;",
+        '"""The routes of payments."""',
+        '"""The routes of payments and of their receipts."""',
     ),
     Edit(
         "app/payments/router.py",
@@ -76,12 +92,12 @@ EXAMPLE_EDITS = [
         '    raise NotFoundError("There is no such receipt.")\n',
     ),
 ]
-#: A feature of the team's own, which the template does not know.
-SUBSCRIPTIONS_ROUTER = '''"""The routes of subscriptions."""
+#: A feature of the team, which the template does not have.
+REFUNDS_ROUTER = '''"""The routes of refunds."""
 
 from fastapi import APIRouter
 
-router = APIRouter(prefix="/subscriptions")
+router = APIRouter(prefix="/refunds")
 '''
 
 
@@ -217,11 +233,11 @@ def replace_template(repository: Path, template: Path) -> None:
 
 
 def apply_edits(project: Path, edits: list[Edit]) -> None:
-    """Commit a team's edits, and the feature that they refer to."""
-    feature = project / "app/subscriptions"
+    """Commit a team's edits, and the feature that they import."""
+    feature = project / "app/refunds"
     feature.mkdir()
     (feature / "__init__.py").touch()
-    (feature / "router.py").write_text(SUBSCRIPTIONS_ROUTER)
+    (feature / "router.py").write_text(REFUNDS_ROUTER)
     for edit in edits:
         replace(project / edit.path, edit.before, edit.after)
     commit(project, "the team's work")
