@@ -1015,14 +1015,14 @@ def find_all_problems() -> dict[str, list[str]]:
         overlay = with_every_component("prod", Path(directory, "k8s"))
         original = vars(read("prod", overlay))
     problems: dict[str, list[str]] = {}
-    for mutation in (NO_MUTATION, *MUTATIONS):
+    for each in (NO_MUTATION, *MUTATIONS):
         fields = copy.deepcopy(original)
-        for change in mutation.changes:
+        for change in each.changes:
             change(fields)
         is_changed = fields != original
-        assert is_changed is bool(mutation.changes), mutation.description
+        assert is_changed is bool(each.changes), each.description
         deployed = Deployed(**fields)
-        found = problems.setdefault(mutation.description, [])
+        found = problems.setdefault(each.description, [])
         for rule in RULES:
             found += find_problems(rule, deployed)
     return problems

@@ -71,7 +71,7 @@ def pods_are_spread_but_never_left_pending(d: Deployed) -> Problems:
 
 @rule
 def component_labels_let_the_migration_be_applied_first(d: Deployed) -> Problems:
-    why = "docs/runbook.md selects by this label what it applies first"
+    why = "docs/runbook.md selects the objects to apply first by this label"
     for document in d.documents:
         kind = document["kind"]
         label = component(document)
