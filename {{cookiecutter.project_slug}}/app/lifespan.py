@@ -15,7 +15,7 @@ from app.payments.service import Payments, open_payments  # example
 from app.settings import Settings
 from app.sizing.plan import plan_workers
 from app.sizing.resources import detect_resources
-from app.storage import open_storage
+from app.storage import Storage, open_storage
 from app.storage.postgres import Database
 from app.tasks import Background, background_task
 from app.telemetry.process_metrics import WorkerMetrics
@@ -57,11 +57,8 @@ async def open_state(
         # Background tasks of requests; shutdown waits for them
         background = await enter(Background(lifecycle.seconds_left))
 
-        # Metrics and probes
-        metrics = WorkerMetrics(storage.database.pool, storage.redis.connection_pool)
-        await enter(background_task(metrics.update_periodically()))
-        health = Health(settings, storage.checks, lifecycle, metrics.up)
-        await enter(background_task(health.watch()))
+        # Metrics of this process, and its probes
+        health = await enter(_open_health(settings, storage, lifecycle))
 
         # Features
         payments = await enter(open_payments(settings, storage))  # example
@@ -76,6 +73,17 @@ async def open_state(
         }
         await enter(background_task(_warm_up(state, warm_ups)))
         yield state
+
+
+@contextlib.asynccontextmanager
+async def _open_health(
+    settings: Settings, storage: Storage, lifecycle: Lifecycle
+) -> AsyncIterator[Health]:
+    """Yield the state of the probes; keep it, and the gauges of this process, up to date."""
+    metrics = WorkerMetrics(storage.database.pool, storage.redis.connection_pool)
+    health = Health(settings, storage.checks, lifecycle, metrics.up)
+    async with background_task(metrics.update_periodically()), background_task(health.watch()):
+        yield health
 
 
 async def _warm_up(state: State, warm_ups: Sequence[WarmUp]) -> None:
