@@ -1,1 +1,33 @@
-"""The service. Start reading at main.py, then lifespan.py, observe.py, health.py and server.py."""
+"""The service.
+
+main.py              create_app(settings): middleware, error handlers, routes
+lifespan.py          what the API process holds while it serves
+settings.py          every setting, validated and frozen
+errors.py            the errors that clients see
+tasks.py             background tasks: of a request, of the process
+process.py           runs a process without routes: probes, metrics, shutdown
+lifecycle.py         what the server tells the application about its shutdown
+setting_types.py     validated types for settings
+payments/            a feature: what a team writes  # example
+    router.py  service.py  repository.py  schemas.py  # example
+    events.py  gateway.py  consumer.py  # example
+patterns/            building blocks to copy  # example
+    idempotency.py  pagination.py  rate_limit.py  cache_aside.py  fail_open.py  # example
+    outbox.py  inbox.py  periodic.py  # example
+    stream_consumer.py  stream_handler.py  stream_group.py  # example
+    http_client.py  circuit_breaker.py  # example
+web/                 what surrounds every request
+    middleware.py  limits.py  headers.py  problems.py  health.py
+storage/             Postgres and Redis
+    postgres.py  postgres_errors.py  redis.py
+telemetry/           logs and metrics
+    logs.py  access_log.py  context.py
+    http_metrics.py  process_metrics.py  multiprocess.py  metrics_server.py
+sizing/              how many workers and connections fit here
+    resources.py  plan.py  checks.py
+serving/             the gunicorn runtime: nothing imports it, a team rarely opens it
+    gunicorn_worker.py  server.py  http_protocol.py  http_response.py  websocket_protocol.py
+    arbiter.py  shared_flags.py  listener.py  memory.py  healthcheck.py
+
+Start with main.py, then lifespan.py. An import goes down only; `make lint` checks that.
+"""

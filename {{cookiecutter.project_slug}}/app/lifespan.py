@@ -35,7 +35,6 @@ class State(TypedDict):
 
 #: Initialization of the process, such as loading a model. Blocking work: `asyncio.to_thread`.
 WarmUp = Callable[[State], Awaitable[None]]
-METRICS_SECONDS = 1.0
 logger = logging.getLogger("app.lifespan")
 
 
@@ -49,24 +48,23 @@ async def open_state(
     """
     lifecycle = lifecycle or Lifecycle()
     async with contextlib.AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+
         # Postgres and Redis
         connections = plan_workers(settings, detect_resources()).connections_per_worker
-        storage = await stack.enter_async_context(open_storage(settings, connections))
+        storage = await enter(open_storage(settings, connections))
 
         # Background tasks of requests; shutdown waits for them
-        background = await stack.enter_async_context(Background(lifecycle.seconds_left))
+        background = await enter(Background(lifecycle.seconds_left))
 
-        # Probes and metrics
-        metrics = WorkerMetrics()
+        # Metrics and probes
+        metrics = WorkerMetrics(storage.database.pool, storage.redis.connection_pool)
+        await enter(background_task(metrics.update_periodically()))
         health = Health(settings, storage.checks, lifecycle, metrics.up)
-        await stack.enter_async_context(background_task(health.watch()))
-        postgres_pool = storage.database.pool
-        redis_pool = storage.redis.connection_pool
-        updates = metrics.update_periodically(postgres_pool, redis_pool, METRICS_SECONDS)
-        await stack.enter_async_context(background_task(updates))
+        await enter(background_task(health.watch()))
 
         # Features
-        payments = await stack.enter_async_context(open_payments(settings, storage))  # example
+        payments = await enter(open_payments(settings, storage))  # example
 
         state: State = {
             "settings": settings,
@@ -76,7 +74,7 @@ async def open_state(
             "health": health,
             "payments": payments,  # example
         }
-        await stack.enter_async_context(background_task(_warm_up(state, warm_ups)))
+        await enter(background_task(_warm_up(state, warm_ups)))
         yield state
 
 

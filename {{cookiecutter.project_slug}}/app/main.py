@@ -16,9 +16,6 @@ from app.settings import Settings, load_settings
 from app.web import health, problems
 from app.web.middleware import RequestMiddleware
 
-#: The responses that any route may have, see app/web/limits.py.
-COMMON_RESPONSES = problems.problem_responses(408, 413, 431, 500, 503, 504)
-
 
 class Service(FastAPI):
     """FastAPI without `ServerErrorMiddleware`: `RequestMiddleware` logs bugs and responds 500."""
@@ -27,6 +24,10 @@ class Service(FastAPI):
         """Return the middleware without the outermost, which costs 3 % of a small request."""
         stack = super().build_middleware_stack()
         return stack.app if isinstance(stack, ServerErrorMiddleware) else stack
+
+
+#: The responses that any route may have, see app/web/limits.py.
+COMMON_RESPONSES = problems.problem_responses(408, 413, 431, 500, 503, 504)
 
 
 def create_app(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> FastAPI:

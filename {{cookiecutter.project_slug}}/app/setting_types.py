@@ -2,7 +2,7 @@
 
 import re
 import socket
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -78,10 +78,10 @@ def _split(value: str | tuple[str, ...]) -> tuple[str, ...]:
 
 CommaSeparated = (NoDecode, BeforeValidator(_split))
 LowerCase = BeforeValidator(str.lower)
+LogLevel = Annotated[Literal["debug", "info", "warning", "error", "critical"], LowerCase]
 
-PositiveNumber = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-PositiveSeconds = PositiveNumber
-NonNegativeSeconds = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
+Positive = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
+NonNegative = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 
 # example: begin
 _OCTET = r"(25[0-5]|2[0-4]\d|1?\d?\d)"

@@ -1,4 +1,4 @@
-"""Every setting of the service: read once from the environment and from secret files, then frozen."""
+"""Every setting: read once from the environment and from secret files, then frozen."""
 
 import os
 import sys
@@ -20,17 +20,18 @@ from app.setting_types import (
     CommaSeparated,
     HostPort,
     HttpUrl,  # example
+    LogLevel,
     LowerCase,
-    NonNegativeSeconds,
+    NonNegative,
     PathPrefix,
-    PositiveNumber,
-    PositiveSeconds,
+    Positive,
     PostgresUrl,
     RedisUrl,
     ServiceName,
 )
 
-SHOWN_CHARACTERS = 80  # of an invalid value
+#: Characters of an invalid value that are shown.
+SHOWN_CHARACTERS = 80
 
 
 def _default_docs_enabled(data: dict[str, Any]) -> bool:
@@ -58,42 +59,44 @@ class Settings(BaseSettings):
     environment: Annotated[Literal["development", "staging", "production"], LowerCase] = (
         "production"
     )
-    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], LowerCase] = (
-        "info"
-    )
-    log_format: Annotated[Literal["auto", "json", "console"], LowerCase] = "auto"
-    access_log_flush_ms: NonNegativeInt = 100
-    docs_enabled: bool = Field(default_factory=_default_docs_enabled)
     secrets_dir: Path | None = None
 
     # Postgres and Redis
     database_url: PostgresUrl = SecretStr("postgresql://postgres@127.0.0.1:5432/postgres")
-    redis_url: RedisUrl = SecretStr("redis://127.0.0.1:6379/0")
     database_max_connections: PositiveInt = 8
-    database_command_timeout_seconds: PositiveSeconds = 5
-    database_acquire_timeout_seconds: PositiveSeconds = 1
-    database_retry_seconds: NonNegativeSeconds = 3
+    database_command_timeout_seconds: Positive = 5
+    database_acquire_timeout_seconds: Positive = 1
+    database_retry_seconds: NonNegative = 3
     database_statement_cache_size: NonNegativeInt = 100
     postgres_max_connections: PositiveInt = 200
+    redis_url: RedisUrl = SecretStr("redis://127.0.0.1:6379/0")
     readiness_required: Annotated[tuple[Literal["postgres", "redis"], ...], *CommaSeparated] = (
         "postgres",
     )
-    readiness_timeout_seconds: PositiveSeconds = 1
+    readiness_timeout_seconds: Positive = 1
 
-    # HTTP
+    # Logs, documentation, and the proxy in front
+    log_level: LogLevel = "info"
+    log_format: Annotated[Literal["auto", "json", "console"], LowerCase] = "auto"
+    access_log_flush_ms: NonNegativeInt = 100
+    docs_enabled: bool = Field(default_factory=_default_docs_enabled)
+    cors_allow_origins: Annotated[tuple[str, ...], *CommaSeparated] = ()
+    root_path: PathPrefix = ""
+    forwarded_allow_ips: Annotated[str, Field(pattern=r"^[0-9a-fA-F.:/*, ]+$")] = "127.0.0.1,::1"
+
+    # Addresses to listen on
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     bind: HostPort = Field(default_factory=_default_bind)
     metrics_bind: HostPort = HostPort("127.0.0.1:9464")
     prometheus_multiproc_dir: Path | None = None
-    forwarded_allow_ips: Annotated[str, Field(pattern=r"^[0-9a-fA-F.:/*, ]+$")] = "127.0.0.1,::1"
-    cors_allow_origins: Annotated[tuple[str, ...], *CommaSeparated] = ()
-    root_path: PathPrefix = ""
+
+    # Limits of requests
     max_header_bytes: PositiveInt = 32_768
     max_body_bytes: PositiveInt = 1_048_576
     max_in_flight: PositiveInt = 256
-    header_timeout_seconds: PositiveSeconds = 10
-    request_body_timeout_seconds: PositiveSeconds = 15
-    request_timeout_seconds: PositiveSeconds = 30
+    header_timeout_seconds: Positive = 10
+    request_body_timeout_seconds: Positive = 15
+    request_timeout_seconds: Positive = 30
     keepalive_seconds: PositiveInt = 75
 
     # example: begin
@@ -103,16 +106,16 @@ class Settings(BaseSettings):
     rate_limit_per_minute: PositiveInt = 60_000
 
     # example: end
-    # Size and lifecycle
+    # Workers and shutdown
     web_concurrency: PositiveInt | None = None
-    workers_per_core: PositiveNumber = 1
+    workers_per_core: Positive = 1
     max_workers: PositiveInt | None = None
     worker_memory_mb: PositiveInt = 120
     worker_timeout_seconds: NonNegativeInt = 30
     graceful_timeout_seconds: PositiveInt = 50
     termination_grace_seconds: PositiveInt = 60
-    drain_seconds: NonNegativeSeconds = 10
-    retire_seconds: NonNegativeSeconds = 5
+    drain_seconds: NonNegative = 10
+    retire_seconds: NonNegative = 5
     max_requests: NonNegativeInt = 20_000
     max_requests_jitter: NonNegativeInt = 2_000
 

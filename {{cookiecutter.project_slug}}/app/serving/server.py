@@ -102,7 +102,7 @@ class ServiceServer(Server):
         await asyncio.sleep(0.05)
         while self.server_state.connections and time.monotonic() < min(
             end, self.quick_shutdown_requested_at
-        ):  # noqa: ASYNC110
+        ):
             await asyncio.sleep(0.05)
         for connection in self._http():
             connection.abort_unfinished()

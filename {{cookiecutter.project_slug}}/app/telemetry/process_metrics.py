@@ -12,6 +12,7 @@ from redis.asyncio import ConnectionPool
 
 POOL = "db_client_connection_pool_name"
 STATE = "db_client_connection_state"
+UPDATE_SECONDS = 1.0
 
 
 def dependency_gauge(registry: CollectorRegistry) -> Gauge:
@@ -27,7 +28,9 @@ class WorkerMetrics:
     A process that makes several applications, such as a test run, makes them several times.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, postgres: Pool, redis: ConnectionPool) -> None:
+        self.postgres = postgres
+        self.redis = redis
         registry = CollectorRegistry()
 
         def gauge(name: str, text: str, *labels: str, mode: Any = "livesum") -> Gauge:
@@ -42,28 +45,26 @@ class WorkerMetrics:
         self.max_connections = gauge("db_client_connection_max", text, POOL)
         self.up = dependency_gauge(registry)
 
-    async def update_periodically(
-        self, postgres: Pool, redis: ConnectionPool, seconds: float
-    ) -> None:
-        """Update the gauges every `seconds`, until cancelled."""
+    async def update_periodically(self) -> None:
+        """Update the gauges every `UPDATE_SECONDS`, until cancelled."""
         while True:
-            self.update(postgres, redis)
-            await asyncio.sleep(seconds)
+            self.update()
+            await asyncio.sleep(UPDATE_SECONDS)
 
-    def update(self, postgres: Pool, redis: ConnectionPool) -> None:
+    def update(self) -> None:
         """Read the memory of this process and the state of its pools."""
         self.memory.set(_resident_bytes())
-        (redis_idle, _), (redis_used, _) = redis.get_connection_count()
-        postgres_idle = postgres.get_idle_size()
+        (redis_idle, _), (redis_used, _) = self.redis.get_connection_count()
+        postgres_idle = self.postgres.get_idle_size()
         for pool, state, count in (
             ("postgres", "idle", postgres_idle),
-            ("postgres", "used", postgres.get_size() - postgres_idle),
+            ("postgres", "used", self.postgres.get_size() - postgres_idle),
             ("redis", "idle", redis_idle),
             ("redis", "used", redis_used),
         ):
             self.connections.labels(pool, state).set(count)
-        self.max_connections.labels("postgres").set(postgres.get_max_size())
-        self.max_connections.labels("redis").set(redis.max_connections)
+        self.max_connections.labels("postgres").set(self.postgres.get_max_size())
+        self.max_connections.labels("redis").set(self.redis.max_connections)
 
 
 def _resident_bytes() -> int:

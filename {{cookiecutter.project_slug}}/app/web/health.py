@@ -65,7 +65,7 @@ class Health:
         return 503, {"status": "not_ready", "checks": self.report}
 
     async def refresh(self) -> None:
-        """Check every dependency, at most once in `CACHE_SECONDS`. Callers share a running check."""
+        """Check every dependency, at most once in `CACHE_SECONDS`; callers share a check."""
         if time.monotonic() - self.checked_at < CACHE_SECONDS:
             return
         if self.running is None or self.running.done():
