@@ -1,4 +1,4 @@
-"""Fixtures: Postgres and Redis for the whole session, settings for them, and the application."""
+"""Fixtures: Postgres, Redis, settings, and a client of the application."""
 
 import os
 import subprocess
@@ -56,9 +56,9 @@ def database_url(postgres: dev_services.Postgres) -> str:
 
 @pytest.fixture
 def settings(database_url: str, redis: dev_services.Redis) -> Settings:
-    """Settings for the servers of this session, with every access line written at once.
+    """Settings for the servers of this session; access lines are written at once.
 
-    Two timeouts are longer than by default: a connect may take over a second while other tests run.
+    Two timeouts are longer than the defaults: while other tests run, a connect can last over 1 s.
     """
     return Settings(
         database_url=SecretStr(database_url),
@@ -71,7 +71,10 @@ def settings(database_url: str, redis: dev_services.Redis) -> Settings:
 
 
 class InProcess:
-    """An application for httpx without a server: runs its lifespan, and passes its state on."""
+    """An application for httpx, without a server.
+
+    It runs the lifespan, and passes its state on to each request.
+    """
 
     def __init__(self, app: FastAPI) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""Resources connect on first use, and are closed in reverse, also after a failed start."""
+"""Resources connect on first use, and close in reverse, also on a failed start."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""Settings come from the environment and from secret files; an invalid one stops the start.
+"""Settings from the environment and from secret files; errors stop the start.
 
-The error is one line that identifies the setting and says what the value must be.
+The error is one line with the setting and its requirement.
 """
 
 import os
@@ -45,7 +45,7 @@ def test_env_example_contains_the_defaults(monkeypatch: pytest.MonkeyPatch) -> N
     assert Settings() == defaults
 
 
-def test_env_example_comments_out_secrets_and_settings_without_default() -> None:
+def test_env_example_comments_out_secrets_and_missing_defaults() -> None:
     """Settings whose default depends on another one are commented out too."""
     commented = set(re.findall(r"^#([A-Z_]+)=", EXAMPLE, re.MULTILINE))
     computed = {"BIND", "DOCS_ENABLED"}
@@ -136,7 +136,7 @@ def test_invalid_value_is_reported_with_its_requirement(
 
 
 def test_several_errors_are_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A default that depends on an invalid setting, such as `BIND`, is not an error of its own."""
+    """A default that depends on an invalid setting, such as `BIND`, is no error."""
     line = load_error(monkeypatch, LOG_LEVEL="loud", PORT="x")
     assert "LOG_LEVEL=loud" in line
     assert "PORT=x" in line

@@ -1,4 +1,4 @@
-"""Background tasks end with the process, failures are logged, and steps are not cut off."""
+"""Background tasks: their shutdown and their failures; steps are never cut off."""
 
 import asyncio
 import contextlib
@@ -109,7 +109,7 @@ async def test_earlier_deadline_takes_effect_during_shutdown() -> None:
     assert seconds_left == []
 
 
-async def test_shutdown_does_not_wait_for_a_task_that_ignores_its_cancellation(
+async def test_shutdown_does_not_wait_for_uncancellable_tasks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tasks, "CANCEL_SECONDS", 0.1)
@@ -120,12 +120,14 @@ async def test_shutdown_does_not_wait_for_a_task_that_ignores_its_cancellation(
             with contextlib.suppress(asyncio.CancelledError):
                 await is_over.wait()
 
-    async with asyncio.timeout(LONG_SECONDS), Background(lambda: 0.0) as background:
-        background.start(work())
-        await asyncio.sleep(0)
-    (task,) = background.tasks
-    assert not task.done()
-    is_over.set()
+    try:
+        async with asyncio.timeout(LONG_SECONDS), Background(lambda: 0.0) as background:
+            background.start(work())
+            await asyncio.sleep(0)
+        (task,) = background.tasks
+        assert not task.done()
+    finally:
+        is_over.set()
     await task
 
 

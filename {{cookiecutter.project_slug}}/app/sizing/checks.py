@@ -136,7 +136,7 @@ def termination_grace_exceeds_the_graceful_timeout(pod: Pod) -> str | None:
 
 @check
 def workers_are_recycled(pod: Pod) -> str | None:
-    """Bound the memory that a leak can take."""
+    """Limit the effect of a memory leak."""
     if pod.settings.max_requests > 0:
         return None
     return "MAX_REQUESTS=0 disables recycling, so memory leaks grow without limit: set it to 20000"

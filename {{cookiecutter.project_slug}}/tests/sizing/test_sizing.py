@@ -1,4 +1,4 @@
-"""The size of a pod follows from its settings and from the limits of its control groups."""
+"""The size of a pod: detected resources, the plan, conflicting settings."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Postgres under faults: bounded delays, no leaked connections, no repeated writes."""
+"""Postgres under faults: bounded delays, no leaked connections, safe retries."""
 
 import asyncio
 import random
@@ -24,7 +24,7 @@ RETRY_SECONDS = 1.2
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, bool]]:
-    """uvloop, as in the workers: it notices a lost connection at another time than asyncio."""
+    """uvloop, as in the workers. It notices a lost connection at another time."""
     return "asyncio", {"use_uvloop": True}
 
 
@@ -167,7 +167,10 @@ async def test_timed_out_command_is_cancelled_at_the_server(
 
 
 async def test_timed_out_command_is_not_retried(database: Database) -> None:
-    """The server may still be executing it. The next user of the connection has no timeout left."""
+    """The server may still be executing it.
+
+    A setting of the failed command does not reach the next user of the connection.
+    """
     attempts = 0
 
     async def work(connection: Connection) -> None:
@@ -240,7 +243,7 @@ async def test_hung_server_costs_one_command_timeout(
 async def test_failed_release_does_not_fail_completed_work(
     database: Database, admin: asyncpg.Connection, postgres: Postgres
 ) -> None:
-    """A release resets the connection at the server, which may be lost or hung by then."""
+    """A release resets the connection at the server, which may be lost or hung."""
     async with database.acquire() as connection:
         assert await select_one(connection) == 1
         await terminate(admin, connection)
@@ -303,7 +306,10 @@ async def test_requests_fail_during_a_restart_and_work_after_it(
 async def test_requests_fail_fast_after_the_retry_window(
     database: Database, postgres: Postgres
 ) -> None:
-    """The window begins with the outage, also if no request comes for a while. Each has its own."""
+    """The window begins with the outage, also without requests.
+
+    Each outage has its own.
+    """
     assert await database.retry(select_one) == 1
     postgres.stop()
     try:
@@ -350,7 +356,10 @@ async def test_server_without_free_connections_is_not_retried(
 
 
 async def test_read_only_server_loses_its_connections(database: Database) -> None:
-    """The next connection may reach the new primary: after a failover, the old one is read-only."""
+    """After a failover, the old primary is read-only.
+
+    A new connection may reach the new one.
+    """
     servers: list[int] = []
 
     async def change() -> None:

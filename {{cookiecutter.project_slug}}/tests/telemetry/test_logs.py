@@ -167,7 +167,7 @@ def test_lines_are_plain_text_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_closed_stdout_drops_access_lines_but_no_requests(settings: Settings) -> None:
-    """Writing to a pipe without a reader fails; the request does not, and the line is counted."""
+    """A write to a pipe without a reader fails: the line is dropped and counted."""
     dropped: list[int] = []
     reading_end, writing_end = os.pipe()
     os.close(reading_end)

@@ -1,4 +1,4 @@
-"""Metrics of several workers: dead ones stay counted, and each instance has its own directory."""
+"""Metrics of several workers: dead ones stay counted, instances stay separate."""
 
 import os
 import subprocess

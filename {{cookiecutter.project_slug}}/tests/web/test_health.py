@@ -1,4 +1,4 @@
-"""The probes: readiness checks the dependencies, with a bounded delay; the others never do."""
+"""The probes. Only readiness checks the dependencies, with a bounded delay."""
 
 import asyncio
 import logging
@@ -30,7 +30,7 @@ async def hung() -> None:
 
 
 def started_health(*checks: health.Check, **settings: object) -> Health:
-    """Return the health of a started process, with checks of Postgres and Redis, in that order."""
+    """Return the health of a started process; `checks`: of Postgres, then of Redis."""
     found = Health(
         Settings(**settings),  # type: ignore[arg-type]
         dict(zip(("postgres", "redis"), checks, strict=False)),

@@ -1,4 +1,4 @@
-"""Limits: a rejected request gets a problem with its ID, an access line, and a metric."""
+"""Limits: a rejected request gets a problem, an access line, and a metric."""
 
 import concurrent.futures
 import contextlib
@@ -48,7 +48,10 @@ def connect(service: Service) -> socket.socket:
 
 
 def send(service: Service, *parts: bytes, pause_seconds: float = 0.0) -> bytes:
-    """Send the parts of a request over a new connection; return all until it is closed."""
+    """Send the parts of a request over a new connection; return the whole response.
+
+    The service has to close the connection.
+    """
     with connect(service) as connection:
         for part in parts:
             try:
@@ -115,7 +118,7 @@ def test_slow_headers_are_rejected_with_408(service: Service) -> None:
 
 
 def test_idle_connections_are_closed(service: Service) -> None:
-    """Without a request after `HEADER_TIMEOUT_SECONDS`, after one after `KEEPALIVE_SECONDS`."""
+    """Before a request by `HEADER_TIMEOUT_SECONDS`, after one by `KEEPALIVE_SECONDS`."""
     assert send(service) == b""
     response = send(service, GET + b"\r\n")
     assert response.startswith(b"HTTP/1.1 200")

@@ -1,4 +1,4 @@
-"""Error responses: each is a problem document, and none repeats what the client sent."""
+"""Error responses: each is a problem document, and none repeats the input."""
 
 import logging
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Every request: its ID, its access line, its metrics; documentation and CORS of every route."""
+"""Request IDs, access lines, metrics, documentation and CORS, in this process."""
 
 import json
 import logging
@@ -83,7 +83,7 @@ async def test_invalid_request_id_is_replaced(
 async def test_valid_traceparent_is_in_the_access_line(
     client: httpx.AsyncClient, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Invalid are: more than the flags in version 00, a zero trace-id, version ff, and no trace."""
+    """Invalid: a suffix in version 00, a zero trace-id, version ff, other text."""
     trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     span_id = "00f067aa0ba902b7"
     for traceparent in (
@@ -159,7 +159,7 @@ async def test_access_line_is_short_on_a_terminal(
 async def test_disconnected_client_is_logged_with_status_499(
     http: httpx.AsyncClient, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """httpx fails an assertion of its own, since nothing is sent to a client that is gone."""
+    """httpx fails an assertion of its own, since it gets no response."""
     with pytest.raises(AssertionError):
         await http.get("/disconnect")
     assert json.loads(capfd.readouterr().out)["status"] == 499
@@ -169,7 +169,7 @@ async def test_disconnected_client_is_logged_with_status_499(
 
 
 async def test_metrics_have_route_templates_and_bounded_labels(settings: Settings) -> None:
-    """Unknown paths and methods share a label each, or clients could invent time series."""
+    """Unknown paths and methods share a label: clients cannot invent time series."""
     app = with_routes(settings)
     async with InProcess(app) as client:
         await client.get("/outer/inner/a")
