@@ -1,4 +1,9 @@
-"""Fixtures: one Postgres and one Redis for the session."""
+"""Fixtures: one Postgres and one Redis for the session.
+
+Two packages are named `tests`. In this suite `tests` and `scripts` are always those of the
+generated project, which pytest.ini puts on the path. The template's own are out of reach here:
+they need cookiecutter, and this suite runs in the environment of the service.
+"""
 
 from pathlib import Path
 
@@ -6,16 +11,19 @@ import pytest
 from scripts.dev_services import Redis
 
 ATTACK = Path(__file__).parent
-pytest_plugins = ["tests.conftest"]  # the generated project's: postgres, redis, database_url
+#: The generated project's fixtures: postgres, redis, database_url.
+pytest_plugins = ["tests.conftest"]
 
 
 @pytest.fixture(scope="session")
 def urls(database_url: str, redis: Redis) -> dict[str, str]:
-    """Settings that name Postgres, with the migrations applied, and Redis; and the path of the apps in this folder."""
-    limit = {"RATE_LIMIT_PER_MINUTE": "1000000"}  # all the load is one caller
+    """Settings for the service: migrated Postgres, Redis, this directory on the path.
+
+    The rate limit is practically unlimited, since all load comes from one caller.
+    """
     return {
         "DATABASE_URL": database_url,
         "REDIS_URL": redis.url,
         "PYTHONPATH": str(ATTACK),
-        **limit,
+        "RATE_LIMIT_PER_MINUTE": "1000000",
     }

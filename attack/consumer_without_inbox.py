@@ -1,4 +1,4 @@
-"""The consumer without its inbox, and without a look at the status: the control, which must settle some twice."""
+"""The control: a consumer without an inbox or a check of the status settles some twice."""
 
 from typing import Any
 
@@ -8,19 +8,22 @@ from app.payments import consumer, repository
 get = repository.get
 
 
-async def every_message_is_new(*_: object) -> bool:
-    """Note nothing."""
+async def claim_always(*_: object) -> bool:
+    """Claim a message without a row, as if it was new."""
     return True
 
 
-async def always_pending(*arguments: Any) -> Any:
-    """Find a payment as it was when it was taken."""
+async def get_as_pending(*arguments: Any) -> Any:
+    """Return a payment as it was when it was created."""
     found = await get(*arguments)
-    return (found[0].model_copy(update={"status": "pending"}), found[1]) if found else None
+    if found is None:
+        return None
+    payment, request_id = found
+    return payment.model_copy(update={"status": "pending"}), request_id
 
 
-inbox.claim = every_message_is_new  # type: ignore[assignment]
-repository.get = always_pending  # type: ignore[assignment]
+inbox.claim = claim_always  # type: ignore[assignment]
+repository.get = get_as_pending  # type: ignore[assignment]
 
 if __name__ == "__main__":
     consumer.main()

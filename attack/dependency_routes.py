@@ -1,4 +1,4 @@
-"""The service with routes that depend on Postgres or Redis for longer than the example does."""
+"""The service with routes that use Postgres or Redis longer than the example."""
 
 from app.main import create_app
 from app.settings import load_settings
@@ -9,22 +9,22 @@ app = create_app(load_settings())
 
 
 @app.get("/cached")
-async def cached(cache: RedisDependency) -> int:
-    """Write to Redis and read from it."""
-    await cache.set("number", 1)
-    return int(await cache.get("number") or 0)
+async def cached(redis: RedisDependency) -> int:
+    """Write to Redis and read it back."""
+    await redis.set("number", 1)
+    return int(await redis.get("number") or 0)
 
 
 @app.get("/read")
 async def read(database: DatabaseDependency) -> int:
-    """Read once, again if the server goes away meanwhile."""
+    """Read once; retry if the connection is lost."""
     value: int = await database.retry(lambda connection: connection.fetchval("select 1"))
     return value
 
 
 @app.get("/sleep")
 async def sleep(database: DatabaseDependency, seconds: float) -> str:
-    """Keep a connection to Postgres busy."""
+    """Hold a connection to Postgres for a duration."""
     async with database.acquire() as connection:
         await connection.execute("select pg_sleep($1)", seconds)
     return "done"
@@ -32,7 +32,7 @@ async def sleep(database: DatabaseDependency, seconds: float) -> str:
 
 @app.get("/transaction")
 async def transaction(database: DatabaseDependency) -> int:
-    """Read twice in a transaction."""
+    """Read twice in one transaction."""
     async with database.acquire() as connection, connection.transaction():
         await connection.execute("select")
         value: int = await connection.fetchval("select 1")

@@ -1,7 +1,7 @@
-"""Load that accounts for every request: answered with a status, or failed for a reason. Nothing is tried again.
+"""Load that accounts for every request, as a status or an error. It never retries.
 
 with load(port, 8 * [GET], 2 * [POST]) as result:
-    ...  # do to the service what it has to bear
+    ...  # the fault that the service has to survive
 assert result.failures == []
 """
 
@@ -21,21 +21,24 @@ from uuid import uuid4
 import uvloop
 
 TIMEOUT_SECONDS = 40.0
-#: Whom to ask: a loopback port, or what returns host and port for each new connection; it may raise `OSError`.
+#: After a failure, the pause is random up to at least this.
+FAILURE_PAUSE_SECONDS = 0.05
+#: A loopback port, or a function that returns host and port for each new connection.
+#: It may raise `OSError`.
 Target = int | Callable[[], tuple[str, int]]
-#: In a request it stands for a key that is new each time.
+#: A placeholder in requests: each request gets a new idempotency key.
 KEY = "key-that-is-another-one-each-time"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a client does, over and over: sends `request`, and wants an answer with one of `statuses`."""
+    """A client that repeats `request` and expects a response with one of `statuses`."""
 
     name: str
     request: bytes
     statuses: tuple[int, ...] = (200,)
     keeps_alive: bool = True
-    #: The client waits for a random time up to this between two requests.
+    #: The pause between two requests is random up to this.
     pause_seconds: float = 0.01
     timeout_seconds: float = TIMEOUT_SECONDS
 
@@ -48,7 +51,7 @@ def get(
     keeps_alive: bool = True,
     pause: float = 0.01,
 ) -> Kind:
-    """Return a client that gets `path`; `pause` is the longest in seconds."""
+    """Return a client that gets `path`; `pause` is its longest pause in seconds."""
     request = f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode()
     return Kind(name or f"GET {path}", request, statuses, keeps_alive, pause)
 
@@ -62,18 +65,17 @@ def post(
     keeps_alive: bool = True,
     pause: float = 0.01,
 ) -> Kind:
-    """Return a client that posts `body` as JSON to `path`; `pause` is the longest in seconds."""
+    """Return a client that posts `body` as JSON; `pause` is its longest in seconds."""
     data = json.dumps(body).encode()
-    fields = {
-        "Host": "test",
-        "Content-Type": "application/json",
-        "Content-Length": len(data),
-        "Idempotency-Key": KEY,
-    }
-    head = "\r\n".join(
-        [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
-    )
-    return Kind(name or f"POST {path}", head.encode() + data, statuses, keeps_alive, pause)
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: test",
+        "Content-Type: application/json",
+        f"Content-Length: {len(data)}",
+        f"Idempotency-Key: {KEY}",
+    ]
+    headers = "".join(f"{line}\r\n" for line in lines).encode()
+    return Kind(name or f"POST {path}", headers + b"\r\n" + data, statuses, keeps_alive, pause)
 
 
 _PAYMENT = {"amount": 1250, "currency": "EUR", "reference": "attack"}
@@ -81,13 +83,14 @@ GET = get("/", "GET")
 GET_NEW = get("/", "GET, new connection", keeps_alive=False)
 POST = post("/payments", _PAYMENT, "POST")
 POST_NEW = post("/payments", _PAYMENT, "POST, new connection", keeps_alive=False)
-SLOW = get("/slow?seconds=2", "GET of 2 s")  # of tests/fault_routes.py
-#: A bit of everything; many POSTs, since proxies ask nobody else for those.
+#: A route of tests/fault_routes.py.
+SLOW = get("/slow?seconds=2", "GET of 2 s")
+#: All kinds of requests, with many POSTs: proxies do not retry those.
 MIXED = 8 * [GET] + 3 * [GET_NEW] + 6 * [POST] + 4 * [POST_NEW] + 4 * [SLOW]
 
 
 class Failure(NamedTuple):
-    """A request that failed: when it began and ended on `time.monotonic`, what it was, and whom it asked."""
+    """A failed request; begin and end are values of `time.monotonic()`."""
 
     begin: float
     end: float
@@ -98,108 +101,130 @@ class Failure(NamedTuple):
 
 @dataclass
 class Result:
-    """What became of all requests; it may be read while the load still runs."""
+    """The outcome of all requests, which may be read while the load runs."""
 
-    answered: Counter[tuple[str, int]] = field(default_factory=Counter)
+    #: The number of responses by kind and status.
+    responses: Counter[tuple[str, int]] = field(default_factory=Counter)
+    #: Requests without a response, or with an unexpected status.
     failures: list[Failure] = field(default_factory=list)
     slowest_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """All requests, answered as wanted or not."""
-        return self.answered.total() + sum(
-            not each.reason.startswith("status") for each in self.failures
-        )
+        """The number of all requests, failed ones included."""
+        without_response = sum(not each.reason.startswith("status") for each in self.failures)
+        return self.responses.total() + without_response
 
     @property
     def failed(self) -> Counter[tuple[str, str]]:
-        """Failed requests by kind and reason."""
+        """The number of failed requests by kind and reason."""
         return Counter((each.kind, each.reason) for each in self.failures)
 
     def __str__(self) -> str:
-        parts = {
-            f"{kind}: {status}": number for (kind, status), number in sorted(self.answered.items())
-        }
-        failed = {
-            f"{kind}: {reason}": number for (kind, reason), number in sorted(self.failed.items())
-        }
-        return f"{self.total} requests, {len(self.failures)} failed {failed}; answers {parts}"
+        responses = {f"{kind}: {status}": n for (kind, status), n in sorted(self.responses.items())}
+        failed = {f"{kind}: {reason}": n for (kind, reason), n in sorted(self.failed.items())}
+        counts = f"{self.total} requests, {len(self.failures)} failed"
+        return f"{counts} {failed}; responses {responses}"
 
 
 class _ClosedError(Exception):
-    pass
+    """The server closed the connection before the end of the response."""
 
 
 class _Client:
     def __init__(self, target: Target, kind: Kind, result: Result, stop: threading.Event) -> None:
-        self.target, self.kind, self.result, self.stop, self.host = target, kind, result, stop, ""
+        self.target = target
+        self.kind = kind
+        self.result = result
+        self.stop = stop
+        self.host = ""
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def run(self) -> None:
-        """Ask until stopped; a request that has begun is waited for."""
-        kind, result = self.kind, self.result
+        """Send requests until `stop` is set, and finish the last one."""
         while not self.stop.is_set():
-            begin, status = time.monotonic(), 0
-            try:
-                async with asyncio.timeout(kind.timeout_seconds):
-                    status = await self._ask()
-                result.answered[kind.name, status] += 1
-                reason = "" if status in kind.statuses else f"status {status}"
-            except ConnectionRefusedError:
-                reason = "refused"
-            except TimeoutError:
-                reason = "timeout"
-            except _ClosedError as error:
-                reason = str(error)
-            except OSError as error:
-                reason = (
-                    "reset"
-                    if isinstance(error, ConnectionError)
-                    else f"{type(error).__name__}: {error.strerror}"
-                )
-            if not status:
-                self._close()
+            begin = time.monotonic()
+            reason = await self._attempt()
             end = time.monotonic()
-            result.slowest_seconds[kind.name] = max(
-                end - begin, result.slowest_seconds.get(kind.name, 0.0)
-            )
+            slowest = self.result.slowest_seconds.get(self.kind.name, 0.0)
+            self.result.slowest_seconds[self.kind.name] = max(end - begin, slowest)
+            pause_seconds = self.kind.pause_seconds
             if reason:
-                result.failures.append(Failure(begin, end, kind.name, reason, self.host))
-            await asyncio.sleep(random.uniform(0, max(kind.pause_seconds, 0.05 if reason else 0)))
+                failure = Failure(begin, end, self.kind.name, reason, self.host)
+                self.result.failures.append(failure)
+                pause_seconds = max(pause_seconds, FAILURE_PAUSE_SECONDS)
+            await asyncio.sleep(random.uniform(0, pause_seconds))
         self._close()
 
-    async def _ask(self) -> int:
-        """Return the status of the answer."""
-        if self.streams is None:
-            self.host, port = (
-                ("127.0.0.1", self.target) if isinstance(self.target, int) else self.target()
-            )
-            self.streams = await asyncio.open_connection(self.host, port)
-        reader, writer = self.streams
+    async def _attempt(self) -> str:
+        """Send a request and count its response; return the reason of a failure, or ''."""
+        try:
+            async with asyncio.timeout(self.kind.timeout_seconds):
+                status = await self._request()
+        except (OSError, _ClosedError) as error:
+            self._close()
+            return _describe(error)
+        self.result.responses[self.kind.name, status] += 1
+        return "" if status in self.kind.statuses else f"status {status}"
+
+    async def _request(self) -> int:
+        """Return the status of the response."""
+        reader, writer = await self._connect()
         writer.write(self.kind.request.replace(KEY.encode(), uuid4().hex.encode()))
         try:
-            head = (await reader.readuntil(b"\r\n\r\n")).lower()
-            await reader.readexactly(
-                int(head.split(b"\r\ncontent-length:", 1)[1].split(b"\r\n", 1)[0])
-            )
+            headers = (await reader.readuntil(b"\r\n\r\n")).lower()
+            await reader.readexactly(_content_length(headers))
         except asyncio.IncompleteReadError as error:
-            raise _ClosedError(
-                "closed within the answer" if error.partial else "closed before the answer"
-            ) from None
-        if not self.kind.keeps_alive or b"\r\nconnection: close\r\n" in head:
+            place = "within the response" if error.partial else "before the response"
+            msg = f"closed {place}"
+            raise _ClosedError(msg) from None
+        if not self.kind.keeps_alive or b"\r\nconnection: close\r\n" in headers:
             self._close()
-        return int(head[9:12])
+        return int(headers[9:12])
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Return the open connection, or a new one."""
+        if self.streams is None:
+            if isinstance(self.target, int):
+                self.host = "127.0.0.1"
+                port = self.target
+            else:
+                self.host, port = self.target()
+            self.streams = await asyncio.open_connection(self.host, port)
+        return self.streams
 
     def _close(self) -> None:
         if self.streams is not None:
-            self.streams[1].close()
+            _, writer = self.streams
+            writer.close()
             self.streams = None
+
+
+def _content_length(headers: bytes) -> int:
+    _, _, rest = headers.partition(b"\r\ncontent-length:")
+    return int(rest.split(b"\r\n", 1)[0])
+
+
+def _describe(error: OSError | _ClosedError) -> str:
+    """Return the reason of a failure in one or a few words."""
+    match error:
+        case _ClosedError():
+            return str(error)
+        case ConnectionRefusedError():
+            return "refused"
+        case TimeoutError():
+            return "timeout"
+        case ConnectionError():
+            return "reset"
+        case _:
+            return f"{type(error).__name__}: {error.strerror}"
 
 
 @contextlib.contextmanager
 def load(target: Target, *clients: Sequence[Kind]) -> Iterator[Result]:
-    """Have one client of each kind ask the target from here to the end of the block; then wait for them."""
-    result, stop = Result(), threading.Event()
+    """Run one client of each kind during the block; then wait for their last requests."""
+    result = Result()
+    stop = threading.Event()
 
     async def run() -> None:
         async with asyncio.TaskGroup() as group:

@@ -1,16 +1,16 @@
-"""What a rendered overlay says, as far as cluster.py obeys it; all times are in seconds."""
+"""The parts of a rendered overlay that cluster.py follows; times are in seconds."""
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pytest
 from tests.deploy import deployed
+
+from prerequisites import missing
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A probe over HTTP, with the defaults of Kubernetes."""
+    """An HTTP probe, with the defaults of Kubernetes."""
 
     path: str
     port: int
@@ -22,13 +22,13 @@ class Probe:
 
     @property
     def notices_within(self) -> float:
-        """The longest until a container that answers no more counts as failed."""
+        """The longest time until a container that no longer responds counts as failed."""
         return self.period * self.failures + self.timeout
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A Deployment with its budget for disruptions, its environment and its secrets."""
+    """A Deployment with its disruption budget, environment and secrets."""
 
     replicas: int
     surge: int
@@ -53,26 +53,32 @@ class Manifest:
 
 
 def read(overlay: str, secrets: dict[str, str]) -> Manifest:
-    """Read an overlay; `secrets` are what its files will hold. Without a tool to render it the test is skipped."""
+    """Render an overlay and read it; `secrets` are the contents of its secret files.
+
+    Skips the test without a tool that renders it.
+    """
     if not deployed.kustomize():
-        text = "kustomize is missing, and so is kubectl: install one of the two"
-        pytest.fail(f"{text}; CI=true makes that a failure") if os.environ.get(
-            "CI"
-        ) == "true" else pytest.skip(text)
+        missing("kustomize is missing, and so is kubectl: install one of the two")
     rendered = deployed.read(overlay)
-    deployment, container = rendered.one("Deployment"), rendered.api
-    spec, budget = deployment["spec"], rendered.one("PodDisruptionBudget")["spec"]
+    deployment = rendered.one("Deployment")
+    container = rendered.api
+    spec = deployment["spec"]
+    pod = spec["template"]["spec"]
+    rolling = spec["strategy"]["rollingUpdate"]
+    budget = rendered.one("PodDisruptionBudget")["spec"]
     service = rendered.one("Service")["spec"]
-    assert service["selector"].items() <= spec["template"]["metadata"]["labels"].items(), (
-        "the Service selects no pod"
-    )
-    rolling, pod = spec["strategy"]["rollingUpdate"], spec["template"]["spec"]
+    labels = spec["template"]["metadata"]["labels"]
+    assert service["selector"].items() <= labels.items(), "the Service selects no pod"
+
+    replicas = spec.get("replicas")
+    if not replicas:
+        replicas = rendered.one("HorizontalPodAutoscaler")["spec"]["minReplicas"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    # The service would read its number of CPUs from the control group.
+    serving_port = next(port["targetPort"] for port in service["ports"] if port["name"] == "http")
+    # In a container, the service reads its number of CPUs from the cgroup.
     cpus = deployed.quantity(container["resources"]["limits"]["cpu"])
     return Manifest(
-        replicas=spec.get("replicas")
-        or rendered.one("HorizontalPodAutoscaler")["spec"]["minReplicas"],
+        replicas=replicas,
         surge=rolling["maxSurge"],
         unavailable=rolling["maxUnavailable"],
         min_ready=spec["minReadySeconds"],
@@ -82,9 +88,7 @@ def read(overlay: str, secrets: dict[str, str]) -> Manifest:
         grace=pod["terminationGracePeriodSeconds"],
         pre_stop=deployed.at(container, "lifecycle.preStop.sleep.seconds") or 0,
         ports=ports,
-        serving_port=ports[
-            next(port["targetPort"] for port in service["ports"] if port["name"] == "http")
-        ],
+        serving_port=ports[serving_port],
         startup=_probe(container["startupProbe"], ports),
         liveness=_probe(container["livenessProbe"], ports),
         readiness=_probe(container["readinessProbe"], ports),
@@ -93,15 +97,17 @@ def read(overlay: str, secrets: dict[str, str]) -> Manifest:
     )
 
 
-def _probe(text: dict[str, Any], ports: dict[str, int]) -> Probe:
-    names = {
-        "initialDelaySeconds": "delay",
-        "periodSeconds": "period",
-        "timeoutSeconds": "timeout",
-        "failureThreshold": "failures",
-        "successThreshold": "successes",
-    }
-    path, port = text["httpGet"]["path"], ports[text["httpGet"]["port"]]
-    return Probe(
-        path, port, **{names[name]: value for name, value in text.items() if name != "httpGet"}
-    )
+PROBE_FIELDS = {
+    "initialDelaySeconds": "delay",
+    "periodSeconds": "period",
+    "timeoutSeconds": "timeout",
+    "failureThreshold": "failures",
+    "successThreshold": "successes",
+}
+
+
+def _probe(probe: dict[str, Any], ports: dict[str, int]) -> Probe:
+    """Return a probe of the manifest. Raises `KeyError` for an unsupported key."""
+    fields = {PROBE_FIELDS[name]: value for name, value in probe.items() if name != "httpGet"}
+    request = probe["httpGet"]
+    return Probe(request["path"], ports[request["port"]], **fields)

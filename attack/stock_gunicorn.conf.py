@@ -1,4 +1,4 @@
-"""The configuration that most services run with: gunicorn with uvicorn's worker as it comes, and time to finish."""
+"""The usual configuration: uvicorn's stock worker, and time to finish requests."""
 
 import os
 
@@ -8,4 +8,5 @@ worker_class = "uvicorn_worker.UvicornWorker"
 preload_app = True
 keepalive = 75
 graceful_timeout = 30
-accesslog = errorlog = "-"
+accesslog = "-"
+errorlog = "-"

@@ -1,4 +1,4 @@
-"""The app of tests/fault_routes.py with what never ends by itself: a WebSocket that floods, and a long download."""
+"""The app of tests/fault_routes.py with an endless WebSocket and a long download."""
 
 import asyncio
 import contextlib
@@ -9,6 +9,9 @@ from fastapi.responses import StreamingResponse
 from starlette.websockets import WebSocketDisconnect
 from tests.fault_routes import app
 
+MEGABYTE = 1 << 20
+DOWNLOAD_MEGABYTES = 200
+
 
 @app.websocket("/flood")
 async def flood(websocket: WebSocket) -> None:
@@ -17,15 +20,17 @@ async def flood(websocket: WebSocket) -> None:
     with contextlib.suppress(WebSocketDisconnect):
         while True:
             await websocket.send_bytes(bytes(1 << 16))
-            await asyncio.sleep(0)  # sending alone lets nobody else run while the client takes all
+            # While the client reads fast, sending alone never yields to other tasks.
+            await asyncio.sleep(0)
 
 
 @app.get("/download")
 async def download() -> Response:
-    """Send 200 MB, as fast as they are taken."""
+    """Send 200 MB, as fast as the client reads."""
 
-    async def parts() -> AsyncIterator[bytes]:
-        for _ in range(200):
-            yield bytes(1 << 20)
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(DOWNLOAD_MEGABYTES):
+            yield bytes(MEGABYTE)
 
-    return StreamingResponse(parts(), headers={"Content-Length": str(200 << 20)})
+    length = str(DOWNLOAD_MEGABYTES * MEGABYTE)
+    return StreamingResponse(chunks(), headers={"Content-Length": length})

@@ -1,4 +1,7 @@
-"""Clients that send too much, too slowly, or too many at once: others are served meanwhile, and memory is bounded."""
+"""Clients that send too much, too slowly or too many requests at once.
+
+Other clients are served meanwhile, and memory stays bounded.
+"""
 
 import asyncio
 import contextlib
@@ -20,24 +23,28 @@ from tests.service_process import Service, eventually, frozen, serving
 from load import MIXED, get, load
 from watch import counted, every, resident_bytes, workers
 
+APP = "tests.fault_routes:app"
 MEGABYTE = 1 << 20
-PIECE = b"x" * 65_536
+CHUNK = b"x" * 65_536
+HEADER_LINES = b"\r\n".join(repeat(b"X-Attack: " + b"x" * 100, 500))
+ATTACKERS = 4
 SLOW_CLIENTS = 200
-TIMEOUT_SECONDS = 2  # for heads and for bodies
-SLACK_SECONDS = (
-    5  # timeouts are looked at once a second, on a busy machine; without ours they take 10
-)
-BUSY_SECONDS = 5  # no other request may take longer, on a machine that has much to do
+#: For headers and for bodies.
+TIMEOUT_SECONDS = 2
+#: Timeouts are checked once a second, on a busy machine; without ours, clients hold on for 10 s.
+SLACK_SECONDS = 5
+#: The limit for every other request, on a busy machine.
+BUSY_SECONDS = 5
 
 
 @pytest.fixture(scope="module")
 def service(urls: dict[str, str]) -> Iterator[Service]:
-    """One service, warm, for all attacks."""
+    """One service for all attacks, warmed up."""
     timeouts = {
         "HEADER_TIMEOUT_SECONDS": str(TIMEOUT_SECONDS),
         "REQUEST_BODY_TIMEOUT_SECONDS": str(TIMEOUT_SECONDS),
     }
-    with serving("tests.fault_routes:app", **timeouts, **urls) as service:
+    with serving(APP, **timeouts, **urls) as service:
         service.wait()
         eventually(lambda: len(workers(service)) == 2)
         with load(service.port, MIXED):
@@ -47,20 +54,18 @@ def service(urls: dict[str, str]) -> Iterator[Service]:
 
 @contextlib.contextmanager
 def bearing(service: Service) -> Iterator[None]:
-    """Hold that memory stays bounded meanwhile, that no worker dies, and that other requests are served."""
+    """Assert that memory is bounded, workers survive and other clients are served."""
     pids = workers(service)
     with (
         every(0.05, lambda: resident_bytes(pids)) as memory,
         load(service.port, 4 * [get("/", "GET")]) as others,
     ):
         yield
-    growth = {
-        pid: (max(seen.get(pid, 0) for seen in memory) - memory[0][pid]) / MEGABYTE for pid in pids
-    }
+    peaks = {pid: max(sample.get(pid, 0) for sample in memory) for pid in pids}
+    growth = {pid: (peaks[pid] - memory[0][pid]) / MEGABYTE for pid in pids}
     slowest = max(others.slowest_seconds.values())
-    print(
-        f"memory grew by {max(growth.values()):.1f} MB; others: {others}, the slowest {slowest:.2f} s"
-    )
+    print(f"memory grew by {max(growth.values()):.1f} MB")
+    print(f"others: {others}, the slowest {slowest:.2f} s")
     assert max(growth.values()) < 20, growth
     assert others.failures == [], str(others)
     assert others.total > 0
@@ -68,49 +73,65 @@ def bearing(service: Service) -> Iterator[None]:
     assert workers(service) == pids
 
 
-def flood(port: int, head: bytes, piece: bytes, megabytes: int) -> bytes:
-    """Send a head, then a piece again and again, until that is sent or the server closes; return what it answered."""
+def flood(port: int, start: bytes, chunk: bytes, megabytes: int) -> bytes:
+    """Send `start`, then chunks until the server closes; return its response.
+
+    `megabytes` is the total size of the chunks.
+    """
     with socket.create_connection(("127.0.0.1", port), 20) as connection:
         with contextlib.suppress(ConnectionError):
-            connection.sendall(head)
-            for _ in range(megabytes * MEGABYTE // len(piece)):
-                connection.sendall(piece)
-        answer = b""
+            connection.sendall(start)
+            for _ in range(megabytes * MEGABYTE // len(chunk)):
+                connection.sendall(chunk)
+        response = b""
         with contextlib.suppress(ConnectionError):
             while data := connection.recv(65_536):
-                answer += data
-        return answer
+                response += data
+        return response
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [PIECE, b"\r\n".join(repeat(b"X-Attack: " + b"x" * 100, 500))],
-    ids=["one line", "many lines"],
-)
-def test_a_header_of_100_megabytes_is_431_and_closed(service: Service, piece: bytes) -> None:
-    with bearing(service), ThreadPoolExecutor(4) as pool:
-        head = b"GET / HTTP/1.1\r\nHost: test\r\nX-Attack: "
-        answers = list(pool.map(lambda _: flood(service.port, head, piece, 100), range(4)))
-    assert [answer[:12] for answer in answers] == 4 * [b"HTTP/1.1 431"]
+def flood_in_parallel(port: int, start: bytes, chunk: bytes, megabytes: int) -> list[bytes]:
+    """Flood over several connections; return version and status of each response."""
+    with ThreadPoolExecutor(ATTACKERS) as pool:
+        attacks = [pool.submit(flood, port, start, chunk, megabytes) for _ in range(ATTACKERS)]
+    return [attack.result()[:12] for attack in attacks]
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_of_200_megabytes_is_413_and_closed(service: Service, chunked: bool) -> None:
-    how = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % (200 * MEGABYTE)
-    head = b"POST /length HTTP/1.1\r\nHost: test\r\n" + how + b"\r\n\r\n"
-    piece = b"%x\r\n%b\r\n" % (len(PIECE), PIECE) if chunked else PIECE
-    with bearing(service), ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda _: flood(service.port, head, piece, 200), range(4)))
-    assert [answer[:12] for answer in answers] == 4 * [b"HTTP/1.1 413"]
+@pytest.mark.parametrize("chunk", [CHUNK, HEADER_LINES], ids=["one line", "many lines"])
+def test_headers_of_100_megabytes_are_rejected_with_431(service: Service, chunk: bytes) -> None:
+    start = b"GET / HTTP/1.1\r\nHost: test\r\nX-Attack: "
+    with bearing(service):
+        responses = flood_in_parallel(service.port, start, chunk, 100)
+    assert responses == ATTACKERS * [b"HTTP/1.1 431"]
 
 
-async def linger(port: int, head: bytes, rest: bytes) -> tuple[bytes, float]:
-    """Send a head, then a byte of the rest each second; return version and status of the answer, seconds to its end."""
+CHUNKED = b"%x\r\n%b\r\n" % (len(CHUNK), CHUNK)
+BODIES = [
+    (b"Content-Length: %d" % (200 * MEGABYTE), CHUNK),
+    (b"Transfer-Encoding: chunked", CHUNKED),
+]
+
+
+@pytest.mark.parametrize(("framing", "chunk"), BODIES, ids=["content-length", "chunked"])
+def test_body_of_200_megabytes_is_rejected_with_413(
+    service: Service, framing: bytes, chunk: bytes
+) -> None:
+    start = b"POST /length HTTP/1.1\r\nHost: test\r\n" + framing + b"\r\n\r\n"
+    with bearing(service):
+        responses = flood_in_parallel(service.port, start, chunk, 200)
+    assert responses == ATTACKERS * [b"HTTP/1.1 413"]
+
+
+async def linger(port: int, start: bytes, rest: bytes) -> tuple[bytes, float]:
+    """Send `start`, then one byte of `rest` a second.
+
+    Returns version and status of the response, and the seconds until the connection ended.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    start = time.monotonic()
+    begin = time.monotonic()
 
     async def send() -> None:
-        writer.write(head)
+        writer.write(start)
         for byte in rest:
             await asyncio.sleep(1)
             writer.write(bytes([byte]))
@@ -118,110 +139,118 @@ async def linger(port: int, head: bytes, rest: bytes) -> tuple[bytes, float]:
     sending = asyncio.create_task(send())
     try:
         async with asyncio.timeout(30):
-            answer = await reader.read()
+            response = await reader.read()
     except ConnectionError:
-        answer = b"reset"
-    seconds = time.monotonic() - start
+        response = b"reset"
+    seconds = time.monotonic() - begin
     sending.cancel()
     writer.close()
-    return answer[:12], seconds
+    return response[:12], seconds
 
 
-def test_200_slow_clients_are_sent_away_in_time(service: Service) -> None:
-    half_a_head = b"GET / HTTP/1.1\r\nHost: te", b"st\r\nX-Slow: " + bytes(30)
-    slow_body = b"POST /length HTTP/1.1\r\nHost: test\r\nContent-Length: 30\r\n\r\n", bytes(30)
-    idle = b"", b""
-    kinds = {half_a_head: b"HTTP/1.1 408", slow_body: b"HTTP/1.1 408", idle: b""}
+#: Slow clients: the bytes sent at once, those sent slowly, and the expected response.
+SLOW = [
+    (b"GET / HTTP/1.1\r\nHost: te", b"st\r\nX-Slow: " + bytes(30), b"HTTP/1.1 408"),
+    (
+        b"POST /length HTTP/1.1\r\nHost: test\r\nContent-Length: 30\r\n\r\n",
+        bytes(30),
+        b"HTTP/1.1 408",
+    ),
+    (b"", b"", b""),
+]
+
+
+def test_200_slow_clients_are_disconnected_in_time(service: Service) -> None:
+    """Slow headers, slow bodies and idle connections end soon after the timeout."""
+    clients = [SLOW[number % len(SLOW)] for number in range(SLOW_CLIENTS)]
 
     async def attack() -> list[tuple[bytes, float]]:
-        some = [
-            kind for kind, _ in zip(SLOW_CLIENTS * list(kinds), range(SLOW_CLIENTS), strict=False)
-        ]
-        return await asyncio.gather(*(linger(service.port, *kind) for kind in some))
+        return await asyncio.gather(
+            *(linger(service.port, start, rest) for start, rest, _ in clients)
+        )
 
     with bearing(service):
         ends = asyncio.run(attack())
-    expected = Counter(list(kinds.values())[number % len(kinds)] for number in range(SLOW_CLIENTS))
-    assert Counter(answer for answer, _ in ends) == expected
+    expected = Counter(response for _, _, response in clients)
+    assert Counter(response for response, _ in ends) == expected
     slowest = max(seconds for _, seconds in ends)
-    print(f"the slowest was sent away after {slowest:.1f} s")
+    print(f"the slowest was disconnected after {slowest:.1f} s")
     assert slowest < TIMEOUT_SECONDS + SLACK_SECONDS
 
 
-def test_300_connections_against_a_small_cap_are_refused_at_once_and_on_the_record(
-    urls: dict[str, str],
-) -> None:
-    cap, seconds = 20, 5.0
+async def get_at_once(port: int, path: str, number: int) -> list[httpx.Response]:
+    """Send GET requests over a connection each, all at the same time."""
+    limits = httpx.Limits(max_connections=number)
+    address = f"http://127.0.0.1:{port}"
+    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=30) as client:
+        return await asyncio.gather(*(client.get(path) for _ in range(number)))
 
-    async def attack(port: int) -> list[httpx.Response]:
-        limits = httpx.Limits(max_connections=300)
-        async with httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=30
-        ) as client:
-            return await asyncio.gather(
-                *(client.get(f"/slow?seconds={seconds}") for _ in range(300))
-            )
 
-    with serving("tests.fault_routes:app", MAX_IN_FLIGHT=str(cap), **urls) as service:
+def assert_overload_problem(response: httpx.Response) -> None:
+    """Assert that a rejection says when to retry, and names its request."""
+    assert response.headers["retry-after"] == "1"
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["status"] == 503
+    assert response.json()["request_id"] == response.headers["x-request-id"]
+
+
+def test_300_requests_over_a_small_cap_are_rejected_at_once(urls: dict[str, str]) -> None:
+    """Each rejection has a request ID, a log line and a metric; probes still pass."""
+    requests = 300
+    cap = 20
+    seconds = 5.0
+    with serving(APP, MAX_IN_FLIGHT=str(cap), **urls) as service:
         service.wait()
         eventually(lambda: len(workers(service)) == 2)
         with load(service.port, 2 * [get("/health/live", keeps_alive=False, pause=0.05)]) as probes:
-            answers = asyncio.run(attack(service.port))
+            responses = asyncio.run(get_at_once(service.port, f"/slow?seconds={seconds}", requests))
         print(f"probes: {probes}")
         assert probes.failures == [], str(probes)
-        served = [answer for answer in answers if answer.status_code == 200]
-        refused = [answer for answer in answers if answer.status_code == 503]
-        assert len(served) + len(refused) == 300
+        served = [response for response in responses if response.status_code == 200]
+        rejected = [response for response in responses if response.status_code == 503]
+        assert len(served) + len(rejected) == requests
         assert cap <= len(served) <= 2 * cap
-        slowest = max(answer.elapsed.total_seconds() for answer in refused)
-        print(f"{len(served)} served, {len(refused)} refused, the slowest after {slowest:.2f} s")
-        assert slowest < seconds  # nobody waited for one that was served
+        slowest = max(response.elapsed.total_seconds() for response in rejected)
+        print(f"{len(served)} served, {len(rejected)} rejected, the slowest after {slowest:.2f} s")
+        # None has waited for a request that was served.
+        assert slowest < seconds
 
-        ids = {answer.headers["x-request-id"] for answer in refused}
-        assert len(ids) == len(refused)
-        for answer in refused:
-            assert answer.headers["retry-after"] == "1"
-            assert answer.headers["content-type"] == "application/problem+json"
-            assert (answer.json()["status"], answer.json()["request_id"]) == (
-                503,
-                answer.headers["x-request-id"],
-            )
-        eventually(lambda: counted(service, 'http_response_status_code="503"') >= len(refused))
-        assert counted(service, 'http_response_status_code="503"') == len(refused)
+        ids = {response.headers["x-request-id"] for response in rejected}
+        assert len(ids) == len(rejected)
+        for response in rejected:
+            assert_overload_problem(response)
+        label = 'http_response_status_code="503"'
+        eventually(lambda: counted(service, label) >= len(rejected))
+        assert counted(service, label) == len(rejected)
         assert service.stop() == 0
-        logged = {
-            line["request_id"]
-            for line in service.lines
-            if line["logger"] == "access" and line["status"] == 503
-        }
-        assert logged == ids
+        access = [line for line in service.lines if line["logger"] == "access"]
+        assert {line["request_id"] for line in access if line["status"] == 503} == ids
 
 
-def test_a_reader_of_the_log_that_stops_costs_access_lines_and_nothing_else(
-    urls: dict[str, str],
-) -> None:
-    def dropped(service: Service) -> int:
-        found = re.search(r"^access_log_dropped_lines_total (.+)$", service.metrics(), re.MULTILINE)
-        return round(float(found[1])) if found else 0
+def dropped_lines(service: Service) -> int:
+    """Return the number of access-log lines that were dropped, as in the metrics."""
+    line = r"^access_log_dropped_lines_total (.+)$"
+    found = re.search(line, service.metrics(), re.MULTILINE)
+    return round(float(found[1])) if found else 0
 
+
+def test_stalled_log_reader_drops_access_lines_but_no_requests(urls: dict[str, str]) -> None:
+    """Every access line is either written or counted as dropped."""
     with tempfile.TemporaryFile() as kept:
         reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=kept)
-        with serving("tests.fault_routes:app", 0, reader.stdin, **urls) as service:
+        with serving(APP, 0, reader.stdin, **urls) as service:
             service.wait()
             with load(service.port, MIXED) as result, frozen(reader.pid):
-                eventually(lambda: dropped(service) > 1000, 60)
+                eventually(lambda: dropped_lines(service) > 1000, 60)
             print(result)
             assert result.failures == [], str(result)
-            number = dropped(service)
+            dropped = dropped_lines(service)
             assert service.stop() == 0
         assert reader.wait(20) == 0
         kept.seek(0)
         lines = [json.loads(line) for line in kept]
-    written = [
-        line
-        for line in lines
-        if line["logger"] == "access" and not line["route"].startswith("/health/")
-    ]
-    print(f"{len(written)} access lines written, {number} dropped")
-    assert len(written) + number == result.total
+    access = [line for line in lines if line["logger"] == "access"]
+    written = [line for line in access if not line["route"].startswith("/health/")]
+    print(f"{len(written)} access lines written, {dropped} dropped")
+    assert len(written) + dropped == result.total
     assert {line["level"] for line in lines} == {"info"}

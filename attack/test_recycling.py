@@ -1,10 +1,11 @@
-"""The workers of one instance are replaced in every way there is, under load on their sockets."""
+"""The workers of one instance are replaced in every possible way, under load."""
 
 import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 from tests.service_process import Service, eventually, serving
@@ -12,11 +13,24 @@ from tests.service_process import Service, eventually, serving
 from load import MIXED, Result, load
 from watch import counted, every, workers
 
+ROUNDS = 3
 OF_LOAD = r'http_route="(/|/payments|/slow)"'
 
 
-def bear(attack: Callable[[Service], None], **settings: str) -> tuple[Result, int, set[str]]:
-    """Return what became of mixed load on two workers during an attack, how much was counted, and the log's levels."""
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of an attack: of the load, of the metrics and of the log."""
+
+    result: Result
+    count: int
+    levels: set[str]
+
+
+def bear(attack: Callable[[Service], None], **settings: str) -> Outcome:
+    """Run mixed load on two workers during an attack; return the outcome.
+
+    The count in the metrics must never decrease.
+    """
     with serving("tests.fault_routes:app", **settings) as service:
         service.wait()
         eventually(lambda: len(workers(service)) == 2)
@@ -31,18 +45,24 @@ def bear(attack: Callable[[Service], None], **settings: str) -> tuple[Result, in
             counts.append(counted(service, OF_LOAD))
             return counts[-1] >= result.total
 
-        with contextlib.suppress(
-            AssertionError
-        ):  # a worker hands over a moment later, and one that was killed never
+        # A worker flushes its counts a moment later; a killed one never does.
+        with contextlib.suppress(AssertionError):
             eventually(are_all_counted, 5)
         print(f"{result}; {counts[-1]} counted")
         assert all(before <= after for before, after in pairwise(counts)), counts
         assert service.stop() == 0
-        return result, counts[-1], {line["level"] for line in service.lines}
+        return Outcome(result, counts[-1], {line["level"] for line in service.lines})
 
 
-def until_replaced(service: Service, old: set[int]) -> None:
-    """Wait until there are two workers, and none of the old ones."""
+def assert_nothing_lost(outcome: Outcome) -> None:
+    """Assert that no request failed, all were counted, and the log has no warning."""
+    assert outcome.result.failures == [], str(outcome.result)
+    assert outcome.count == outcome.result.total
+    assert outcome.levels == {"info"}
+
+
+def wait_until_replaced(service: Service, old: set[int]) -> None:
+    """Wait until two workers run, and none of the old ones."""
 
     def are_new() -> bool:
         now = workers(service)
@@ -51,32 +71,30 @@ def until_replaced(service: Service, old: set[int]) -> None:
     eventually(are_new)
 
 
-def test_hangups_lose_no_request_and_no_count(urls: dict[str, str]) -> None:
+def test_sighup_loses_no_request_and_no_count(urls: dict[str, str]) -> None:
     def hang_up(service: Service) -> None:
-        for _ in range(3):
+        for _ in range(ROUNDS):
             old = workers(service)
             service.process.send_signal(signal.SIGHUP)
-            until_replaced(service, old)
+            wait_until_replaced(service, old)
 
-    result, count, levels = bear(hang_up, **urls)
-    assert result.failures == [], str(result)
-    assert (count, levels) == (result.total, {"info"})
+    assert_nothing_lost(bear(hang_up, **urls))
 
 
-def test_a_term_to_one_worker_loses_no_request_and_no_count(urls: dict[str, str]) -> None:
-    def end_one(service: Service) -> None:
-        for _ in range(3):
+def test_sigterm_to_one_worker_loses_no_request_and_no_count(urls: dict[str, str]) -> None:
+    def terminate_one(service: Service) -> None:
+        for _ in range(ROUNDS):
             victim = min(workers(service))
             os.kill(victim, signal.SIGTERM)
-            until_replaced(service, {victim})
+            wait_until_replaced(service, {victim})
 
-    result, count, levels = bear(end_one, **urls)
-    assert result.failures == [], str(result)
-    assert (count, levels) == (result.total, {"info"})
+    assert_nothing_lost(bear(terminate_one, **urls))
 
 
-def test_recycling_after_500_requests_loses_no_request_and_no_count(urls: dict[str, str]) -> None:
-    def go_on(service: Service) -> None:
+def test_max_requests_loses_no_request_and_no_count(urls: dict[str, str]) -> None:
+    """Workers are recycled after 500 requests, until twelve of them have been seen."""
+
+    def wait_for_many_workers(service: Service) -> None:
         seen: set[int] = set()
 
         def are_many() -> bool:
@@ -85,23 +103,25 @@ def test_recycling_after_500_requests_loses_no_request_and_no_count(urls: dict[s
 
         eventually(are_many, 60)
 
-    result, count, levels = bear(go_on, MAX_REQUESTS="500", MAX_REQUESTS_JITTER="0", **urls)
-    assert result.failures == [], str(result)
-    assert (count, levels) == (result.total, {"info"})
+    recycling = {"MAX_REQUESTS": "500", "MAX_REQUESTS_JITTER": "0"}
+    assert_nothing_lost(bear(wait_for_many_workers, **recycling, **urls))
 
 
-def test_a_killed_worker_takes_only_its_last_moment_of_counts_along(urls: dict[str, str]) -> None:
+def test_sigkill_of_one_worker_loses_only_its_last_counts(urls: dict[str, str]) -> None:
+    """At most the counts of 0.3 s are lost: three flush intervals of both workers."""
     seconds: list[float] = []
 
     def kill(service: Service) -> None:
-        start = time.monotonic()
-        time.sleep(3)  # so that there is much to lose
+        begin = time.monotonic()
+        # Until then, there is much to lose.
+        time.sleep(3)
         victim = min(workers(service))
         os.kill(victim, signal.SIGKILL)
-        until_replaced(service, {victim})
-        seconds.append(1 + time.monotonic() - start)
+        wait_until_replaced(service, {victim})
+        # bear() runs the load for one second before.
+        seconds.append(1 + time.monotonic() - begin)
 
-    result, count, _ = bear(kill, **urls)
-    a_moment = 0.3 * result.total / seconds[0]  # requests of three times the fold, of both workers
-    lost = result.answered.total() - count
-    assert -len(result.failures) <= lost <= a_moment, f"{lost} lost"
+    outcome = bear(kill, **urls)
+    allowed = 0.3 * outcome.result.total / seconds[0]
+    lost = outcome.result.responses.total() - outcome.count
+    assert -len(outcome.result.failures) <= lost <= allowed, f"{lost} lost"

@@ -1,4 +1,4 @@
-"""What a test can see of a running service from outside: its workers, their memory, what they have counted."""
+"""A running service observed from outside: workers, their memory, their counts."""
 
 import contextlib
 import re
@@ -10,28 +10,25 @@ from typing import TypeVar
 import psutil
 from tests.service_process import Service
 
-Seen = TypeVar("Seen")
+Sample = TypeVar("Sample")
 
 
 def workers(service: Service) -> set[int]:
-    """Return the pids of the workers that serve, as the metrics name them."""
-    return set(
-        map(int, re.findall(r'worker_resident_memory_bytes{pid="(\d+)"}', service.metrics()))
-    )
+    """Return the PIDs of the running workers, as in the metrics."""
+    pids = re.findall(r'worker_resident_memory_bytes{pid="(\d+)"}', service.metrics())
+    return set(map(int, pids))
 
 
 def counted(service: Service, labels: str = "") -> int:
-    """Return how many requests were answered, as the metrics say; `labels` is a regular expression."""
+    """Return the number of requests in the metrics; `labels` is a regular expression."""
+    # A named group, since `labels` may contain groups too.
     pattern = r"^http_server_request_duration_seconds_count{.*" + labels + r".*} (?P<value>.+)$"
-    return round(
-        sum(
-            float(found["value"]) for found in re.finditer(pattern, service.metrics(), re.MULTILINE)
-        )
-    )
+    found = re.finditer(pattern, service.metrics(), re.MULTILINE)
+    return round(sum(float(match["value"]) for match in found))
 
 
 def resident_bytes(pids: set[int]) -> dict[int, int]:
-    """Return the memory of each of these processes that is still there."""
+    """Return the memory of each of these processes that still exists."""
     found = {}
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -40,18 +37,19 @@ def resident_bytes(pids: set[int]) -> dict[int, int]:
 
 
 @contextlib.contextmanager
-def every(seconds: float, look: Callable[[], Seen]) -> Iterator[list[Seen]]:
-    """Collect what `look` returns, once before the block, then again and again beside it."""
-    seen, stop = [look()], threading.Event()
+def every(seconds: float, measure: Callable[[], Sample]) -> Iterator[list[Sample]]:
+    """Collect samples: one before the block, then one per period during the block."""
+    samples = [measure()]
+    stop = threading.Event()
 
-    def go_on() -> None:
+    def collect() -> None:
         while not stop.wait(seconds):
-            seen.append(look())
+            samples.append(measure())
 
     with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(go_on)
+        running = thread.submit(collect)
         try:
-            yield seen
+            yield samples
         finally:
             stop.set()
             running.result()

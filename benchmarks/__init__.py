@@ -1,5 +1,5 @@
-"""What the generated service costs, measured beside bare FastAPI and the most used peer: `make bench`."""
+"""Benchmarks of the generated service against bare FastAPI and the most used template."""
 
 
 class BenchError(Exception):
-    """What ends the run; its text is one line for whoever runs it."""
+    """Stops the run; its text is the one line that is printed."""

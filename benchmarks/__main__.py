@@ -1,8 +1,8 @@
-"""Measure the generated service: `make bench`, or `make bench QUICK=1` for one short round of everything.
+"""Benchmark the generated service: `make bench`, or `make bench QUICK=1` for one short round.
 
-All that is compared is measured in one run and in alternating rounds, of which the first is not counted: a machine that
-slows down then slows all of them down. Results go to `benchmarks/` and into README.md; those of a quick run to a
-temporary folder.
+All compared servers are measured in one run, in alternating rounds, so that a slowdown of the
+machine affects all of them. The first round is not counted. Results go to `benchmarks/` and into
+README.md; those of a quick run go to a temporary directory.
 """
 
 import contextlib
@@ -26,24 +26,28 @@ import psutil
 from benchmarks import BenchError, load, report
 from benchmarks.peer import PACKAGE, PINS, VERSION, Peer
 from benchmarks.servers import Server, fetch
-from benchmarks.site import POOL_SIZE, Site, open_site, python, versions
+from benchmarks.testbed import POOL_SIZE, Testbed, open_testbed, python, versions
 from scripts.demo import ROOT
 
 HERE = Path(__file__).parent
 STARTED = time.monotonic()
-#: Seconds that a client waits before it gives up, in the load ramp.
+#: Seconds after which a client of the load ramp gives up.
 PATIENCE_SECONDS = 1.0
-#: Seconds of each query in the load ramp, so that the pool of the database is what is short, and not CPU.
+#: Duration of each query in the load ramp: the database pool is the bottleneck, not the CPU.
 QUERY_SECONDS = 0.01
-#: The in-flight limit of the service in the load ramp: what waits then is answered long before clients give up.
+#: The service's in-flight limit in the load ramp: requests that wait are served long before
+#: clients give up.
 MAX_IN_FLIGHT = 32
+#: Upper limit for the number of open files that the run asks for.
+MAX_OPEN_FILES = 65536
+PEER_HEALTH = "/api/health"
 
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """The size of a run: rounds, durations, numbers of workers, offered rates."""
 
     rounds: int
     warm_up_rounds: int
@@ -77,17 +81,18 @@ QUICK = Size(
 )
 
 
-def say(text: str) -> None:
-    """Print a line of progress."""
+def print_progress(text: str) -> None:
+    """Print a line of progress, with the seconds since the start."""
     sys.stdout.write(f"{time.monotonic() - STARTED:6.1f} s  {text}\n")
     sys.stdout.flush()
 
 
 def alternate(title: str, servers: dict[str, Server], size: Size) -> Figures:
-    """Load each server in turn, several times; return the counted runs of each, and print the medians."""
+    """Load each server in turn, several times; print the medians, return the counted runs."""
     runs: dict[str, list[load.Run]] = {name: [] for name in servers}
     rounds = size.warm_up_rounds + size.rounds
-    say(f"{title}: {rounds} rounds of {size.seconds:g} s for each of {len(servers)} servers ...")
+    plan = f"{rounds} rounds of {size.seconds:g} s for each of {len(servers)} servers"
+    print_progress(f"{title}: {plan} ...")
     for number in range(rounds):
         for name, server in servers.items():
             run = load.measure(server, size.seconds)
@@ -95,54 +100,64 @@ def alternate(title: str, servers: dict[str, Server], size: Size) -> Figures:
                 runs[name].append(run)
     figures = {}
     for name, server in servers.items():
-        figures[name] = {
-            key: [run._asdict()[key] for run in runs[name]] for key in load.Run._fields
-        }
-        cpu, rate, p99 = (median(figures[name][key]) for key in load.Run._fields)
-        say(
-            f"  {server.name}, {name}: {cpu:.0f} us CPU per request, {rate:,.0f} requests/s, p99 {p99:.1f} ms"
-        )
+        figures[name] = by_field(runs[name])
+        print_progress(f"  {server.name}, {name}: {describe(figures[name])}")
     return figures
 
 
-def same_answer(first: Server, second: Server) -> None:
-    """Raise `BenchError` unless two servers give the same answer."""
-    answers = [fetch(server.url) for server in (first, second)]
-    if answers[0] != answers[1]:
-        raise BenchError(
-            f"{first.name} and {second.name} do not do the same: {answers[0]} and {answers[1]}"
-        )
+def by_field(runs: list[load.Run]) -> dict[str, list[float]]:
+    """Return the runs as one list for each figure."""
+    return {field: [run._asdict()[field] for run in runs] for field in load.Run._fields}
 
 
-def requests(site: Site, payment: str, peer: Peer | None, size: Size) -> tuple[Figures, Figures]:
-    """Measure a tiny JSON answer, then one query of Postgres, each on one worker."""
+def describe(runs: dict[str, list[float]]) -> str:
+    """Return the medians of some runs as one line."""
+    cpu = f"{median(runs['cpu_us']):.0f} us CPU per request"
+    rate = f"{median(runs['requests_per_second']):,.0f} requests/s"
+    return f"{cpu}, {rate}, p99 {median(runs['p99_ms']):.1f} ms"
+
+
+def require_same_response(first: Server, second: Server) -> None:
+    """Raise `BenchError` unless two servers return the same response."""
+    one = fetch(first.url)
+    other = fetch(second.url)
+    if one != other:
+        names = f"{first.name} and {second.name}"
+        raise BenchError(f"{names} return different responses: {one} and {other}")
+
+
+def measure_small(testbed: Testbed, peer: Peer | None, size: Size) -> Figures:
+    """Measure a small JSON response, on one worker each."""
     with contextlib.ExitStack() as stack:
-        bare = stack.enter_context(site.bare())
-        servers = {"bare": bare, "service": stack.enter_context(site.service())}
+        bare = stack.enter_context(testbed.bare())
+        servers = {"bare": bare, "service": stack.enter_context(testbed.service())}
         if peer:
-            servers |= {pin: stack.enter_context(peer.server(variant=pin)) for pin in PINS}
+            for pin in PINS:
+                servers[pin] = stack.enter_context(peer.server(variant=pin))
         for server in servers.values():
-            same_answer(bare, server)
+            require_same_response(bare, server)
         if peer:
-            own = "/api/health"
-            servers |= {
-                f"{pin}_health": stack.enter_context(peer.server(own, variant=pin)) for pin in PINS
-            }
-        small = alternate("small JSON", servers, size)
-    with site.bare("bare_postgres", payment) as bare, site.service(payment) as service:
-        same_answer(bare, service)
-        query = alternate("one query", {"bare": bare, "service": service}, size)
-    return small, query
+            for pin in PINS:
+                health = peer.server(PEER_HEALTH, variant=pin)
+                servers[f"{pin}_health"] = stack.enter_context(health)
+        return alternate("small JSON", servers, size)
 
 
-def starts_and_memory(site: Site, peer: Peer | None, size: Size) -> Figures:
-    """Measure the seconds to the first 200, and memory idle: of one worker, and of two with all that is about them."""
+def measure_query(testbed: Testbed, payment: str, size: Size) -> Figures:
+    """Measure one Postgres query per request, on one worker each."""
+    with testbed.bare("bare_postgres", payment) as bare, testbed.service(payment) as service:
+        require_same_response(bare, service)
+        return alternate("one query", {"bare": bare, "service": service}, size)
+
+
+def measure_idle(testbed: Testbed, peer: Peer | None, size: Size) -> Figures:
+    """Measure the seconds to the first 200, and the idle memory of one and of two workers."""
     kinds: dict[str, Callable[[int], Server]] = {
-        "bare": lambda workers: site.bare(workers=workers),
-        "service": lambda workers: site.service("/health/live", workers),
+        "bare": lambda workers: testbed.bare(workers=workers),
+        "service": lambda workers: testbed.service("/health/live", workers),
     }
     if peer:
-        kinds["peer"] = lambda workers: peer.server("/api/health", workers)
+        kinds["peer"] = lambda workers: peer.server(PEER_HEALTH, workers)
     figures: Figures = {name: {"start_seconds": []} for name in kinds}
     for _ in range(size.starts):
         for name, kind in kinds.items():
@@ -153,69 +168,71 @@ def starts_and_memory(site: Site, peer: Peer | None, size: Size) -> Figures:
             with kind(workers) as server:
                 time.sleep(size.settle_seconds)
                 figures[name][f"memory_{workers}"] = server.memory()
-        one, two = figures[name]["memory_1"], figures[name]["memory_2"]
-        say(
-            f"{server.name}: first 200 after {median(figures[name]['start_seconds']):.2f} s, idle worker "
-            f"{one['worker_rss_mb']:.0f} MB RSS, two workers {two.get('workers_pss_mb', float('nan')):.0f} MB PSS"
-        )
+        print_progress(f"{server.name}: {describe_idle(figures[name])}")
     return figures
 
 
-def workers(site: Site, payment: str, size: Size) -> Figures:
-    """Measure numbers of workers, `2 x CPU + 1` among them, on one query; the pool of each has the same size."""
+def describe_idle(figures: Figures) -> str:
+    """Return start and memory of one server as one line."""
+    start = f"first 200 after {median(figures['start_seconds']):.2f} s"
+    rss = f"idle worker {figures['memory_1']['worker_rss_mb']:.0f} MB RSS"
+    pss = figures["memory_2"].get("workers_pss_mb", float("nan"))
+    return f"{start}, {rss}, two workers {pss:.0f} MB PSS"
+
+
+def measure_workers(testbed: Testbed, payment: str, size: Size) -> Figures:
+    """Measure numbers of workers, `2 x CPU + 1` among them, with equal pools, on one query."""
     numbers = sorted({*size.workers, 2 * (os.cpu_count() or 1) + 1})
     with contextlib.ExitStack() as stack:
         servers = {}
         for number in numbers:
             settings = {"DATABASE_MAX_CONNECTIONS": str((POOL_SIZE + 1) * number)}
-            servers[str(number)] = stack.enter_context(site.service(payment, number, **settings))
+            service = testbed.service(payment, number, **settings)
+            servers[str(number)] = stack.enter_context(service)
         return alternate("workers", servers, size)
 
 
-def ramp(site: Site, payment: str, size: Size) -> Figures:
-    """Offer rising load while each query is slow; a server starts anew for each rate, so that none inherits a queue."""
-    site.slow_down(QUERY_SECONDS)
+def measure_ramp(testbed: Testbed, payment: str, size: Size) -> Figures:
+    """Offer rising load while each query is slow.
+
+    Each rate starts with a fresh server, so that none inherits a queue.
+    """
+    testbed.slow_down(QUERY_SECONDS)
     figures: Figures = {"bare": [], "service": []}
     for rate in size.rates:
-        service = site.service(payment, MAX_IN_FLIGHT=str(MAX_IN_FLIGHT))
-        for name, server in {
-            "bare": site.bare("bare_postgres", payment),
-            "service": service,
-        }.items():
+        servers = {
+            "bare": testbed.bare("bare_postgres", payment),
+            "service": testbed.service(payment, MAX_IN_FLIGHT=str(MAX_IN_FLIGHT)),
+        }
+        for name, server in servers.items():
             with server:
-                seen = load.ramp_step(
+                outcome = load.ramp_step(
                     server, rate, 2 * PATIENCE_SECONDS, size.ramp_seconds, PATIENCE_SECONDS
                 )
-            figures[name].append(seen._asdict())
-            p99 = "no 200" if seen.p99_ms is None else f"p99 {seen.p99_ms:.0f} ms"
-            say(
-                f"{rate}/s offered, {server.name}: {seen.answered:.0f}/s answered, {seen.shed:.0f}/s shed, "
-                f"{seen.given_up:.0f}/s given up, {p99}"
-            )
+            figures[name].append(outcome._asdict())
+            print_progress(f"{rate}/s offered, {server.name}: {describe_outcome(outcome)}")
     return figures
 
 
-def machine(site: Site, peer: Peer | None, size: Size) -> Figures:
-    """Return what the figures depend on."""
-    wrk = subprocess.run(["wrk", "-v"], capture_output=True, text=True, check=False).stdout.split(
-        " ["
-    )[0]
+def describe_outcome(outcome: load.Outcome) -> str:
+    """Return the outcome of one offered rate as one line."""
+    p99 = "no 200" if outcome.p99_ms is None else f"p99 {outcome.p99_ms:.0f} ms"
+    counts = f"{outcome.answered:.0f}/s served, {outcome.shed:.0f}/s shed"
+    return f"{counts}, {outcome.given_up:.0f}/s given up, {p99}"
+
+
+def machine(testbed: Testbed, peer: Peer | None, size: Size) -> Figures:
+    """Return the conditions that the figures depend on."""
+    wrk = subprocess.run(["wrk", "-v"], capture_output=True, text=True, check=False)
     return {
         "command": "make bench" if size is FULL else "make bench QUICK=1",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cpus": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
-        "wrk": wrk,
+        "wrk": wrk.stdout.split(" [")[0],
         "size": size.__dict__ | {"connections": load.CONNECTIONS},
-        "versions": site.versions(),
-        "peer": {
-            name: {
-                "package": f"{PACKAGE} {VERSION}",
-                "pin": PINS[name],
-                "versions": versions(python),
-            }
-            for name, python in (peer.pythons.items() if peer else ())
-        },
+        "versions": testbed.versions(),
+        "peer": describe_peer(peer) if peer else {},
         "ramp": {
             "query_ms": QUERY_SECONDS * 1000,
             "max_in_flight": MAX_IN_FLIGHT,
@@ -225,63 +242,76 @@ def machine(site: Site, peer: Peer | None, size: Size) -> Figures:
     }
 
 
-def find_peer(site: Site, size: Size) -> Peer | None:
-    """Install the peer where `BENCH_PEER` says so, by default in a full run; None if it is left out."""
-    if os.environ.get("BENCH_PEER", "0" if size is QUICK else "1") != "1":
-        say(f"{PACKAGE}: left out; BENCH_PEER=1 measures it too")
+def describe_peer(peer: Peer) -> Figures:
+    """Return package, pin and versions of each variant of the peer."""
+    return {
+        name: {"package": f"{PACKAGE} {VERSION}", "pin": PINS[name], "versions": versions(python)}
+        for name, python in peer.pythons.items()
+    }
+
+
+def find_peer(testbed: Testbed, size: Size) -> Peer | None:
+    """Install the peer if `BENCH_PEER` is 1, the default of a full run; return None otherwise."""
+    default = "0" if size is QUICK else "1"
+    if os.environ.get("BENCH_PEER", default) != "1":
+        print_progress(f"{PACKAGE}: skipped; set BENCH_PEER=1 to measure it")
         return None
     try:
-        peer = Peer(site)
-        say(f"{PACKAGE} {VERSION}: generated and installed")
+        peer = Peer(testbed)
     except BenchError as error:
-        say(f"{PACKAGE}: left out, it cannot be installed: {error}")
+        print_progress(f"{PACKAGE}: skipped, cannot install it: {error}")
         return None
+    print_progress(f"{PACKAGE} {VERSION}: generated and installed")
     return peer
 
 
-def measure(site: Site, size: Size) -> Figures:
+def measure(testbed: Testbed, size: Size) -> Figures:
     """Measure everything."""
-    peer = find_peer(site, size)
-    payment = site.new_payment()
-    figures: Figures = {"machine": machine(site, peer, size)}
-    figures["small"], figures["query"] = requests(site, payment, peer, size)
-    figures["idle"] = starts_and_memory(site, peer, size)
-    figures["workers"] = workers(site, payment, size)
-    figures["ramp"] = ramp(site, payment, size)
-    return figures
+    peer = find_peer(testbed, size)
+    payment = testbed.new_payment()
+    return {
+        "machine": machine(testbed, peer, size),
+        "small": measure_small(testbed, peer, size),
+        "query": measure_query(testbed, payment, size),
+        "idle": measure_idle(testbed, peer, size),
+        "workers": measure_workers(testbed, payment, size),
+        "ramp": measure_ramp(testbed, payment, size),
+    }
 
 
-def interrupted(number: int, _: FrameType | None) -> NoReturn:
-    """End the run in order; what ends the servers is not to be interrupted."""
+def interrupt(number: int, _: FrameType | None) -> NoReturn:
+    """Stop the run in order; ignore further signals while the servers stop."""
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
     raise BenchError(f"interrupted by {signal.Signals(number).name}")
 
 
 @contextlib.contextmanager
-def prepared() -> Iterator[Path]:
-    """Allow many connections, and yield a folder for the run that is gone after it."""
-    most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65536)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def prepare_run() -> Iterator[Path]:
+    """Raise the limit of open files, handle signals, and yield a temporary directory."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = min(hard_limit, MAX_OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupted)
-    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+        signal.signal(number, interrupt)
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
 
 
 def main() -> None:
-    """Measure and report; one line and exit code 1 for whatever goes wrong."""
-    size = QUICK if os.environ.get("QUICK", "0") not in {"", "0"} else FULL
+    """Measure and report; on an error, print one line and exit with code 1."""
+    is_quick = os.environ.get("QUICK", "0") not in {"", "0"}
+    size = QUICK if is_quick else FULL
     try:
         load.require_wrk()
-        with prepared() as folder, open_site(folder) as site:
-            say(f"baked and installed on {python()}")
-            figures = measure(site, size)
-        target = HERE if size is FULL else Path(tempfile.mkdtemp(prefix="bench-results-"))
-        report.write(figures, target, ROOT / "README.md" if size is FULL else None)
+        with prepare_run() as directory, open_testbed(directory) as testbed:
+            print_progress(f"generated and installed on {python()}")
+            figures = measure(testbed, size)
+        target = Path(tempfile.mkdtemp(prefix="bench-results-")) if is_quick else HERE
+        report.write(figures, target, None if is_quick else ROOT / "README.md")
     except (BenchError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"benchmark failed: {error}")
-    say(f"results are in {os.path.relpath(target)}")
+    print_progress(f"results are in {os.path.relpath(target)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Load: wrk as fast as a server answers, and clients that come at a fixed rate and do not wait for ever."""
+"""Load: wrk at full speed, and open-loop clients that arrive at a fixed rate and give up."""
 
 import asyncio
 import contextlib
@@ -17,6 +17,8 @@ from benchmarks.servers import Server
 
 CONNECTIONS = 16
 SCRIPT = Path(__file__).with_name("wrk.lua")
+#: The status under which `Clients` counts the requests that were given up.
+GIVEN_UP = 0
 
 
 def require_wrk() -> None:
@@ -34,33 +36,33 @@ class Run(NamedTuple):
 
 
 def measure(server: Server, seconds: float) -> Run:
-    """Load a server for so many whole seconds; return its CPU per request in microseconds, and what wrk saw.
+    """Load a server with wrk, for whole seconds; return the CPU per request and wrk's figures.
 
-    Raises `BenchError` if the server ends, or if anything but a 2xx comes back.
+    Raises `BenchError` if the server exits, or if any response is not a 2xx.
     """
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds:.0f}s", "-s", str(SCRIPT), server.url]
     before = server.cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     server.check()
-    cpu = server.cpu_seconds() - before
+    cpu_seconds = server.cpu_seconds() - before
     try:
-        seen = json.loads(done.stdout.splitlines()[-1])
+        result = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        raise BenchError(
-            f"wrk failed on {server.url}: {(done.stderr or done.stdout).strip()[:200]}"
-        ) from None
-    failed = ", ".join(f"{number} {kind}" for kind, number in seen["failed"].items() if number)
-    if failed or not seen["requests"]:
-        about = f"errors beside {seen['requests']} requests of wrk: {failed}: {server.last_words}"
-        raise BenchError(f"{server.name} at {server.path}: {about}")
-    return Run(cpu / seen["requests"] * 1e6, seen["requests"] / seen["seconds"], seen["p99_ms"])
+        output = (done.stderr or done.stdout).strip()[:200]
+        raise BenchError(f"wrk failed on {server.url}: {output}") from None
+    requests = result["requests"]
+    failed = ", ".join(f"{number} {kind}" for kind, number in result["failed"].items() if number)
+    if failed or not requests:
+        problem = f"errors among {requests} requests of wrk: {failed}: {server.last_line}"
+        raise BenchError(f"{server.name} at {server.path}: {problem}")
+    return Run(cpu_seconds / requests * 1e6, requests / result["seconds"], result["p99_ms"])
 
 
 class Outcome(NamedTuple):
-    """What became of the requests that came at one rate, all per second.
+    """The requests of one offered rate by their outcome, each per second.
 
-    `p99_ms` is of the 200s, None without any; `p99_of_all_ms` is until any answer, and the client's patience for those
-    that got none.
+    `p99_ms` covers the 200s, and is None without any. `p99_of_all_ms` covers all responses, and
+    the client's patience for the requests that were given up.
     """
 
     offered: float
@@ -72,86 +74,99 @@ class Outcome(NamedTuple):
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that this share of all does not exceed."""
+    """Return the smallest value that at least this share of all values does not exceed."""
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 class Clients:
-    """Clients of one server, each of which asks once; they keep connections for one another."""
+    """Clients of one server, each with one request; they share keep-alive connections."""
 
     def __init__(self, url: str, patience: float) -> None:
-        """Take the seconds after which a client gives up and closes its connection."""
-        self.address, self.patience = urlsplit(url), patience
-        self.request = (
-            f"GET {self.address.path} HTTP/1.1\r\nHost: {self.address.netloc}\r\n\r\n".encode()
-        )
+        """`patience` is the number of seconds after which a client closes its connection."""
+        self.address = urlsplit(url)
+        self.patience = patience
+        host = f"Host: {self.address.netloc}"
+        self.request = f"GET {self.address.path} HTTP/1.1\r\n{host}\r\n\r\n".encode()
         self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-        self.seconds: defaultdict[int, list[float]] = defaultdict(
-            list
-        )  # until the answer, by its status
+        #: Seconds to each response, by status.
+        self.seconds: defaultdict[int, list[float]] = defaultdict(list)
 
-    async def ask(self, due: float, *, counts: bool) -> None:
-        """Ask, and count the answer if it `counts`: 0 is for whoever gave up."""
-        status, loop = 0, asyncio.get_running_loop()
+    async def get(self, due: float, *, counts: bool) -> None:
+        """Send one request; if it `counts`, record its status and time, or that it was given up."""
+        status = GIVEN_UP
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(due + self.patience):
                 status = await self._exchange()
         if counts:
-            self.seconds[status].append(loop.time() - due)
+            self.seconds[status].append(asyncio.get_running_loop().time() - due)
 
     async def _exchange(self) -> int:
         reader, writer = self.idle.pop() if self.idle else await self._connect()
-        reusable = False
+        is_reusable = False
         try:
             writer.write(self.request)
-            head = (await reader.readuntil(b"\r\n\r\n")).lower()
-            await reader.readexactly(
-                int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
-            )
-            reusable = b"connection: close" not in head
+            headers = (await reader.readuntil(b"\r\n\r\n")).lower()
+            _, _, after = headers.partition(b"content-length:")
+            await reader.readexactly(int(after.partition(b"\r\n")[0]))
+            is_reusable = b"connection: close" not in headers
         finally:
-            if reusable:
+            if is_reusable:
                 self.idle.append((reader, writer))
             else:
                 writer.transport.abort()
-        return int(head[9:12])
+        return int(headers[9:12])
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         assert self.address.hostname
         return await asyncio.open_connection(self.address.hostname, self.address.port)
 
     async def offer(self, rate: float, settle: float, seconds: float) -> Outcome:
-        """Send requests at a rate, whether or not earlier ones are answered; count those after `settle` seconds."""
+        """Send requests at a rate, without waiting for responses.
+
+        Requests of the first `settle` seconds are not counted. Raises `BenchError` for any status
+        but 200 and 503.
+        """
         loop = asyncio.get_running_loop()
         start = loop.time() + 0.1
         async with asyncio.TaskGroup() as group:
             for number in range(int(rate * (settle + seconds))):
                 due = start + number / rate
-                if (wait := due - loop.time()) > 0:
+                wait = due - loop.time()
+                if wait > 0:
                     await asyncio.sleep(wait)
-                group.create_task(self.ask(due, counts=due >= start + settle))
+                group.create_task(self.get(due, counts=due >= start + settle))
         for _, writer in self.idle:
             writer.close()
-        if strange := set(self.seconds) - {0, 200, 503}:
-            raise BenchError(f"{self.address.geturl()}: answered {strange.pop()} under load")
-        answered, shed, given_up = (len(self.seconds[status]) / seconds for status in (200, 503, 0))
-        p99 = percentile(self.seconds[200], 0.99) * 1000 if self.seconds[200] else None
-        of_all = (
-            percentile([each for status in self.seconds.values() for each in status], 0.99) * 1000
+        return self._outcome(rate, seconds)
+
+    def _outcome(self, rate: float, seconds: float) -> Outcome:
+        unexpected = set(self.seconds) - {GIVEN_UP, 200, 503}
+        if unexpected:
+            raise BenchError(f"{self.address.geturl()}: returned {unexpected.pop()} under load")
+        succeeded = self.seconds[200]
+        all_requests = [each for status in self.seconds.values() for each in status]
+        return Outcome(
+            offered=rate,
+            answered=len(succeeded) / seconds,
+            shed=len(self.seconds[503]) / seconds,
+            given_up=len(self.seconds[GIVEN_UP]) / seconds,
+            p99_ms=percentile(succeeded, 0.99) * 1000 if succeeded else None,
+            p99_of_all_ms=percentile(all_requests, 0.99) * 1000,
         )
-        return Outcome(rate, answered, shed, given_up, p99, of_all)
 
 
 def ramp_step(
     server: Server, rate: float, settle: float, seconds: float, patience: float
 ) -> Outcome:
-    """Offer one rate to a server; raises `BenchError` if it ends, or answers anything but 200 and 503."""
+    """Offer one rate to a server.
+
+    Raises `BenchError` if the server exits, or returns any status but 200 and 503.
+    """
     try:
         outcome = asyncio.run(Clients(server.url, patience).offer(rate, settle, seconds))
     except ExceptionGroup as errors:
         server.check()
-        raise BenchError(
-            f"{server.name}: {errors.exceptions[0]!r} at {rate:g} requests/s"
-        ) from None
+        problem = f"{errors.exceptions[0]!r} at {rate:g} requests/s"
+        raise BenchError(f"{server.name}: {problem}") from None
     server.check()
     return outcome

@@ -1,4 +1,4 @@
-"""The plot of the results: CPU beside bare FastAPI, numbers of workers, and overload."""
+"""Plot the results: CPU compared with bare FastAPI, numbers of workers, and overload."""
 
 from pathlib import Path
 from statistics import median
@@ -8,8 +8,16 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which everybody can tell apart.
-BARE, SERVICE, PEER = "#999999", "#0072B2", "#D55E00"
+# The colors of Okabe and Ito, which color-blind readers can distinguish too.
+BARE = "#999999"
+SERVICE = "#0072B2"
+PEER = "#D55E00"
+#: Label and color of each server.
+SERVERS = {
+    "bare": ("bare FastAPI", BARE),
+    "service": ("this template", SERVICE),
+    "peer": ("fastapi_template", PEER),
+}
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -24,18 +32,14 @@ STYLE: Any = {
 
 
 def cpu(axes: Axes, figures: dict[str, Any]) -> None:
-    """Draw CPU per request, one bar for each server and work."""
+    """Draw CPU per request, one bar for each server and route."""
     bars = []
-    for part, what in {"small": "small JSON", "query": "one query"}.items():
-        for name, (label, colour) in {
-            "bare": ("bare FastAPI", BARE),
-            "service": ("this template", SERVICE),
-            "peer": ("fastapi_template", PEER),
-        }.items():
+    for part, route in {"small": "small JSON", "query": "one query"}.items():
+        for name, (label, color) in SERVERS.items():
             if name in figures[part]:
-                bars.append((f"{label}, {what}", median(figures[part][name]["cpu_us"]), colour))
-    labels, values, colours = zip(*reversed(bars), strict=True)
-    drawn = axes.barh(labels, values, color=colours, height=0.7)
+                bars.append((f"{label}, {route}", median(figures[part][name]["cpu_us"]), color))
+    labels, values, colors = zip(*reversed(bars), strict=True)
+    drawn = axes.barh(labels, values, color=colors, height=0.7)
     axes.bar_label(drawn, [f"{value:.0f}" for value in values], padding=3)
     axes.set_title("CPU per request, µs")
     axes.spines["bottom"].set_visible(False)
@@ -60,13 +64,14 @@ def workers(axes: Axes, figures: dict[str, Any]) -> None:
 
 def overload(axes: Axes, figures: dict[str, Any], key: str, title: str) -> None:
     """Draw one figure of the load ramp for both servers."""
-    for name, label, colour in (
+    for name, label, color in (
         ("bare", "bare FastAPI + asyncpg", BARE),
         ("service", "this template", SERVICE),
     ):
         steps = figures["ramp"][name]
-        rates, values = [step["offered"] for step in steps], [step[key] for step in steps]
-        axes.plot(rates, values, "o-", color=colour, label=label, linewidth=2, markersize=4)
+        rates = [step["offered"] for step in steps]
+        values = [step[key] for step in steps]
+        axes.plot(rates, values, "o-", color=color, label=label, linewidth=2, markersize=4)
     axes.set_title(title)
     axes.set_xlabel("offered requests/s")
     axes.set_ylim(bottom=0)
@@ -82,7 +87,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         cpu(left, figures)
         workers(right, figures)
         overload(lower_left, figures, "answered", "Overload: 200s/s")
-        overload(lower_right, figures, "p99_of_all_ms", "Overload: p99 until an answer, ms")
+        overload(lower_right, figures, "p99_of_all_ms", "Overload: p99 to the response, ms")
         figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)  # type: ignore[union-attr, call-arg]
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
         figure.savefig(path.with_suffix(".png"), dpi=180, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""What a run leaves: results.json (every figure), results.md (the tables), the plot, and the block in README.md."""
+"""Write the results of a run: results.json, results.md, the plot, and the block in README.md."""
 
 import json
 import re
@@ -12,27 +12,38 @@ Figures = dict[str, Any]
 NAMES = {"bare": "bare FastAPI", "service": "this template"}
 NOTHING = "–"  # noqa: RUF001 - a dash, as in any table
 BLOCK = re.compile(r"(?<=<!-- bench: begin -->\n).*?(?=<!-- bench: end -->)", re.DOTALL)
+RAMP_COLUMNS = {
+    "200s/s": "answered",
+    "503s/s": "shed",
+    "given up/s": "given_up",
+    "p99 of 200s": "p99_ms",
+    "p99 of all": "p99_of_all_ms",
+}
 
 
-def mid(runs: dict[str, list[float]] | None, key: str) -> float | None:
-    """Return the median of one figure over all rounds, None where it was not measured."""
+def middle(runs: dict[str, list[float]] | None, key: str) -> float | None:
+    """Return the median of one figure over all rounds, None if it was not measured."""
     return median(runs[key]) if runs else None
 
 
 def shown(value: float | None, digits: int = 0, unit: str = "") -> str:
-    """Return a number for people."""
-    return NOTHING if value is None else f"{value:,.{digits}f}{unit and ' ' + unit}"
+    """Return a number as the tables show it."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.{digits}f} {unit}".rstrip()
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown; all columns but the first are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    """Return a Markdown table; all columns but the first are numbers."""
+    alignment = ["---", *["---:"] * (len(head) - 1)]
+    lines = [head, alignment, *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def efficiency(figures: Figures, part: str, name: str) -> float | None:
-    """Return bare FastAPI's CPU per request by that of another: 1.0 is parity, 0.5 is twice the CPU."""
-    bare, other = (mid(figures[part].get(key), "cpu_us") for key in ("bare", name))
+    """Return bare FastAPI's CPU per request divided by another's: 0.5 is twice the CPU."""
+    bare = middle(figures[part].get("bare"), "cpu_us")
+    other = middle(figures[part].get(name), "cpu_us")
     return bare / other if bare and other else None
 
 
@@ -40,166 +51,205 @@ def summary(figures: Figures) -> str:
     """Return the table that README.md shows."""
     peers = figures["machine"]["peer"]
     names = NAMES | ({"peer": peers["peer"]["package"]} if peers else {})
-    rows = []
-    for part, title in {"small": "small JSON", "query": "one Postgres query"}.items():
-        runs = [figures[part].get(name) for name in names]
-        rows += [
-            [f"{title}: CPU per request", *(shown(mid(run, "cpu_us"), 0, "µs") for run in runs)],
-            [
-                f"{title}: efficiency, bare = 1",
-                *(shown(efficiency(figures, part, name), 2) for name in names),
-            ],
-            [
-                f"{title}: requests/s, one worker",
-                *(shown(mid(run, "requests_per_second")) for run in runs),
-            ],
-            [f"{title}: p99", *(shown(mid(run, "p99_ms"), 1, "ms") for run in runs)],
-        ]
-    idle = [figures["idle"][name] for name in names]
-    two = [of["memory_2"] for of in idle]
-    rows += [
-        ["idle worker, RSS", *(shown(of["memory_1"]["worker_rss_mb"], 0, "MB") for of in idle)],
-        [
-            "idle worker, PSS",
-            *(shown(of["memory_1"].get("workers_pss_mb"), 0, "MB") for of in idle),
-        ],
-        ["two idle workers, PSS", *(shown(of.get("workers_pss_mb"), 0, "MB") for of in two)],
-        ["their master, PSS", *(shown(of.get("master_pss_mb"), 0, "MB") for of in two)],
-        [
-            "their metrics process, PSS",
-            *(shown(of.get("metrics_pss_mb") or None, 0, "MB") for of in two),
-        ],
-        ["start to the first 200", *(shown(median(of["start_seconds"]), 2, "s") for of in idle)],
+    rows = [
+        *load_rows(figures, "small", "small JSON", list(names)),
+        *load_rows(figures, "query", "one Postgres query", list(names)),
+        *idle_rows([figures["idle"][name] for name in names]),
     ]
     return table(["", *names.values()], rows)
 
 
+def load_rows(figures: Figures, part: str, title: str, names: list[str]) -> list[list[str]]:
+    """Return the rows of one route under load."""
+    runs = [figures[part].get(name) for name in names]
+    cpu = [shown(middle(run, "cpu_us"), 0, "µs") for run in runs]
+    relative = [shown(efficiency(figures, part, name), 2) for name in names]
+    rates = [shown(middle(run, "requests_per_second")) for run in runs]
+    p99 = [shown(middle(run, "p99_ms"), 1, "ms") for run in runs]
+    return [
+        [f"{title}: CPU per request", *cpu],
+        [f"{title}: efficiency, bare = 1", *relative],
+        [f"{title}: requests/s, one worker", *rates],
+        [f"{title}: p99", *p99],
+    ]
+
+
+def idle_rows(idle: list[Figures]) -> list[list[str]]:
+    """Return the rows of memory and start."""
+    one = [figures["memory_1"] for figures in idle]
+    two = [figures["memory_2"] for figures in idle]
+    starts = [median(figures["start_seconds"]) for figures in idle]
+    metrics = [memory.get("metrics_pss_mb") or None for memory in two]
+    return [
+        ["idle worker, RSS", *(megabytes(memory, "worker_rss_mb") for memory in one)],
+        ["idle worker, PSS", *(megabytes(memory, "workers_pss_mb") for memory in one)],
+        ["two idle workers, PSS", *(megabytes(memory, "workers_pss_mb") for memory in two)],
+        ["their master, PSS", *(megabytes(memory, "master_pss_mb") for memory in two)],
+        ["their metrics process, PSS", *(shown(value, 0, "MB") for value in metrics)],
+        ["start to the first 200", *(shown(seconds, 2, "s") for seconds in starts)],
+    ]
+
+
+def megabytes(memory: Figures, key: str) -> str:
+    """Return one figure of memory as the tables show it."""
+    return shown(memory.get(key), 0, "MB")
+
+
 def workers(figures: Figures) -> str:
     """Return the table of numbers of workers."""
-    one = mid(figures["workers"]["1"], "requests_per_second") or 1.0
+    one = middle(figures["workers"]["1"], "requests_per_second") or 1.0
+    rule_of_thumb = str(2 * figures["machine"]["cpus"] + 1)
     rows = []
     for number, runs in figures["workers"].items():
-        rate = mid(runs, "requests_per_second") or 0.0
-        name = (
-            f"{number} (2 x CPU + 1)"
-            if int(number) == 2 * figures["machine"]["cpus"] + 1
-            else number
-        )
-        rows.append([name, shown(rate), shown(rate / one, 2), shown(mid(runs, "p99_ms"), 0, "ms")])
+        rate = middle(runs, "requests_per_second") or 0.0
+        p99 = middle(runs, "p99_ms")
+        name = f"{number} (2 x CPU + 1)" if number == rule_of_thumb else number
+        rows.append([name, shown(rate), shown(rate / one, 2), shown(p99, 0, "ms")])
     return table(["workers", "requests/s", "relative", "p99"], rows)
 
 
 def ramp(figures: Figures) -> str:
     """Return the table of the load ramp."""
-    columns = {
-        "200s/s": "answered",
-        "503s/s": "shed",
-        "given up/s": "given_up",
-        "p99 of 200s": "p99_ms",
-    }
-    columns["p99 of all"] = "p99_of_all_ms"
     rows = []
     for steps in zip(figures["ramp"]["bare"], figures["ramp"]["service"], strict=True):
         for name, step in zip(NAMES.values(), steps, strict=True):
-            cells = (
-                shown(step[key], 0, "ms" if key.endswith("ms") else "") for key in columns.values()
-            )
+            cells = [
+                shown(step[key], 0, "ms" if key.endswith("ms") else "")
+                for key in RAMP_COLUMNS.values()
+            ]
             rows.append([f"{step['offered']:,}/s to {name}", *cells])
-    return table(["offered", *columns], rows)
+    return table(["offered", *RAMP_COLUMNS], rows)
 
 
 def peer(figures: Figures) -> str:
-    """Return the table of the peer, by what makes it answer and by route; nothing if it was left out."""
-    small, rows = figures["small"], []
-    service = mid(small["service"], "cpu_us") or 1.0
-    for name, about in figures["machine"]["peer"].items():
-        for key, route in {
-            name: "the same handler, added",
-            f"{name}_health": "its own health check (`def`)",
-        }.items():
-            cpu = mid(small[key], "cpu_us") or 0.0
-            pin = f"`{about['pin']}`, FastAPI {about['versions']['fastapi']}"
+    """Return the table of the peer, by pin and by route."""
+    small = figures["small"]
+    service = middle(small["service"], "cpu_us") or 1.0
+    rows = []
+    for name, variant in figures["machine"]["peer"].items():
+        pin = f"`{variant['pin']}`, FastAPI {variant['versions']['fastapi']}"
+        routes = {name: "the same handler, added", f"{name}_health": "its own health check (`def`)"}
+        for key, route in routes.items():
+            cpu = middle(small[key], "cpu_us") or 0.0
             rows.append([f"{route}; {pin}", shown(cpu, 0, "µs"), shown(cpu / service, 2)])
-    return table(
-        [figures["machine"]["peer"]["peer"]["package"], "CPU per request", "times this template"],
-        rows,
-    )
+    package = figures["machine"]["peer"]["peer"]["package"]
+    return table([package, "CPU per request", "times this template"], rows)
 
 
-def versions(about: dict[str, str]) -> str:
-    """Return versions in one line."""
-    return ", ".join(f"{name} {version}" for name, version in about.items())
+def versions(found: dict[str, str]) -> str:
+    """Return versions as one line."""
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def document(figures: Figures) -> str:
     """Return results.md."""
-    machine = figures["machine"]
-    size, limits = machine["size"], machine["ramp"]
-    parts = [
-        "# Results\n\n",
-        f"By `{machine['command']}` on {machine['date']}: {machine['cpus']} CPUs, {machine['memory_gb']} GB, "
-        f"{machine['wrk']} with {size['connections']} connections, {size['seconds']:g} s for each in "
-        f"turn, {size['rounds']} times after {size['warm_up_rounds']} not counted, medians. "
-        "Clients and Postgres run on the same CPUs. Compare figures of one run only.\n\n",
-        f"Of bare FastAPI and the service: {versions(machine['versions'])}.\n\n",
-        "![CPU, workers and overload](results.svg)\n\n## Beside bare FastAPI\n\n",
-        summary(figures),
-        "\nCPU is user and system time of all processes of a server, those that ended included. Bare is FastAPI on the "
-        "stock gunicorn and uvicorn worker, without access log or metrics, with the same answer and a pool of the same "
-        f"size ({machine['pool_size']}). The service has its defaults: JSON access lines into a pipe that is read, "
-        "metrics, request IDs, all limits, recycling of workers. RSS counts what processes share once for each of "
-        "them, PSS once in all.\n\n",
-    ]
-    if machine["peer"]:
-        parts += [
-            "## The most used peer\n\n",
-            peer(figures),
-            "\nGenerated at run time with Postgres, Redis, Prometheus and gunicorn, run by its own command with one "
-            "worker and its access log. As its own ranges resolve, its metrics package fails with the FastAPI that it "
-            "gets, and every API route answers 500. So one version is pinned: that package from above the range, with "
-            "all that the two share held at the service's versions; or an older FastAPI from within it. \"The same "
-            'handler": the route of bare FastAPI and the service was added to it, since its own health check is a '
-            "plain `def` and pays for a thread. The table above has the first line.\n\n",
-            *(
-                f"- `{about['pin']}`: {versions(about['versions'])}\n"
-                for about in machine["peer"].values()
-            ),
-            "\n",
-        ]
-    parts += [
-        "## Workers\n\nThe service on one query of Postgres; each worker with a pool of the same size.\n\n",
-        workers(figures),
-        "\n## Overload\n\n",
-        f"Requests come at a fixed rate, answered or not, while each query takes {limits['query_ms']:g} ms, so that "
-        f"the pool of {machine['pool_size']} connections is what is short. A client gives up after "
-        f"{limits['patience_s']:g} s and hangs up. The service has `MAX_IN_FLIGHT={limits['max_in_flight']}`. "
-        'Each rate starts with a fresh server; what comes in the first two seconds is not counted. "All" are 200s, '
-        "503s, and those given up, which took the client's patience. The few that bare FastAPI still answers in time "
-        "are those that found a connection just given back.\n\n",
-        ramp(figures),
-    ]
-    return "".join(parts)
+    parts = [introduction(figures), comparison(figures)]
+    if figures["machine"]["peer"]:
+        parts.append(peer_section(figures))
+    parts += [workers_section(figures), overload_section(figures)]
+    return "\n".join(parts)
 
 
-def block(figures: Figures) -> str:
-    """Return what stands in README.md between its markers."""
+def introduction(figures: Figures) -> str:
+    """Return the conditions of the run."""
     machine = figures["machine"]
-    about = machine["versions"]
+    size = machine["size"]
     return (
-        "![CPU, workers and overload](benchmarks/results.svg)\n\n"
-        f"{summary(figures)}\n"
-        f"Measured on {machine['date']} with {machine['cpus']} CPUs, Python {about['python']}, "
-        f"FastAPI {about['fastapi']}, gunicorn {about['gunicorn']}, uvicorn {about['uvicorn']}; clients and Postgres "
-        "run on the same CPUs. [benchmarks/results.md](benchmarks/results.md) says how, and has the rest: numbers of "
-        "workers, overload, and the peer's pins.\n"
+        "# Results\n\n"
+        f"Measured by `{machine['command']}` on {machine['date']} with {machine['cpus']} CPUs, "
+        f"{machine['memory_gb']} GB and {machine['wrk']}. "
+        f"wrk uses {size['connections']} connections and loads each server in turn for "
+        f"{size['seconds']:g} s. The figures are medians of {size['rounds']} rounds. "
+        f"Warm-up rounds, not counted: {size['warm_up_rounds']}. "
+        "Clients and Postgres run on the same CPUs. Compare figures of one run only.\n\n"
+        f"Versions of bare FastAPI and the service: {versions(machine['versions'])}.\n\n"
+        "![CPU, workers and overload](results.svg)\n"
     )
 
 
-def write(figures: Figures, folder: Path, readme: Path | None) -> None:
-    """Write all results into a folder, and the block into a README if one is given."""
-    (folder / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (folder / "results.md").write_text(document(figures))
-    plot.draw(figures, folder / "results")
+def comparison(figures: Figures) -> str:
+    """Return the section that compares with bare FastAPI."""
+    pool_size = figures["machine"]["pool_size"]
+    return (
+        "## Compared with bare FastAPI\n\n"
+        f"{summary(figures)}\n"
+        "- CPU is user and system time of all processes of a server, including exited ones.\n"
+        "- Bare FastAPI runs on the stock gunicorn and uvicorn worker, without access log and "
+        f"metrics. It returns the same response, and its pool has the same size ({pool_size}).\n"
+        "- This template runs with its defaults: JSON access lines into a pipe that "
+        "is read, metrics, request IDs, all limits, and recycling of workers.\n"
+        "- RSS counts shared memory once for each process, PSS once in total.\n"
+    )
+
+
+def peer_section(figures: Figures) -> str:
+    """Return the section about the peer."""
+    variants = figures["machine"]["peer"].values()
+    pins = "".join(f"- `{each['pin']}`: {versions(each['versions'])}\n" for each in variants)
+    return (
+        "## The most used template\n\n"
+        f"{peer(figures)}\n"
+        "It is generated during the run with Postgres, Redis, Prometheus and gunicorn. Its own "
+        "command runs it, with one worker and its access log.\n\n"
+        "By its own version ranges, its metrics package fails with the FastAPI that is installed, "
+        "and every API route returns 500. So one version is pinned, in two variants:\n\n"
+        "- its metrics package from above the range, with all shared packages pinned to the "
+        "service's versions;\n"
+        "- an older FastAPI from within the range.\n\n"
+        '"The same handler" is the route of bare FastAPI and of the service, added to the peer. '
+        "The peer's own health check is a plain `def`, which costs a thread. The table above "
+        "shows the first line.\n\n"
+        f"{pins}"
+    )
+
+
+def workers_section(figures: Figures) -> str:
+    """Return the section about numbers of workers."""
+    return (
+        "## Workers\n\n"
+        "The service with one Postgres query per request. All workers have pools of the same "
+        "size.\n\n"
+        f"{workers(figures)}"
+    )
+
+
+def overload_section(figures: Figures) -> str:
+    """Return the section about the load ramp."""
+    machine = figures["machine"]
+    limits = machine["ramp"]
+    return (
+        "## Overload\n\n"
+        "Requests arrive at a fixed rate, whether or not earlier ones have finished. Each query "
+        f"takes {limits['query_ms']:g} ms, so that the pool of {machine['pool_size']} connections "
+        f"is the bottleneck. A client gives up after {limits['patience_s']:g} s and closes its "
+        f"connection. The service has `MAX_IN_FLIGHT={limits['max_in_flight']}`. Each rate starts "
+        "with a fresh server, and its first two seconds are not counted.\n\n"
+        '"All" means 200s, 503s and the requests that were given up, which count with the '
+        "client's patience. Under overload, bare FastAPI serves only the few requests that find "
+        "a connection just released.\n\n"
+        f"{ramp(figures)}"
+    )
+
+
+def block(figures: Figures) -> str:
+    """Return the text between the markers in README.md."""
+    machine = figures["machine"]
+    found = machine["versions"]
+    return (
+        f"{summary(figures)}\n"
+        f"Measured on {machine['date']} with {machine['cpus']} CPUs, Python {found['python']}, "
+        f"FastAPI {found['fastapi']}, gunicorn {found['gunicorn']} and uvicorn "
+        f"{found['uvicorn']}. Clients and Postgres run on the same CPUs. "
+        "[benchmarks/results.md](benchmarks/results.md) describes the method and has the other "
+        "figures: numbers of workers, overload, and all versions.\n"
+    )
+
+
+def write(figures: Figures, directory: Path, readme: Path | None) -> None:
+    """Write all results into a directory, and the block into a README if one is given."""
+    (directory / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (directory / "results.md").write_text(document(figures))
+    plot.draw(figures, directory / "results")
     if readme:
         text = block(figures)
         readme.write_text(BLOCK.sub(lambda _: text, readme.read_text()))

@@ -1,4 +1,4 @@
--- Prints what wrk counted as one line of JSON; there is no hook on the path of a request.
+-- Prints the counts of wrk as one line of JSON. It hooks into the end only, never into a request.
 function done(summary, latency)
   local failed = {}
   for _, kind in ipairs({"connect", "read", "write", "status", "timeout"}) do

@@ -1,4 +1,7 @@
-"""Writes the service's name where it is needed, removes the example if nobody wants it, and says what comes next."""
+"""Write the answers into the project, remove the example if it is not wanted, print the next steps.
+
+Offline, deterministic and idempotent: `cruft update` runs it again.
+"""
 
 import json
 import runpy
@@ -7,15 +10,25 @@ from pathlib import Path
 
 ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")
 
+NEXT_STEPS = """
+%(slug)s is ready. Next:
+
+    cd %(slug)s
+    make dev
+
+See README.md for the rest.
+"""
+
 
 def replace(file, before, after):
-    """Replace a line; a second run finds nothing to replace."""
+    """Replace a whole line; a second run finds nothing to replace."""
     path = Path(file)
     text = path.read_bytes().decode("utf-8")
     path.write_bytes(text.replace(before + "\n", after + "\n").encode("utf-8"))
 
 
-slug, description = ANSWERS["project_slug"], json.dumps(ANSWERS["description"], ensure_ascii=False)
+slug = ANSWERS["project_slug"]
+description = json.dumps(ANSWERS["description"], ensure_ascii=False)
 replace("pyproject.toml", 'name = "service"', 'name = "%s"' % slug)
 replace(
     "pyproject.toml",
@@ -30,6 +43,4 @@ replace(
 replace(".env.example", "SERVICE_NAME=service", "SERVICE_NAME=%s" % slug)
 if not ANSWERS["include_example"]:
     runpy.run_path("scripts/remove_example.py")["remove"](Path.cwd())
-sys.stdout.write(
-    "\n%s is ready. Next:\n\n    cd %s\n    make dev\n\nREADME.md has the rest.\n" % (slug, slug)
-)
+sys.stdout.write(NEXT_STEPS % {"slug": slug})

@@ -1,78 +1,66 @@
-"""Refuses answers that would make a project that does not work: one line for each fault, before anything is written."""
+"""Reject answers that would make a broken project, with one line for each error.
+
+Runs before any file is written.
+"""
 
 import json
 import re
 import sys
 
-# Answers are data: as JSON in a raw string they cannot become code, whatever they hold.
+# Answers are data: as JSON in a raw string they cannot become code, whatever they contain.
 ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")
 
 SLUG = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-LONGEST = {"project_slug": 40, "project_name": 60, "description": 200, "owner": 100}
-#: Names that Windows keeps for devices, and names of this project's own dependencies and folders, which would hide
-#: what they name.
-RESERVED = {
-    *(
-        "con",
-        "prn",
-        "aux",
-        "nul",
-        *(f"{device}{number}" for device in ("com", "lpt") for number in range(10)),
-    ),
-    *(
-        "alembic",
-        "asyncpg",
-        "fastapi",
-        "gunicorn",
-        "httptools",
-        "httpx",
-        "orjson",
-        "pydantic",
-        "pydantic-settings",
-    ),
-    *(
-        "prometheus-client",
-        "pytest",
-        "redis",
-        "sqlalchemy",
-        "starlette",
-        "uvicorn",
-        "uvicorn-worker",
-        "uvloop",
-    ),
-    *("app", "migrations", "postgres", "scripts", "test", "tests"),
-}
+SLUG_RULE = "must be lower-case letters, digits and single hyphens, starting with a letter"
+MAX_LENGTH = {"project_slug": 40, "project_name": 60, "description": 200, "owner": 100}
+MAX_SHOWN = 80
+
+#: Names that Windows keeps for devices.
+DEVICES = (
+    "con prn aux nul com0 com1 com2 com3 com4 com5 com6 com7 com8 com9 "
+    "lpt0 lpt1 lpt2 lpt3 lpt4 lpt5 lpt6 lpt7 lpt8 lpt9"
+)
+#: A project named after one of its dependencies would hide that dependency.
+DEPENDENCIES = (
+    "alembic asyncpg fastapi gunicorn httptools httpx orjson prometheus-client pydantic "
+    "pydantic-settings pytest redis sqlalchemy starlette uvicorn uvicorn-worker uvloop"
+)
+#: A project named after one of its own directories or containers would hide that one.
+OWN_NAMES = "app migrations postgres scripts test tests"
+RESERVED = frozenset((DEVICES + " " + DEPENDENCIES + " " + OWN_NAMES).split())
 
 
-def faults_of_slug(value):
-    """Yield what is wrong with the name for machines: it names a folder, a package, containers and DNS labels."""
+def slug_errors(value):
+    """Yield the errors of the slug: it names a directory, a package, containers and DNS labels."""
     if value in RESERVED:
-        yield "is reserved; choose another name, such as my-%s" % value
+        yield "is reserved; choose another name, for example my-%s" % value
     elif not SLUG.fullmatch(value):
-        yield "takes lower-case letters, digits and single hyphens between them, and starts with a letter"
+        yield SLUG_RULE
 
 
-def faults(name, value):
-    """Yield one sentence for each fault of an answer."""
+def errors(name, value):
+    """Yield one text for each error of an answer."""
     if not value.strip():
         yield "must not be empty"
         return
-    if len(value) > LONGEST[name]:
-        yield "has %d characters; at most %d fit" % (len(value), LONGEST[name])
+    if len(value) > MAX_LENGTH[name]:
+        yield "must be at most %d characters, but has %d" % (MAX_LENGTH[name], len(value))
     if not value.isprintable():
-        yield "takes printable characters on one line"
+        yield "must be one line of printable characters"
     elif name == "project_slug":
-        yield from faults_of_slug(value)
+        yield from slug_errors(value)
 
 
 def main():
-    """Print each fault on stderr, the value escaped; return the exit code."""
+    """Print each error to stderr, with the value escaped; return the exit code."""
     code = 0
-    for name in LONGEST:
+    for name in MAX_LENGTH:
         value = str(ANSWERS[name])
-        for fault in faults(name, value):
-            shown = value if len(value) <= 80 else value[:77] + "..."
-            sys.stderr.write("%s=%s: %s\n" % (name, json.dumps(shown), fault))
+        shown = value
+        if len(value) > MAX_SHOWN:
+            shown = value[: MAX_SHOWN - 3] + "..."
+        for error in errors(name, value):
+            sys.stderr.write("%s=%s: %s\n" % (name, json.dumps(shown), error))
             code = 1
     return code
 

@@ -1,12 +1,11 @@
-"""Bake the default service and run it under its production server, on a throw-away Postgres and Redis.
+"""Generate the default service and run it under gunicorn, with a temporary Postgres and Redis.
 
-It ends with Ctrl-C. `TOOLS` in the environment names the folder of the uv that sets the service up.
+Ctrl-C stops it. The environment variable `TOOLS` names the directory of the uv that installs it.
 """
 
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,40 +14,40 @@ from pathlib import Path
 
 from cookiecutter.main import cookiecutter
 
+from scripts.ports import is_listening
+
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / ".demo"
-BIND, METRICS = "127.0.0.1:8000", "127.0.0.1:9464"
+DIRECTORY = ROOT / ".demo"
+HOST = "127.0.0.1"
+PORT = 8000
+METRICS_PORT = 9464
 READY_SECONDS = 60
-GUIDE = f"""
-The service of {{project}} runs. In another terminal:
+HEADERS = "-H 'Content-Type: application/json' -H 'Idempotency-Key: first'"
+PAYMENT = '{"amount": 1250, "currency": "EUR", "reference": "order-1"}'
+GUIDE = """
+The service in {project} is ready. In another terminal:
 
-    curl -i http://{BIND}/
-    curl -i http://{BIND}/health/ready
-    curl -i http://{BIND}/payments -H 'Content-Type: application/json' -H 'Idempotency-Key: first' \\
-      -d '{{{{"amount": 1250, "currency": "EUR", "reference": "order-1"}}}}'
-    curl -s http://{METRICS}/metrics | grep _count
+    curl -i http://{bind}/
+    curl -i http://{bind}/health/ready
+    curl -i http://{bind}/payments {headers} \\
+      -d '{payment}'
+    curl -s http://{metrics_bind}/metrics | grep _count
 
-Watch it drain: for ten seconds it is not ready, and serves all the same, with `Connection: close`.
+Watch it drain: for ten seconds readiness is 503, and every request is still served, with
+`Connection: close`.
 
-    kill -TERM $(cat {{pid}}); sleep 1; curl -i http://{BIND}/health/ready; curl -i http://{BIND}/
+    kill -TERM $(cat {pid}); sleep 1; curl -i http://{bind}/health/ready; curl -i http://{bind}/
 
 Ctrl-C ends the demo.
 """
 
 
-def free(address: str) -> bool:
-    """Tell whether nobody listens on an address."""
-    host, port = address.split(":")
-    with socket.socket() as probe:
-        return probe.connect_ex((host, int(port))) != 0
-
-
 def wait_until_ready(process: subprocess.Popen[bytes]) -> bool:
-    """Wait for the first 200 of readiness; return False if the process ended or time ran out."""
-    end = time.monotonic() + READY_SECONDS
-    while process.poll() is None and time.monotonic() < end:
+    """Wait until the service is ready; return False if it exits first or the time limit passes."""
+    deadline = time.monotonic() + READY_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"http://{BIND}/health/ready", timeout=1):
+            with urllib.request.urlopen(f"http://{HOST}:{PORT}/health/ready", timeout=1):
                 return True
         except OSError:
             time.sleep(0.1)
@@ -56,42 +55,72 @@ def wait_until_ready(process: subprocess.Popen[bytes]) -> bool:
 
 
 def set_up(project: Path, **variables: str) -> dict[str, str]:
-    """Make the environment of a project; return the variables, these among them, that its make targets take."""
-    # The project's make must not take over what this one was told.
-    environment = {
+    """Create the environment of a project; return the environment variables for its make targets.
+
+    The project's make must not inherit the options of the make that runs this.
+    """
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if name not in {"MAKEFLAGS", "MFLAGS", "VENV"}
     }
-    environment |= variables
+    environment = inherited | variables
     subprocess.run(["make", "--silent", "setup"], cwd=project, check=True, env=environment)
     return environment
 
 
-def main() -> int:
-    """Bake, set up, run; return the exit code of the service."""
-    if taken := [address for address in (BIND, METRICS) if not free(address)]:
-        sys.exit(f"{', '.join(taken)}: somebody listens there already; end that first")
-    shutil.rmtree(FOLDER, ignore_errors=True)
+def require_free_ports() -> None:
+    """Exit with one line if another process listens on a port of the demo."""
+    in_use = [f"{HOST}:{port}" for port in (PORT, METRICS_PORT) if is_listening(port, HOST)]
+    if in_use:
+        sys.exit(f"{', '.join(in_use)}: already in use; stop the process that listens there")
+
+
+def generate() -> Path:
+    """Generate the default service in `.demo`; return its directory."""
+    shutil.rmtree(DIRECTORY, ignore_errors=True)
     start = time.monotonic()
-    project = Path(
-        cookiecutter(str(ROOT), no_input=True, default_config=True, output_dir=str(FOLDER))
-    )
-    sys.stdout.write(f"baked in {time.monotonic() - start:.1f} s; setting up its environment ...\n")
+    project = cookiecutter(str(ROOT), no_input=True, default_config=True, output_dir=str(DIRECTORY))
+    seconds = time.monotonic() - start
+    sys.stdout.write(f"generated in {seconds:.1f} s; installing its dependencies ...\n")
     sys.stdout.flush()
-    pid = FOLDER / "gunicorn.pid"
-    environment = set_up(project, GUNICORN_CMD_ARGS=f"--pid {pid}", BIND=BIND, METRICS_BIND=METRICS)
+    return Path(project)
+
+
+def print_guide(project: Path, pid: Path) -> None:
+    """Print the requests to try."""
+    guide = GUIDE.format(
+        project=project.relative_to(Path.cwd()),
+        bind=f"{HOST}:{PORT}",
+        metrics_bind=f"{HOST}:{METRICS_PORT}",
+        headers=HEADERS,
+        payment=PAYMENT,
+        pid=pid.relative_to(Path.cwd()),
+    )
+    sys.stdout.write(guide)
+    sys.stdout.flush()
+
+
+def ignore(_number: int, _frame: object) -> None:
+    """Ignore a signal: the service in the foreground receives it too, and stops by itself."""
+
+
+def main() -> int:
+    """Generate, install, run; return the exit code."""
+    require_free_ports()
+    project = generate()
+    pid = DIRECTORY / "gunicorn.pid"
+    environment = set_up(
+        project,
+        GUNICORN_CMD_ARGS=f"--pid {pid}",
+        BIND=f"{HOST}:{PORT}",
+        METRICS_BIND=f"{HOST}:{METRICS_PORT}",
+    )
     process = subprocess.Popen(["make", "--silent", "run"], cwd=project, env=environment)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # the service gets Ctrl-C too, and ends by itself
-        signal.signal(number, lambda *_: None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ignore)
     if wait_until_ready(process):
-        sys.stdout.write(
-            GUIDE.format(project=project.relative_to(Path.cwd()), pid=pid.relative_to(Path.cwd()))
-        )
-        sys.stdout.flush()
+        print_guide(project, pid)
     process.wait()
     return 0
 

@@ -1,4 +1,4 @@
-"""Which Python of a version runs on this machine."""
+"""Find a Python interpreter by its version."""
 
 import os
 import shutil
@@ -7,20 +7,14 @@ from pathlib import Path
 
 
 def find(version: str) -> str | None:
-    """Return the path of a Python of this minor version that runs, from PATH or from pyenv, or None."""
-    pyenv = (
-        Path(os.environ.get("PYENV_ROOT", "~/.pyenv"))
-        .expanduser()
-        .glob(f"versions/{version}.*/bin/python")
-    )
-    for candidate in (shutil.which(f"python{version}"), *map(str, sorted(pyenv))):
-        if candidate:
-            ask = [
-                candidate,
-                "-c",
-                "import sys; print(sys.executable)",
-            ]  # a pyenv shim names itself otherwise
-            answer = subprocess.run(ask, capture_output=True, text=True, check=False)
-            if answer.returncode == 0:
-                return answer.stdout.strip()
+    """Return the path of a working Python of this minor version, from PATH or pyenv, or None."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
+    candidates = [shutil.which(f"python{version}")]
+    candidates += map(str, sorted(pyenv.glob(f"versions/{version}.*/bin/python")))
+    for candidate in filter(None, candidates):
+        # A shim of pyenv prints the path of the real interpreter.
+        command = [candidate, "-c", "import sys; print(sys.executable)"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
     return None

@@ -1,6 +1,6 @@
-"""A stand-in for the API server of Kubernetes: it keeps what kubectl sends, and says at once that all went as wished.
+"""A fake API server of Kubernetes: it stores objects, and reports success at once.
 
-It knows the one rule that shapes a rollout, that a Job cannot be changed, and nothing else: no controller runs.
+It enforces the one rule that shapes a rollout: a Job is immutable. No controller runs.
 """
 
 import json
@@ -9,25 +9,28 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Document = dict[str, Any]
+#: The resources of each API version, by kind.
 KINDS = {
     "v1": {
         "Namespace": "namespaces",
         "ServiceAccount": "serviceaccounts",
         "ConfigMap": "configmaps",
-    }
-    | {"Secret": "secrets", "Service": "services", "Pod": "pods"},
+        "Secret": "secrets",
+        "Service": "services",
+        "Pod": "pods",
+    },
     "apps/v1": {"Deployment": "deployments"},
     "batch/v1": {"Job": "jobs"},
     "autoscaling/v2": {"HorizontalPodAutoscaler": "horizontalpodautoscalers"},
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
     "networking.k8s.io/v1": {"NetworkPolicy": "networkpolicies"},
 }
-SHORT = {"horizontalpodautoscalers": ["hpa"], "poddisruptionbudgets": ["pdb"]}
+SHORT_NAMES = {"horizontalpodautoscalers": ["hpa"], "poddisruptionbudgets": ["pdb"]}
 VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
 
 
 def merge(document: Document, patch: Document) -> None:
-    """Merge a patch into a document, as far as objects go."""
+    """Merge a patch into a document. Lists are replaced, not merged."""
     for key, value in patch.items():
         if isinstance(value, dict) and isinstance(document.get(key), dict):
             merge(document[key], value)
@@ -35,32 +38,75 @@ def merge(document: Document, patch: Document) -> None:
             document[key] = value
 
 
+def describe_resource(kind: str, name: str) -> Document:
+    """Return the discovery document of a resource."""
+    return {
+        "name": name,
+        "kind": kind,
+        "namespaced": kind != "Namespace",
+        "verbs": VERBS,
+        "singularName": "",
+        "shortNames": SHORT_NAMES.get(name, []),
+    }
+
+
+def list_groups() -> Document:
+    """Return the discovery document of all API groups."""
+    groups = []
+    for version in KINDS:
+        group, slash, number = version.partition("/")
+        if slash:
+            preferred = {"groupVersion": version, "version": number}
+            groups.append({"name": group, "versions": [preferred], "preferredVersion": preferred})
+    return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
+
+
+def list_resources(version: str) -> Document:
+    """Return the discovery document of an API version."""
+    resources = [describe_resource(kind, name) for kind, name in KINDS[version].items()]
+    return {"kind": "APIResourceList", "groupVersion": version, "resources": resources}
+
+
+def find_kind(resource: str) -> tuple[str, str] | None:
+    """Return the API version and the kind of a resource, or None."""
+    for version, kinds in KINDS.items():
+        for kind, name in kinds.items():
+            if name == resource:
+                return version, kind
+    return None
+
+
 class ApiServer(ThreadingHTTPServer):
-    """Listens on the loopback interface; `done` is what it was told, such as `POST jobs/service-migrate`."""
+    """Listens on the loopback interface.
+
+    `changes` are the modifying requests so far, such as `POST jobs/service-migrate`.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.objects: dict[str, Document] = {}
-        self.done: list[str] = []
+        self.changes: list[str] = []
         self.migrations_fail = False
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def settle(self, document: Document) -> None:
-        """Say of an object what controllers would have said after a while."""
+    def set_status(self, document: Document) -> None:
+        """Give an object the status that controllers would reach after a while."""
         document["metadata"].update({"uid": "1", "resourceVersion": "1", "generation": 1})
         if document["kind"] == "Job":
-            ends = (
-                ("FailureTarget", "Failed")
-                if self.migrations_fail
-                else ("SuccessCriteriaMet", "Complete")
-            )
-            document["status"] = {"conditions": [{"type": end, "status": "True"} for end in ends]}
+            document["status"] = {"conditions": self._job_conditions()}
         if document["kind"] == "Deployment":
             document["spec"]["replicas"] = 3
             counts = ("replicas", "updatedReplicas", "readyReplicas", "availableReplicas")
             document["status"] = {"observedGeneration": 1, **dict.fromkeys(counts, 3)}
+
+    def _job_conditions(self) -> list[Document]:
+        """Return the conditions of a Job that has ended."""
+        types = ["SuccessCriteriaMet", "Complete"]
+        if self.migrations_fail:
+            types = ["FailureTarget", "Failed"]
+        return [{"type": each, "status": "True"} for each in types]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -70,9 +116,9 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
-        """Stay silent."""
+        """Log nothing."""
 
-    def answer(self, document: Document, code: int = 200) -> None:
+    def respond(self, document: Document, code: int = 200) -> None:
         """Send a document."""
         content = json.dumps(document).encode()
         self.send_response(code)
@@ -81,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def refuse(self, code: int, reason: str, message: str) -> None:
+    def reject(self, code: int, reason: str, message: str) -> None:
         """Send an error."""
         status = {
             "kind": "Status",
@@ -89,118 +135,86 @@ class Handler(BaseHTTPRequestHandler):
             "status": "Failure",
             "reason": reason,
             "message": message,
+            "code": code,
         }
-        self.answer({**status, "code": code}, code)
+        self.respond(status, code)
 
     @property
-    def where(self) -> str:
+    def place(self) -> str:
         """The path without its query."""
         return self.path.partition("?")[0]
 
-    def body(self) -> Document:
-        """Read what was sent."""
+    def read_body(self) -> Document:
+        """Return the document of the request; an empty body is an empty document."""
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         document: Document = json.loads(content or b"{}")
         return document
 
-    def note(self, path: str) -> None:
-        """Remember a change."""
-        self.server.done.append(f"{self.command} {'/'.join(path.split('/')[-2:])}")
+    def record(self, path: str) -> None:
+        """Record a change."""
+        self.server.changes.append(f"{self.command} {'/'.join(path.split('/')[-2:])}")
 
     def do_GET(self) -> None:
-        """Answer discovery, an object, or a list; a watch tells of no change."""
-        resources = {
-            version: [
-                {
-                    "name": name,
-                    "kind": kind,
-                    "namespaced": kind != "Namespace",
-                    "verbs": VERBS,
-                    "singularName": "",
-                }
-                | {"shortNames": SHORT.get(name, [])}
-                for kind, name in kinds.items()
-            ]
-            for version, kinds in KINDS.items()
-        }
-        listed = {
-            name: (version, kind)
-            for version, kinds in KINDS.items()
-            for kind, name in kinds.items()
-        }
-        versions = [
-            {"groupVersion": version, "version": version.split("/")[-1]}
-            for version in KINDS
-            if "/" in version
-        ]
-        folder, _, last = self.where.rpartition("/")
-        if self.where == "/api":
-            self.answer({"kind": "APIVersions", "versions": ["v1"]})
-        elif self.where == "/apis":
-            groups = [
-                {
-                    "name": one["groupVersion"].split("/")[0],
-                    "versions": [one],
-                    "preferredVersion": one,
-                }
-                for one in versions
-            ]
-            self.answer({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
-        elif (version := self.where.removeprefix("/apis/").removeprefix("/api/")) in resources:
-            self.answer(
-                {
-                    "kind": "APIResourceList",
-                    "groupVersion": version,
-                    "resources": resources[version],
-                }
-            )
-        elif self.where in self.server.objects:
-            self.answer(self.server.objects[self.where])
+        """Respond to discovery, with an object, or with a list; a watch reports no change."""
+        version = self.place.removeprefix("/apis/").removeprefix("/api/")
+        if self.place == "/api":
+            self.respond({"kind": "APIVersions", "versions": ["v1"]})
+        elif self.place == "/apis":
+            self.respond(list_groups())
+        elif version in KINDS:
+            self.respond(list_resources(version))
+        elif self.place in self.server.objects:
+            self.respond(self.server.objects[self.place])
         elif "watch=" in self.path:
-            self.answer({})
-        elif last in listed:
-            version, kind = listed[last]
-            found = [
-                value
-                for path, value in self.server.objects.items()
-                if path.rpartition("/")[0] == self.where
-            ]
-            self.answer(
-                {"kind": f"{kind}List", "apiVersion": version, "metadata": {}, "items": found}
-            )
+            self.respond({})
         else:
-            self.refuse(404, "NotFound", f"{folder.rpartition('/')[2]} {last!r} not found")
+            self._respond_list()
+
+    def _respond_list(self) -> None:
+        """Send the objects of a resource."""
+        parent, _, resource = self.place.rpartition("/")
+        found = find_kind(resource)
+        if found is None:
+            self.reject(404, "NotFound", f"{parent.rpartition('/')[2]} {resource!r} not found")
+            return
+        version, kind = found
+        items = [
+            document
+            for path, document in self.server.objects.items()
+            if path.rpartition("/")[0] == self.place
+        ]
+        self.respond({"kind": f"{kind}List", "apiVersion": version, "metadata": {}, "items": items})
 
     def do_POST(self) -> None:
-        """Keep an object."""
-        document = self.body()
-        path = f"{self.where}/{document['metadata']['name']}"
-        self.note(path)
-        self.server.settle(document)
+        """Store an object."""
+        document = self.read_body()
+        path = f"{self.place}/{document['metadata']['name']}"
+        self.record(path)
+        self.server.set_status(document)
         self.server.objects[path] = document
-        self.answer(document, 201)
+        self.respond(document, 201)
 
     def do_PUT(self) -> None:
         """Replace an object."""
-        self.note(self.where)
-        self.server.objects[self.where] = self.body()
-        self.answer(self.server.objects[self.where])
+        self.record(self.place)
+        self.server.objects[self.place] = self.read_body()
+        self.respond(self.server.objects[self.place])
 
     def do_PATCH(self) -> None:
         """Change an object, unless it is a Job."""
-        patch = self.body()
-        if "/jobs/" in self.where and "template" in patch.get("spec", {}):
-            self.refuse(422, "Invalid", "spec.template: field is immutable")
+        patch = self.read_body()
+        if "/jobs/" in self.place and "template" in patch.get("spec", {}):
+            self.reject(422, "Invalid", "spec.template: field is immutable")
             return
-        self.note(self.where)
-        merge(self.server.objects[self.where], patch)
-        self.answer(self.server.objects[self.where])
+        self.record(self.place)
+        merge(self.server.objects[self.place], patch)
+        self.respond(self.server.objects[self.place])
 
     def do_DELETE(self) -> None:
-        """Forget an object."""
-        self.body()
-        if self.server.objects.pop(self.where, None) is None:
-            self.refuse(404, "NotFound", "not found")
+        """Delete an object."""
+        self.read_body()
+        if self.server.objects.pop(self.place, None) is None:
+            self.reject(404, "NotFound", "not found")
             return
-        self.note(self.where)
-        self.answer({"kind": "Status", "apiVersion": "v1", "status": "Success"})
+        self.record(self.place)
+        self.respond({"kind": "Status", "apiVersion": "v1", "status": "Success"})

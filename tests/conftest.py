@@ -1,4 +1,4 @@
-"""Fixtures: a clean copy of the template, and bakes of it."""
+"""Fixtures: a clean copy of the template, and projects generated from it."""
 
 import os
 import re
@@ -15,39 +15,35 @@ from scripts.interpreter import find
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "{{cookiecutter.project_slug}}"
-#: The only files that may hold Jinja; hooks are rendered too, and have just the answers in them.
+#: The only files that may contain Jinja. Cookiecutter renders hooks too; they contain only answers.
 JINJA_ALLOWED = re.compile(
     rf"{re.escape(SOURCE)}/(README\.md|docs/runbook\.md|deploy/.*)|hooks/.*\.py|cookiecutter\.json"
 )
 #: The programs of the service's environment.
 SERVICE_BIN = Path(os.environ.get("SERVICE_BIN", ROOT / ".venv-service/bin"))
-PYTHONS = ("3.11", "3.12", "3.13")
 CI = os.environ.get("CI") == "true"
 
 Bake = Callable[..., Path]
 
 
 def tracked() -> list[str]:
-    """Return the files of the template as git would commit them now; caches and environments are not among them."""
+    """Return the files that git would commit now, without caches and environments."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = (
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
-        .stdout.decode()
-        .split("\0")
-    )
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    names = done.stdout.decode().split("\0")
     return sorted(name for name in names if name and (ROOT / name).is_file())
 
 
-def missing(what: str) -> NoReturn:
-    """Skip a test for want of a tool; where everything is to run, fail."""
+def missing(requirement: str) -> NoReturn:
+    """Skip the test because a requirement is missing; with CI=true, fail it."""
     if CI:
-        pytest.fail(f"{what} is missing, and CI=true makes that a failure")
-    pytest.skip(f"{what} is missing")
+        pytest.fail(f"{requirement} is missing, and CI=true makes that a failure")
+    pytest.skip(f"{requirement} is missing")
 
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what git would commit: nothing else may get into a bake."""
+    """A copy of the files that git would commit: nothing else may get into a project."""
     copy = tmp_path_factory.mktemp("template")
     for name in tracked():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -56,41 +52,49 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bake_to(template: Path, output: Path, accept_hooks: bool = True, **answers: object) -> Path:
-    """Bake the template with answers into a folder of `output`; return it."""
-    options = {"no_input": True, "default_config": True, "accept_hooks": accept_hooks}
-    return Path(
-        cookiecutter(str(template), output_dir=str(output), extra_context=answers, **options)
+    """Generate a project in a subdirectory of `output`; return its directory."""
+    project = cookiecutter(
+        str(template),
+        no_input=True,
+        default_config=True,
+        accept_hooks=accept_hooks,
+        output_dir=str(output),
+        extra_context=answers,
     )
+    return Path(project)
 
 
 @pytest.fixture
 def bake(template: Path, tmp_path: Path) -> Bake:
-    """Return a function that bakes the template with answers and returns the project's folder."""
+    """Return a function that generates a project and returns its directory."""
 
-    def bake(folder: str = "out", accept_hooks: bool = True, **answers: object) -> Path:
-        return bake_to(template, tmp_path / folder, accept_hooks, **answers)
+    def bake(output: str = "out", accept_hooks: bool = True, **answers: object) -> Path:
+        return bake_to(template, tmp_path / output, accept_hooks, **answers)
 
     return bake
 
 
-def render(folder: Path) -> str:
-    """Return the manifests that kustomize makes of a folder, or skip where there is no kustomize."""
+def render(directory: Path) -> str:
+    """Return the manifests that kustomize renders; skip without kustomize."""
     if shutil.which("kustomize"):
-        command = ["kustomize", "build", str(folder)]
+        command = ["kustomize", "build", str(directory)]
     elif shutil.which("kubectl"):
-        command = ["kubectl", "kustomize", str(folder)]
+        command = ["kubectl", "kustomize", str(directory)]
     else:
-        missing("kustomize (or kubectl, which has one inside)")
+        missing("kustomize (or kubectl, which includes it)")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    """Return each file below a folder with its content; empty folders appear with a slash."""
+def tree(directory: Path) -> dict[str, bytes]:
+    """Return the files below a directory with their content.
+
+    Empty directories appear with a trailing slash.
+    """
     found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
         if path.is_file():
             found[name] = path.read_bytes()
         elif not any(path.iterdir()):
@@ -99,19 +103,24 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def interpreter(version: str) -> str:
-    """Return an interpreter of this minor version that runs, or skip."""
-    if found := find(version):
+    """Return a working interpreter of this minor version, or skip the test."""
+    found = find(version)
+    if found:
         return found
     missing(f"Python {version}")
 
 
+#: The slowest files, slowest first.
+SLOWEST = ["test_ordinary_user.py", "test_service.py", "test_generated.py"]
+
+
+def start_order(item: pytest.Item) -> tuple[int, bool]:
+    """Sort key: the slowest files first, then quick tests before slow ones."""
+    place = SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST)
+    is_slow = item.get_closest_marker("slow") is not None
+    return place, is_slow
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let processes share the work, file by file: the longest come first, then what is quick."""
-    longest = ["test_ordinary_user.py", "test_service.py", "test_generated.py"]
-    order = {name: place for place, name in enumerate(longest)}
-    items.sort(
-        key=lambda item: (
-            order.get(item.path.name, len(order)),
-            bool(item.get_closest_marker("slow")),
-        )
-    )
+    """Start the slowest files first: xdist distributes whole files in this order."""
+    items.sort(key=start_order)

@@ -1,4 +1,4 @@
-"""Runs make in a project: the generated one, or the template as it stands."""
+"""Runs make in a project: a generated one, or the template directory itself."""
 
 import os
 import pwd
@@ -7,39 +7,51 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-#: Variables of whoever runs these tests that would steer the make of the project.
+#: Variables of the calling environment that would change the result of the project's make.
 STEERING = {"MAKEFLAGS", "MFLAGS", "VENV", "UV_CACHE_DIR", "DATABASE_URL", "REDIS_URL"}
 
 
 def tools() -> Path:
-    """Return the folder whose `bin` has the uv that this repository uses."""
+    """Return the directory whose `bin` contains the uv of this repository."""
     return Path(os.environ.get("TOOLS", ROOT / ".tools")).resolve()
 
 
-def make(project: Path, *targets: str, python: str, **other: str | None) -> None:
-    """Run make targets in a project, with other folders and as another user if named; show why they fail."""
-    environment = {name: value for name, value in os.environ.items() if name not in STEERING}
-    environment |= {"PYTHON": python, "TOOLS": other.get("tools") or str(tools())}
-    user = other.get("user")
-    account = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
+def environment(**variables: str) -> dict[str, str]:
+    """Return the environment for make: this one without `STEERING`, plus `variables`.
+
+    `TOOLS` is `tools()` unless `variables` set it.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in STEERING}
+    return inherited | {"TOOLS": str(tools())} | variables
+
+
+def make(project: Path, *targets: str, user: str = "", **variables: str) -> str:
+    """Run make targets in a project and return their output.
+
+    With `user`, make runs as that user, with the project's parent as home and the system's PATH.
+    Raises `AssertionError` with the output if make fails.
+    """
+    account = {}
     if user:
-        environment |= {
+        account = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
+        variables |= {
             "HOME": str(project.parent),
             "PATH": os.defpath,
             "USER": user,
             "LOGNAME": user,
         }
-        environment |= {"LD_LIBRARY_PATH": str(Path(python).parent.parent / "lib")}
     done = subprocess.run(
         ["make", "--silent", *targets],
         cwd=project,
-        env=environment,
+        env=environment(**variables),
         **account,  # type: ignore[call-overload]
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         check=False,
     )
-    assert done.returncode == 0, done.stdout.decode()[-20_000:]
+    output: str = done.stdout.decode()
+    assert done.returncode == 0, output[-20_000:]
     if "test" in targets:
-        assert b" passed" in done.stdout
-        assert b" failed" not in done.stdout
+        assert " passed" in output
+        assert " failed" not in output
+    return output

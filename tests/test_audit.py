@@ -1,7 +1,7 @@
-"""What a project is deployed with gives no auditor anything to say: every overlay, component and answer.
+"""Auditors report nothing about a project's deployment, in all its variants.
 
-`make audit` installs the auditors, next to this environment. What an auditor has to overlook is written here, or at the
-place, with its reason.
+`make audit` installs the auditors in an environment of their own. Exceptions are listed here, or at
+the place, each with its reason.
 """
 
 import json
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,159 +22,157 @@ pytestmark = pytest.mark.slow
 
 AUDITORS = Path(f"{sys.prefix}-audit") / "bin"
 OVERLAYS = ("dev", "staging", "prod")
-#: The oldest Kubernetes that the base promises to run on; the newest is the newest whose schemas there are.
+#: The oldest supported Kubernetes. The newest is the newest whose schemas the auditor has.
 OLDEST = "1.31"
-#: What dev does otherwise on purpose, being for a cluster on a desk. Staging and prod may do nothing of it.
+#: Exceptions of the dev overlay, which is for a local cluster. Staging and prod have none.
 DEV = {
     "CKV_K8S_15": "its image is on the machine alone: there is nothing to pull",
     "CKV_K8S_43": "an image that was never pushed has no digest",
 }
-#: Kinds of others than Kubernetes: it has no schema for them.
+#: Custom resources: Kubernetes has no schema for them.
 FOREIGN = {"HTTPRoute", "ServiceMonitor"}
-YAMLLINT = {
-    "extends": "default",
-    "rules": {
-        "comments": {
-            "min-spaces-from-content": 1
-        },  # as in the Makefile; one is what GitHub's own tools write
-        "document-start": "disable",  # each file is one document
-        "indentation": {
-            "indent-sequences": "consistent"
-        },  # kustomize writes lists at the level of their key
-        "line-length": {"max": 120},  # as everywhere in the project
-        "truthy": {"check-keys": False},  # `on` is what GitHub calls it
-    },
+YAMLLINT_RULES: dict[str, Any] = {
+    # One space, as in the Makefile and in files that GitHub's own tools write.
+    "comments": {"min-spaces-from-content": 1},
+    # Each file is one document.
+    "document-start": "disable",
+    # Kustomize writes lists at the level of their key.
+    "indentation": {"indent-sequences": "consistent"},
+    "line-length": {"max": 120},
+    # `on` is a key of GitHub's workflows.
+    "truthy": {"check-keys": False},
 }
-#: What kustomize writes has the lines that it has: images with their digests are longer.
-YAMLLINT_RENDERED = {"extends": "default", "rules": YAMLLINT["rules"] | {"line-length": "disable"}}  # type: ignore[operator]
-#: What tells an auditor in place to overlook something, and what is said beside it.
-OVERLOOK = re.compile(
+YAMLLINT = {"extends": "default", "rules": YAMLLINT_RULES}
+#: In rendered manifests, images with their digests exceed the line length.
+YAMLLINT_RENDERED = {"extends": "default", "rules": YAMLLINT_RULES | {"line-length": "disable"}}
+#: A comment that suppresses a finding in place; the group is the explanation after it.
+SUPPRESSION = re.compile(
     r"(?:hadolint ignore=|shellcheck disable=|zizmor: ignore|yamllint disable|checkov:skip=)\S*(.*)"
 )
 SHELL = re.compile(rb"#!.*\b(ba|da)?sh\b")
 
 
-def audit(auditor: str, *arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run an auditor in a folder; it ends with 0, or with another code if it found something."""
+def audit(
+    auditor: str, *arguments: str | Path, directory: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run an auditor in a directory. Its exit code may be non-zero on findings."""
     program = AUDITORS / auditor
     if not program.exists():
         missing(f"{auditor}, which `make audit` installs,")
     return subprocess.run(
-        [program, *arguments], cwd=folder, capture_output=True, text=True, check=False
+        [program, *arguments], cwd=directory, capture_output=True, text=True, check=False
     )
 
 
-def hadolint(folder: Path) -> set[str]:
-    """Return what hadolint says of the Dockerfiles below a folder."""
-    files = sorted(folder.rglob("Dockerfile"))
+def hadolint(directory: Path) -> set[str]:
+    """Return hadolint's findings in the Dockerfiles below a directory."""
+    files = sorted(directory.rglob("Dockerfile"))
     assert files
-    done = audit("hadolint", "--format", "json", "--no-fail", *files, folder=folder)
+    options = ("--format", "json", "--no-fail")
+    done = audit("hadolint", *options, *files, directory=directory)
     return {f"{item['file']}: {item['code']}" for item in json.loads(done.stdout)}
 
 
-def checkov(folder: Path) -> set[str]:
-    """Return what checkov says of manifests, Dockerfiles and workflows below a folder; hold that it read them all."""
-    options = (
-        "--skip-download",
-        "--output",
-        "json",
-        "--skip-path",
-        "/deploy/k8s/",
-    )  # that is rendered
-    frameworks = ("kubernetes", "dockerfile", "github_actions")
-    done = audit("checkov", "--directory", ".", *options, "--framework", *frameworks, folder=folder)
+def checkov(directory: Path) -> set[str]:
+    """Return checkov's findings in manifests, Dockerfiles and workflows.
+
+    Fails unless checkov has read all of them.
+    """
+    # Overlays are checked as they render, not as they are written.
+    options = ("--skip-download", "--output", "json", "--skip-path", "/deploy/k8s/")
+    frameworks = ("--framework", "kubernetes", "dockerfile", "github_actions")
+    done = audit("checkov", "--directory", ".", *options, *frameworks, directory=directory)
     reports = json.loads(done.stdout)
-    results = [
-        report["results"] for report in (reports if isinstance(reports, list) else [reports])
-    ]
-    checks = [
-        check
-        for result in results
-        for kind in ("passed", "failed")
-        for check in result[f"{kind}_checks"]
-    ]
+    if not isinstance(reports, list):
+        reports = [reports]
+    failed = [check for each in reports for check in each["results"]["failed_checks"]]
+    passed = [check for each in reports for check in each["results"]["passed_checks"]]
+
     files = {
-        path.relative_to(folder)
+        path.relative_to(directory).as_posix()
         for glob in ("Dockerfile", "rendered/*", "workflows/*")
-        for path in folder.rglob(glob)
+        for path in directory.rglob(glob)
     }
-    assert {check["file_path"].lstrip("/") for check in checks} == {
-        path.as_posix() for path in files
-    }, done.stderr
-    return {
-        f"{check['file_path'].lstrip('/')}: {check['check_id']}"
-        for result in results
-        for check in result["failed_checks"]
-    }
+    read = {check["file_path"].lstrip("/") for check in passed + failed}
+    assert read == files, done.stderr
+    return {f"{check['file_path'].lstrip('/')}: {check['check_id']}" for check in failed}
 
 
-def kubernetes_validate(folder: Path, *version: str) -> set[str]:
-    """Return which manifests below a folder have fields that this Kubernetes does not know; else the newest."""
-    files = sorted(folder.rglob("rendered/*.yaml"))
+def is_foreign(line: str) -> bool:
+    """Return whether a line of kubernetes-validate is about a custom resource."""
+    return line.startswith("WARN") and line.split("kind ")[1].split()[0] in FOREIGN
+
+
+def kubernetes_validate(directory: Path, *version: str) -> set[str]:
+    """Return manifests with fields that a version of Kubernetes does not know.
+
+    `version` are options of kubernetes-validate; without them it uses the newest.
+    """
+    files = sorted(directory.rglob("rendered/*.yaml"))
     assert files
-    done = audit("kubernetes-validate", "--strict", *version, *files, folder=folder)
+    done = audit("kubernetes-validate", "--strict", *version, *files, directory=directory)
     lines = done.stdout.splitlines()
-    foreign = [
-        line
-        for line in lines
-        if line.startswith("WARN") and line.split("kind ")[1].split()[0] in FOREIGN
-    ]
     documents = [document for file in files for document in yaml.safe_load_all(file.read_text())]
     assert len(lines) == len(documents), done.stderr
-    return {line for line in lines if not line.startswith("INFO")} - set(foreign)
+    return {line for line in lines if not line.startswith("INFO") and not is_foreign(line)}
 
 
-def yamllint(folder: Path) -> set[str]:
-    """Return what yamllint says of the YAML below a folder, rendered or written."""
+def yamllint(directory: Path) -> set[str]:
+    """Return yamllint's findings in the YAML below a directory, rendered or written."""
     found = set()
-    for rendered, rules in ((False, YAMLLINT), (True, YAMLLINT_RENDERED)):
+    for is_rendered, rules in ((False, YAMLLINT), (True, YAMLLINT_RENDERED)):
         files = [
-            path for path in folder.rglob("*.y*ml") if (path.parent.name == "rendered") is rendered
+            path
+            for path in directory.rglob("*.y*ml")
+            if (path.parent.name == "rendered") is is_rendered
         ]
-        done = audit(
-            "yamllint",
-            "--strict",
-            "--format",
-            "parsable",
-            "-d",
-            json.dumps(rules),
-            *files,
-            folder=folder,
-        )
+        options = ("--strict", "--format", "parsable", "-d", json.dumps(rules))
+        done = audit("yamllint", *options, *files, directory=directory)
         assert (done.returncode == 0) is (done.stdout == ""), done.stderr
         found |= set(done.stdout.splitlines())
     return found
 
 
-def shellcheck(folder: Path) -> set[str]:
-    """Return what shellcheck says of the shell below a folder: scripts, and the steps of workflows."""
-    scripts = [
-        path for path in folder.rglob("*") if path.is_file() and SHELL.match(path.read_bytes())
-    ]
-    for workflow in folder.rglob("workflows/*.yml"):
-        for name, job in yaml.safe_load(workflow.read_text())["jobs"].items():
-            for number, step in enumerate(job.get("steps", [])):
-                if "run" in step:
-                    scripts.append(folder / f"{workflow.stem}-{name}-{number}.sh")
-                    scripts[-1].write_text(f"#!/bin/bash\nset -e\n{step['run']}\n")
+def write_steps(workflow: Path, directory: Path) -> list[Path]:
+    """Write each script of a workflow to its own file; return the files."""
+    files = []
+    for name, job in yaml.safe_load(workflow.read_text())["jobs"].items():
+        for number, step in enumerate(job.get("steps", [])):
+            if "run" in step:
+                file = directory / f"{workflow.stem}-{name}-{number}.sh"
+                file.write_text(f"#!/bin/bash\nset -e\n{step['run']}\n")
+                files.append(file)
+    return files
+
+
+def shellcheck(directory: Path) -> set[str]:
+    """Return shellcheck's findings in scripts and in steps of workflows."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    scripts = [path for path in files if SHELL.match(path.read_bytes())]
+    for workflow in directory.rglob("workflows/*.yml"):
+        scripts += write_steps(workflow, directory)
     assert scripts
-    done = audit("shellcheck", "--format", "gcc", *scripts, folder=folder)
+    done = audit("shellcheck", "--format", "gcc", *scripts, directory=directory)
     assert (done.returncode == 0) is (done.stdout == ""), done.stderr
     return set(done.stdout.splitlines())
 
 
-def zizmor(folder: Path) -> set[str]:
-    """Return what zizmor says of the workflows and the configuration of Dependabot below a folder."""
+def zizmor(directory: Path) -> set[str]:
+    """Return zizmor's findings in workflows and Dependabot's configuration.
+
+    Fails unless zizmor has read all of them.
+    """
     options = (
         "--offline",
         "--collect=all",
         "--strict-collection",
         "--persona=pedantic",
         "--no-exit-codes",
+        "--format=json-v1",
     )
-    done = audit("zizmor", *options, "--format=json-v1", ".", folder=folder)
+    done = audit("zizmor", *options, ".", directory=directory)
     assert done.returncode == 0, done.stderr
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob(".github/**/*.yml")}
+    files = {path.relative_to(directory).as_posix() for path in directory.rglob(".github/**/*.yml")}
     assert set(re.findall(r"completed \./(\S+)", done.stderr)) == files
     return {
         f"{place['symbolic']['key']['Local']['verbatim_path']}: {finding['ident']}"
@@ -183,55 +182,56 @@ def zizmor(folder: Path) -> set[str]:
 
 
 def overlays(project: Path) -> dict[str, str]:
-    """Return what a project renders to: each overlay, and staging with each component, and with all of them."""
-    folder = project / "deploy/k8s"
-    rendered = {name: render(folder / "overlays" / name) for name in OVERLAYS}
-    components = sorted(path.name for path in (folder / "components").iterdir())
-    staging = yaml.safe_load((folder / "overlays/staging/kustomization.yaml").read_text())
-    for name, chosen in {
-        "all": components,
-        **{component: [component] for component in components},
-    }.items():
-        place = folder / "overlays" / name
-        place.mkdir()
-        manifest = staging | {
-            "components": [f"../../components/{component}" for component in chosen]
-        }
-        (place / "kustomization.yaml").write_text(yaml.safe_dump(manifest))
-        rendered[f"staging-{name}"] = render(place)
-        shutil.rmtree(place)
+    """Return a project's rendered overlays by name.
+
+    Staging is rendered with each component too, and with all of them.
+    """
+    k8s = project / "deploy/k8s"
+    rendered = {name: render(k8s / "overlays" / name) for name in OVERLAYS}
+    components = sorted(path.name for path in (k8s / "components").iterdir())
+    chosen = {"all": components} | {component: [component] for component in components}
+    staging = yaml.safe_load((k8s / "overlays/staging/kustomization.yaml").read_text())
+    for name, names in chosen.items():
+        overlay = k8s / "overlays" / name
+        overlay.mkdir()
+        staging["components"] = [f"../../components/{component}" for component in names]
+        (overlay / "kustomization.yaml").write_text(yaml.safe_dump(staging))
+        rendered[f"staging-{name}"] = render(overlay)
+        shutil.rmtree(overlay)
     return rendered
 
 
 @pytest.fixture(scope="module")
 def audited(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both answers, each with its manifests in `rendered/`, and the scripts of this repository."""
-    folder = tmp_path_factory.mktemp("audit")
+    """A project with and without the example, and the scripts of this repository.
+
+    Each project has its rendered manifests in `rendered/`.
+    """
+    directory = tmp_path_factory.mktemp("audit")
     for answer in (True, False):
-        project = bake_to(
-            template, folder / f"example-{answer}", project_slug="orders", include_example=answer
-        )
+        output = directory / f"example-{answer}"
+        project = bake_to(template, output, project_slug="orders", include_example=answer)
         (project / "rendered").mkdir()
         for name, text in overlays(project).items():
             (project / "rendered" / f"{name}.yaml").write_text(text)
-    (folder / "root").mkdir()
+    (directory / "root").mkdir()
     for name in tracked():
         if SHELL.match((ROOT / name).read_bytes()):
-            shutil.copy(ROOT / name, folder / "root" / name.replace("/", "-"))
-    return folder
+            shutil.copy(ROOT / name, directory / "root" / name.replace("/", "-"))
+    return directory
 
 
 def test_hadolint_finds_nothing(audited: Path) -> None:
     assert hadolint(audited) == set()
 
 
-def test_checkov_finds_nothing_but_what_dev_is_for(audited: Path) -> None:
-    on_purpose = {
+def test_checkov_finds_only_the_exceptions_of_dev(audited: Path) -> None:
+    expected = {
         f"example-{answer}/orders/rendered/dev.yaml: {check}"
         for answer in (True, False)
         for check in DEV
     }
-    assert checkov(audited) == on_purpose
+    assert checkov(audited) == expected
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,10 @@ def test_zizmor_finds_nothing(audited: Path) -> None:
     assert zizmor(audited) == set()
 
 
-def test_what_is_overlooked_in_place_has_its_reason_beside_it() -> None:
+def test_suppressed_findings_have_a_reason() -> None:
     for name in set(tracked()) - {"tests/test_audit.py"}:
-        for place in OVERLOOK.finditer((ROOT / name).read_bytes().decode(errors="replace")):
+        text = (ROOT / name).read_bytes().decode(errors="replace")
+        for place in SUPPRESSION.finditer(text):
             assert len(place[1].split()) > 3, (name, place[0])
 
 
@@ -286,33 +287,29 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("auditor", "expected"),
-    [
-        (hadolint, {"Dockerfile: DL3007"}),
-        (
-            checkov,
-            {
-                "pod.yaml: CKV_K8S_16",
-                "Dockerfile: CKV_DOCKER_7",
-                "ci.yml: CKV_GHA_2",
-                "ci.yml: CKV2_GHA_1",
-            },
-        ),
-        (kubernetes_validate, {"'ressources' was unexpected"}),
-        (yamllint, {"(key-duplicates)"}),
-        (shellcheck, {"script:2:4: note: ", "[SC2086]"}),
-        (
-            zizmor,
-            {
-                "ci.yml: unpinned-uses",
-                "ci.yml: template-injection",
-                "ci.yml: excessive-permissions",
-            },
-        ),
-    ],
-)
-def test_an_auditor_reports_what_is_planted(
+CHECKOV_FINDINGS = {
+    "pod.yaml: CKV_K8S_16",
+    "Dockerfile: CKV_DOCKER_7",
+    "ci.yml: CKV_GHA_2",
+    "ci.yml: CKV2_GHA_1",
+}
+ZIZMOR_FINDINGS = {
+    "ci.yml: unpinned-uses",
+    "ci.yml: template-injection",
+    "ci.yml: excessive-permissions",
+}
+FINDINGS = [
+    (hadolint, {"Dockerfile: DL3007"}),
+    (checkov, CHECKOV_FINDINGS),
+    (kubernetes_validate, {"'ressources' was unexpected"}),
+    (yamllint, {"(key-duplicates)"}),
+    (shellcheck, {"script:2:4: note: ", "[SC2086]"}),
+    (zizmor, ZIZMOR_FINDINGS),
+]
+
+
+@pytest.mark.parametrize(("auditor", "expected"), FINDINGS)
+def test_auditors_report_planted_defects(
     tmp_path: Path, auditor: Callable[[Path], set[str]], expected: set[str]
 ) -> None:
     for name, text in PLANTED.items():

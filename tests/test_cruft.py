@@ -1,149 +1,340 @@
-"""A generated project follows the template: what changed comes in, what the team edited stays."""
+"""`cruft update` brings in the template's changes and keeps the team's edits."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from tests.conftest import SOURCE
+from tests.conftest import ROOT, SERVICE_BIN, SOURCE, missing
 
 IDENTITY = {
-    name: value
-    for who in ("AUTHOR", "COMMITTER")
-    for name, value in ((f"GIT_{who}_NAME", "a team"), (f"GIT_{who}_EMAIL", "team@example.org"))
+    "GIT_AUTHOR_NAME": "a team",
+    "GIT_AUTHOR_EMAIL": "team@example.org",
+    "GIT_COMMITTER_NAME": "a team",
+    "GIT_COMMITTER_EMAIL": "team@example.org",
 }
+#: The last revision in which all modules of the application lay in one directory.
+FLAT_LAYOUT = "10b8938"
 
 
-def git(folder: Path, *command: str) -> str:
-    environment = os.environ | IDENTITY
-    run = ["git", "-c", "init.defaultBranch=main", *command]
+class Edit(NamedTuple):
+    """A team's change of one file of its project: `before` becomes `after`."""
+
+    path: str
+    before: str
+    after: str
+
+
+#: Edits of the flat layout that git merges with the layout of today. Git merges an edit if at least
+#: one unchanged line separates it from the nearest change of the template. Other edits conflict,
+#: such as an import next to that of a module that has moved; the update then shows both versions.
+EDITS = [
+    Edit(
+        "app/main.py",
+        "from starlette.types import ASGIApp\n",
+        "from starlette.middleware.gzip import GZipMiddleware\n"
+        "from starlette.types import ASGIApp\n",
+    ),
+    Edit(
+        "app/main.py",
+        "    return app\n\n\n",
+        "    app.add_middleware(GZipMiddleware)\n    return app\n\n\n",
+    ),
+    Edit(
+        "app/settings.py",
+        "    database_max_connections: PositiveInt = 8\n",
+        "    database_max_connections: PositiveInt = 12\n",
+    ),
+    Edit(
+        "app/settings.py",
+        "    request_timeout_seconds: Positive = 30\n",
+        "    request_timeout_seconds: Positive = 20\n",
+    ),
+    Edit(
+        "app/settings.py",
+        "    max_requests_jitter: NonNegativeInt = 2_000\n",
+        "    max_requests_jitter: NonNegativeInt = 2_000\n    refund_days: PositiveInt = 30\n",
+    ),
+]
+#: Edits of a project that kept the example. The router is imported after that of the example.
+EXAMPLE_EDITS = [
+    Edit(
+        "app/main.py",
+        "from app.settings import Settings, load_settings\n",
+        "from app.refunds.router import router as refunds_router\n"
+        "from app.settings import Settings, load_settings\n",
+    ),
+    Edit(
+        "app/main.py",
+        "    app.include_router(payments_router)  # example\n",
+        "    app.include_router(payments_router)  # example\n"
+        "    app.include_router(refunds_router)\n",
+    ),
+    Edit(
+        "app/payments/router.py",
+        '"""The routes of payments."""',
+        '"""The routes of payments and of their receipts."""',
+    ),
+    Edit(
+        "app/payments/router.py",
+        '    raise NotFoundError("There is no such payment.")\n',
+        '    raise NotFoundError("There is no such payment.")\n\n\n'
+        '@router.get("/{payment_id}/receipt")\n'
+        "async def get_receipt(payment_id: UUID) -> Response:\n"
+        '    """Return the receipt of a payment."""\n'
+        '    raise NotFoundError("There is no such receipt.")\n',
+    ),
+]
+#: A feature of the team, which the template does not have.
+REFUNDS_ROUTER = '''"""The routes of refunds."""
+
+from fastapi import APIRouter
+
+router = APIRouter(prefix="/refunds")
+'''
+
+
+def run_git(directory: Path, *command: str) -> bytes:
+    """Run git with an identity of its own and return its output."""
     return subprocess.run(
-        run, cwd=folder, check=True, env=environment, stdout=subprocess.PIPE
-    ).stdout.decode()
+        ["git", "-c", "init.defaultBranch=main", *command],
+        cwd=directory,
+        check=True,
+        env=os.environ | IDENTITY,
+        stdout=subprocess.PIPE,
+    ).stdout
 
 
-def commit(folder: Path, message: str) -> None:
-    git(folder, "add", "--all")
-    git(folder, "commit", "--quiet", "--message", message)
+def commit(directory: Path, message: str) -> None:
+    """Commit every file of a directory."""
+    run_git(directory, "add", "--all")
+    run_git(directory, "commit", "--quiet", "--message", message)
 
 
-def cruft(folder: Path, *command: str, home: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | IDENTITY | {"HOME": str(home)}
-    run = [sys.executable, "-m", "cruft", *command]
+def make_repository(directory: Path) -> None:
+    """Make a git repository of a directory, with its files as the first commit."""
+    run_git(directory, "init", "--quiet")
+    commit(directory, "first")
+
+
+def run_cruft(directory: Path, *command: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run cruft. The caller checks its exit status."""
     return subprocess.run(
-        run, cwd=folder, capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-m", "cruft", *command],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | IDENTITY | {"HOME": str(home)},
     )
 
 
-def edit(path: Path, before: str, after: str) -> None:
+def create_project(repository: Path, output: Path) -> Path:
+    """Create a project with cruft, commit it, and return its directory."""
+    options = ["--no-input", "--output-dir", str(output)]
+    created = run_cruft(output, "create", str(repository), *options, home=output)
+    assert created.returncode == 0, created.stderr
+    project = output / "my-service"
+    make_repository(project)
+    return project
+
+
+def update(project: Path) -> None:
+    """Update a project to the newest commit of its template."""
+    updated = run_cruft(project, "update", "--skip-apply-ask", home=project.parent)
+    assert updated.returncode == 0, updated.stdout + updated.stderr
+
+
+def is_up_to_date(project: Path) -> bool:
+    """Return whether cruft knows no newer commit of the template."""
+    return run_cruft(project, "check", home=project.parent).returncode == 0
+
+
+def assert_no_difference(project: Path) -> None:
+    """Fail if the project differs from the commit of the template that it follows."""
+    difference = run_cruft(project, "diff", "--exit-code", home=project.parent)
+    assert difference.returncode == 0, difference.stdout
+
+
+def replace(path: Path, before: str, after: str) -> None:
+    """Replace a text that occurs exactly once in a file."""
     text = path.read_text()
-    assert text.count(before) == 1, (path, before)
+    assert text.count(before) == 1, f"{path}: expected once, found {text.count(before)}: {before!r}"
     path.write_text(text.replace(before, after))
+
+
+def remove_example(project: Path) -> None:
+    """Remove the example and commit the result."""
+    command = ["make", "--silent", "remove-example"]
+    subprocess.run(command, cwd=project, check=True, stdout=subprocess.DEVNULL)
+    commit(project, "without the example")
 
 
 @pytest.fixture
 def repository(template: Path, tmp_path: Path) -> Path:
-    """The template as a git repository that may change."""
+    """A git repository of the template that tests may change."""
     copy = tmp_path / "template"
     shutil.copytree(template, copy)
-    git(copy, "init", "--quiet")
-    commit(copy, "first")
+    make_repository(copy)
     return copy
 
 
 @pytest.fixture
 def project(repository: Path, tmp_path: Path) -> Path:
-    """A team's project, made with cruft and committed."""
-    made = cruft(
-        tmp_path,
-        "create",
-        str(repository),
-        "--no-input",
-        "--output-dir",
-        str(tmp_path),
-        home=tmp_path,
+    """A team's project, created with cruft and committed."""
+    return create_project(repository, tmp_path)
+
+
+@pytest.fixture
+def flat_repository(tmp_path: Path) -> Path:
+    """A git repository of the template as it was with the flat layout."""
+    archive = subprocess.run(
+        ["git", "archive", "--format=tar", FLAT_LAYOUT], cwd=ROOT, check=False, capture_output=True
     )
-    assert made.returncode == 0, made.stderr
-    folder = tmp_path / "my-service"
-    git(folder, "init", "--quiet")
-    commit(folder, "made from the template")
-    return folder
+    if archive.returncode:
+        missing(f"revision {FLAT_LAYOUT} (a clone with the whole history has it)")
+    directory = tmp_path / "template"
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+        files.extractall(directory, filter="data")
+    make_repository(directory)
+    return directory
 
 
 def change_template(repository: Path) -> None:
-    """Change what every project has, and the example."""
-    edit(repository / SOURCE / "app/health.py", "CACHE_SECONDS = 1.0", "CACHE_SECONDS = 1.5")
-    edit(
-        repository / SOURCE / "app/payments/router.py",
-        '"""Look a payment up."""',
-        '"""Find a payment."""',
+    """Change files that every project has, and a file of the example."""
+    source = repository / SOURCE
+    replace(source / "app/web/health.py", "CACHE_SECONDS = 1.0", "CACHE_SECONDS = 1.5")
+    replace(
+        source / "app/payments/router.py", '"""The routes of payments."""', '"""Payment routes."""'
     )
-    (repository / SOURCE / "app/added.py").write_text('"""New."""\n')
-    edit(repository / SOURCE / ".gitignore", ".env\n", ".env\n*.log\n")
+    (source / "app/added.py").write_text('"""New."""\n')
+    replace(source / ".gitignore", ".env\n", ".env\n*.log\n")
     commit(repository, "second")
 
 
-def check(project: Path, home: Path) -> bool:
-    return cruft(project, "check", home=home).returncode == 0
+def replace_template(repository: Path, template: Path) -> None:
+    """Commit the present template over an older one."""
+    for path in repository.iterdir():
+        if path.name == ".git":
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    shutil.copytree(template, repository, dirs_exist_ok=True)
+    commit(repository, "second")
 
 
-def test_an_update_brings_changes_in_and_keeps_edits(
-    repository: Path, project: Path, tmp_path: Path
-) -> None:
-    assert check(project, tmp_path)
-    assert cruft(project, "diff", "--exit-code", home=tmp_path).returncode == 0
-    edit(project / "app/health.py", "WATCH_SECONDS = 5.0", "WATCH_SECONDS = 7.0")
+def apply_edits(project: Path, edits: list[Edit]) -> None:
+    """Commit a team's edits, and the feature that they import."""
+    feature = project / "app/refunds"
+    feature.mkdir()
+    (feature / "__init__.py").touch()
+    (feature / "router.py").write_text(REFUNDS_ROUTER)
+    for edit in edits:
+        replace(project / edit.path, edit.before, edit.after)
+    commit(project, "the team's work")
+
+
+def assert_edits_are_kept(project: Path, edits: list[Edit]) -> None:
+    """Fail if an edited file lost an edit, or needs a person to merge it."""
+    for path in {edit.path for edit in edits}:
+        text = (project / path).read_text()
+        assert "<<<<<<<" not in text, text
+        assert not (project / f"{path}.rej").exists()
+    for edit in edits:
+        assert edit.after in (project / edit.path).read_text(), edit
+
+
+def assert_application_imports(project: Path) -> None:
+    """Import the application with the interpreter of the service's environment."""
+    python = SERVICE_BIN / "python"
+    if not python.exists():
+        missing(f"{python}, which `make test` makes,")
+    imported = subprocess.run(
+        [python, "-B", "-c", "import app.main"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert imported.returncode == 0, imported.stderr
+
+
+def test_update_brings_in_changes_and_keeps_edits(repository: Path, project: Path) -> None:
+    assert is_up_to_date(project)
+    assert_no_difference(project)
+    replace(project / "app/web/health.py", "WATCH_SECONDS = 5.0", "WATCH_SECONDS = 7.0")
     (project / "app/mine.py").write_text('"""Ours."""\n')
     commit(project, "the team's work")
     change_template(repository)
-    assert not check(project, tmp_path)
-    updated = cruft(project, "update", "--skip-apply-ask", home=tmp_path)
-    assert updated.returncode == 0, updated.stdout + updated.stderr
-    health = (project / "app/health.py").read_text()
+    assert not is_up_to_date(project)
+    update(project)
+    health = (project / "app/web/health.py").read_text()
     assert "CACHE_SECONDS = 1.5" in health
     assert "WATCH_SECONDS = 7.0" in health
     assert (project / "app/added.py").exists()
     assert (project / "app/mine.py").exists()
-    assert "Find a payment." in (project / "app/payments/router.py").read_text()
+    assert '"""Payment routes."""' in (project / "app/payments/router.py").read_text()
     assert 'service_name: ServiceName = "my-service"' in (project / "app/settings.py").read_text()
     assert not list(project.rglob("*.rej"))
-    assert check(project, tmp_path)
+    assert is_up_to_date(project)
 
 
-def test_an_update_after_the_example_was_removed_leaves_it_out(
-    repository: Path, project: Path, tmp_path: Path
-) -> None:
-    subprocess.run(
-        ["make", "--silent", "remove-example"], cwd=project, check=True, stdout=subprocess.DEVNULL
-    )
-    assert (
-        json.loads((project / ".cruft.json").read_text())["context"]["cookiecutter"][
-            "include_example"
-        ]
-        is False
-    )
-    commit(project, "without the example")
-    assert cruft(project, "diff", "--exit-code", home=tmp_path).returncode == 0
+def test_update_does_not_bring_back_a_removed_example(repository: Path, project: Path) -> None:
+    remove_example(project)
+    answers = json.loads((project / ".cruft.json").read_text())
+    assert answers["context"]["cookiecutter"]["include_example"] is False
+    assert_no_difference(project)
     change_template(repository)
-    updated = cruft(project, "update", "--skip-apply-ask", home=tmp_path)
-    assert updated.returncode == 0, updated.stdout + updated.stderr
-    assert "CACHE_SECONDS = 1.5" in (project / "app/health.py").read_text()
+    update(project)
+    assert "CACHE_SECONDS = 1.5" in (project / "app/web/health.py").read_text()
     assert not (project / "app/payments").exists()
     assert "payments" not in (project / "app/main.py").read_text()
     assert not list(project.rglob("*.rej"))
-    assert check(project, tmp_path)
+    assert is_up_to_date(project)
 
 
-def test_locks_that_a_team_renewed_are_left_alone(
-    repository: Path, project: Path, tmp_path: Path
-) -> None:
+def test_update_keeps_renewed_lock_files(repository: Path, project: Path) -> None:
     (project / "requirements.txt").write_text("theirs\n")
     commit(project, "locks of the team's own")
     (repository / SOURCE / "requirements.txt").write_text("ours\n")
     change_template(repository)
-    assert cruft(project, "update", "--skip-apply-ask", home=tmp_path).returncode == 0
+    update(project)
     assert (project / "requirements.txt").read_text() == "theirs\n"
+
+
+def test_update_from_the_flat_layout_keeps_edits(
+    flat_repository: Path, template: Path, tmp_path: Path
+) -> None:
+    project = create_project(flat_repository, tmp_path)
+    edits = EDITS + EXAMPLE_EDITS
+    apply_edits(project, edits)
+    replace_template(flat_repository, template)
+    update(project)
+    assert_edits_are_kept(project, edits)
+    assert not list(project.rglob("*.rej"))
+    assert_application_imports(project)
+    assert is_up_to_date(project)
+
+
+def test_update_from_the_flat_layout_keeps_edits_without_the_example(
+    flat_repository: Path, template: Path, tmp_path: Path
+) -> None:
+    project = create_project(flat_repository, tmp_path)
+    remove_example(project)
+    apply_edits(project, EDITS)
+    replace_template(flat_repository, template)
+    update(project)
+    assert_edits_are_kept(project, EDITS)
+    assert not list(project.rglob("*.rej"))
+    assert not (project / "app/payments").exists()
+    assert_application_imports(project)
+    assert is_up_to_date(project)

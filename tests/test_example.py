@@ -1,4 +1,4 @@
-"""The example goes as one: by the hook, or later by the team, with the same result."""
+"""The hook and `make remove-example` remove the whole example."""
 
 import json
 import subprocess
@@ -8,18 +8,20 @@ from tests.conftest import SERVICE_BIN, Bake, tree
 
 
 def remove(project: Path) -> None:
-    subprocess.run(
-        ["make", "--silent", "remove-example"], cwd=project, check=True, stdout=subprocess.DEVNULL
-    )
+    """Remove the example as a team does later."""
+    command = ["make", "--silent", "remove-example"]
+    subprocess.run(command, cwd=project, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_hook_and_make_target_give_identical_projects(bake: Bake) -> None:
-    never, later = bake("never", include_example=False), bake("later")
+    never = bake("never", include_example=False)
+    later = bake("later")
     remove(later)
     assert tree(later) == tree(never)
 
 
-def test_only_the_teams_own_project_is_touched(bake: Bake) -> None:
+def test_removal_changes_only_files_of_the_project(bake: Bake) -> None:
+    """Environments and unknown files stay; marked blocks in documents go."""
     project = bake()
     kept = {
         ".git/HEAD.txt": "x # example\n",
@@ -35,9 +37,8 @@ def test_only_the_teams_own_project_is_touched(bake: Bake) -> None:
     assert {name: (project / name).read_text() for name in kept} == kept
 
 
-def test_migrations_of_the_team_that_followed_the_examples_come_first_from_then_on(
-    bake: Bake,
-) -> None:
+def test_removal_makes_own_migrations_the_first_ones(bake: Bake) -> None:
+    """Migrations of the team that followed the example's are re-parented."""
     project = bake()
     versions = project / "migrations/versions"
     for name, before in (("0003_ours", "0002_patterns"), ("0004_ours", "0003_ours")):
@@ -45,16 +46,16 @@ def test_migrations_of_the_team_that_followed_the_examples_come_first_from_then_
         (versions / f"{name}.py").write_text(text)
     remove(project)
     command = [str(SERVICE_BIN / "alembic"), "history"]
-    history = subprocess.run(
-        command, cwd=project, check=True, stdout=subprocess.PIPE
-    ).stdout.decode()
+    done = subprocess.run(command, cwd=project, check=True, stdout=subprocess.PIPE)
+    history = done.stdout.decode()
     assert [line.split(",")[0] for line in history.splitlines()] == [
         "0003_ours -> 0004_ours (head)",
         "<base> -> 0003_ours",
     ]
 
 
-def test_updates_of_the_template_leave_the_example_out_from_then_on(bake: Bake) -> None:
+def test_template_updates_omit_the_removed_example(bake: Bake) -> None:
+    """The stored answers change too: cruft generates later updates from them."""
     project = bake()
     answers = {"context": {"cookiecutter": {"include_example": True, "project_slug": "my-service"}}}
     (project / ".cruft.json").write_text(json.dumps(answers, indent=2))

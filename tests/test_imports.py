@@ -19,7 +19,7 @@ def lint_imports(project: Path) -> subprocess.CompletedProcess[str]:
     program = SERVICE_BIN / "lint-imports"
     if not program.exists():
         missing(f"{program}, which `make setup` installs,")
-    command = [program, "--no-cache", "--no-logo"]
+    command = [str(program), "--no-cache", "--no-logo"]
     return subprocess.run(
         command,
         cwd=project,
@@ -132,7 +132,7 @@ def test_application_loads_no_gunicorn(bake: Bake, module: str) -> None:
     python = SERVICE_BIN / "python"
     if not python.exists():
         missing(f"{python}, which `make setup` installs,")
-    command = [python, "-c", script]
+    command = [str(python), "-c", script]
     project = bake()
     shutil.rmtree(project / "app/serving")  # not even needed
     output = subprocess.run(command, cwd=project, stdout=subprocess.PIPE, check=True, text=True)

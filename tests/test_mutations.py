@@ -1,4 +1,4 @@
-"""The contract of a deployment notices deliberate regressions, one at a time, and names what is wrong."""
+"""The deployment rules report deliberate regressions, one at a time, and identify each."""
 
 import json
 import os
@@ -8,25 +8,27 @@ import subprocess
 import pytest
 
 from tests.conftest import ROOT, SERVICE_BIN, SOURCE, missing
-from tests.mutations import MUTATIONS, NOTHING, Mutation
+from tests.mutations import MUTATIONS, NO_MUTATION, Mutation
 
 pytestmark = pytest.mark.slow
-Faults = dict[str, list[str]]
+
+#: The problems of each mutation, by its description.
+Problems = dict[str, list[str]]
 
 
-def is_caught(mutation: Mutation, faults: Faults) -> bool:
-    """Tell whether a fault names what the mutation has broken."""
-    return any(mutation.word in fault for fault in faults[mutation.what])
+def is_caught(mutation: Mutation, problems: Problems) -> bool:
+    """Return whether a problem contains the expected text of a mutation."""
+    return any(mutation.expected in problem for problem in problems[mutation.description])
 
 
 @pytest.fixture(scope="module")
-def faults() -> Faults:
-    """What the contract says of each mutation, in one run of the service's own interpreter."""
+def problems() -> Problems:
+    """The problems of all mutations, from one run of the service's interpreter."""
     python = SERVICE_BIN / "python"
     if not python.exists():
         missing(f"{python}, which `make test` makes,")
     if not shutil.which("kustomize") and not shutil.which("kubectl"):
-        missing("kustomize, and so is kubectl: one of the two")
+        missing("kustomize (kubectl contains it, too)")
     done = subprocess.run(
         [python, ROOT / "tests/mutations.py"],
         cwd=ROOT / SOURCE,
@@ -34,20 +36,20 @@ def faults() -> Faults:
         stdout=subprocess.PIPE,
         check=True,
     )
-    found: Faults = json.loads(done.stdout)
+    found: Problems = json.loads(done.stdout)
     return found
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.what)
-def test_the_contract_names(mutation: Mutation, faults: Faults) -> None:
-    assert is_caught(mutation, faults), faults[mutation.what]
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.description)
+def test_mutation_is_caught(mutation: Mutation, problems: Problems) -> None:
+    assert is_caught(mutation, problems), problems[mutation.description]
 
 
-def test_what_is_not_broken_is_not_caught(faults: Faults) -> None:
-    assert faults[NOTHING.what] == []
-    assert not is_caught(NOTHING, faults)
+def test_unchanged_deployment_has_no_problems(problems: Problems) -> None:
+    assert problems[NO_MUTATION.description] == []
+    assert not is_caught(NO_MUTATION, problems)
 
 
-def test_each_mutation_has_a_name_and_a_word_of_its_own() -> None:
-    assert len({mutation.what for mutation in MUTATIONS}) == len(MUTATIONS) >= 46
-    assert all(mutation.word for mutation in MUTATIONS)
+def test_mutations_have_distinct_descriptions_and_expected_texts() -> None:
+    assert len({mutation.description for mutation in MUTATIONS}) == len(MUTATIONS) >= 46
+    assert all(mutation.expected for mutation in MUTATIONS)

@@ -1,4 +1,4 @@
-"""What the README says can be done is done."""
+"""The commands and the code of both READMEs work, and their links and targets exist."""
 
 import contextlib
 import os
@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,50 +19,65 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import CI, ROOT, SOURCE, Bake, tracked
-from tests.containers import eventually
+from scripts.ports import eventually, free_port
+from tests.conftest import CI, ROOT, SERVICE_BIN, SOURCE, Bake, tracked
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+SERVICE_README = (ROOT / SOURCE / "README.md").read_text()
+SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+BLOCKS = SHELL.findall(README)
+MAKE_TARGET = re.compile(r"`make ([a-z0-9-]+)`")
 BASE = "http://127.0.0.1:8000"
 READY_SECONDS = 120
-#: Ctrl-C lets nobody drain, which would take ten seconds; alone, what it ends has ended within two.
+#: Ctrl-C skips the drain, which would take ten seconds. Alone, the service stops within two.
 INTERRUPT_SECONDS = 8
+#: Targets of the generated project that the template's README mentions.
+PROJECT_TARGETS = {"dev", "run", "doctor", "up", "edge", "remove-example"}
 
 
-def test_every_linked_file_exists() -> None:
+def test_linked_files_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
 
 
-#: What the template's README says of the targets of the generated project.
-OF_THE_PROJECT = {"dev", "run", "doctor", "up", "edge", "remove-example"}
+def test_links_within_the_service_readme_lead_to_headings() -> None:
+    headings = re.findall(r"^#+ (.+)$", SERVICE_README, re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", name.lower()).replace(" ", "-") for name in headings}
+    links = set(re.findall(r"\]\(#([^)]+)\)", SERVICE_README))
+    assert links
+    assert links <= anchors
 
 
-def test_every_make_target_is_explained_and_exists() -> None:
-    help_text = subprocess.run(
-        ["make", "--silent", "help"], cwd=ROOT, check=True, stdout=subprocess.PIPE
-    ).stdout.decode()
-    targets = {line.split()[0] for line in help_text.splitlines()}
-    assert set(re.findall(r"`make ([a-z0-9-]+)`", README)) - OF_THE_PROJECT <= targets
-    project = subprocess.run(
-        ["make", "--silent", "help"], cwd=ROOT / SOURCE, check=True, stdout=subprocess.PIPE
-    )
-    own = {line.split()[0] for line in project.stdout.decode().splitlines()}
-    text = (ROOT / SOURCE / "README.md").read_text()
-    assert set(re.findall(r"`make ([a-z0-9-]+)`", text)) <= own
-    assert all(
-        len(line.split(maxsplit=1)) == 2
-        for line in (help_text + project.stdout.decode()).splitlines()
-    )
+def help_lines(directory: Path) -> list[str]:
+    """Return the output of `make help`, a line for each target."""
+    command = ["make", "--silent", "help"]
+    done = subprocess.run(command, cwd=directory, check=True, stdout=subprocess.PIPE)
+    return done.stdout.decode().splitlines()
 
 
-def test_the_questions_of_the_readme_are_those_of_the_template() -> None:
+def test_make_targets_of_the_readmes_exist_and_are_explained() -> None:
+    template_help = help_lines(ROOT)
+    service_help = help_lines(ROOT / SOURCE)
+    template_targets = {line.split()[0] for line in template_help}
+    service_targets = {line.split()[0] for line in service_help}
+    assert set(MAKE_TARGET.findall(README)) - PROJECT_TARGETS <= template_targets
+    assert set(MAKE_TARGET.findall(SERVICE_README)) <= service_targets
+    for line in template_help + service_help:
+        assert len(line.split(maxsplit=1)) == 2, line
+
+
+def test_help_of_the_service_is_short() -> None:
+    for line in help_lines(ROOT / SOURCE):
+        _, text = line.split(maxsplit=1)
+        assert len(text) < 70, line
+
+
+def test_readme_lists_the_questions_of_the_template() -> None:
     questions = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
     assert questions == ["project_name", "project_slug", "description", "owner", "include_example"]
 
 
-def test_nothing_speaks_of_the_machine_it_was_made_on() -> None:
+def test_no_file_mentions_the_build_machine() -> None:
     for name in tracked():
         text = (ROOT / name).read_bytes().decode(errors="replace")
         for word in ("pypi" + ".org", "python" + "hosted", "debian" + ".org", "/root" + "/"):
@@ -69,9 +85,11 @@ def test_nothing_speaks_of_the_machine_it_was_made_on() -> None:
 
 
 class Terminal:
-    """A command in a terminal of its own: Ctrl-C reaches all of its processes, and output is for people."""
+    """A command in a terminal of its own: Ctrl-C reaches all its processes, output is readable."""
 
-    def __init__(self, command: list[str], folder: Path, temporary: Path, **settings: str) -> None:
+    def __init__(
+        self, command: list[str], directory: Path, temporary: Path, **settings: str
+    ) -> None:
         self.temporary = temporary
         self.master, slave = pty.openpty()
         environment = {
@@ -79,7 +97,7 @@ class Terminal:
         }
         self.process = subprocess.Popen(
             command,
-            cwd=folder,
+            cwd=directory,
             env=environment | {"TMPDIR": str(temporary)} | settings,
             stdin=slave,
             stdout=slave,
@@ -91,30 +109,29 @@ class Terminal:
         self.text = ""
 
     def read(self) -> str:
-        """Return all that was printed so far."""
-        try:
-            while part := os.read(self.master, 65536):
+        """Return the output so far."""
+        with contextlib.suppress(OSError):  # no output at the moment, or the terminal is closed
+            while True:
+                part = os.read(self.master, 65536)
+                if not part:
+                    break
                 self.text += part.decode(errors="replace")
-        except OSError:  # nothing more for now, or the end
-            pass
         return self.text
 
     def wait_for(self, url: str) -> None:
-        """Wait until an address answers 200; fail if the command ends before."""
-        end = time.monotonic() + READY_SECONDS
+        """Wait until a URL responds 200; fail if the command exits first."""
+        deadline = time.monotonic() + READY_SECONDS
         while True:
             assert self.process.poll() is None, self.read()
-            assert time.monotonic() < end, self.read()
-            try:
+            assert time.monotonic() < deadline, self.read()
+            with contextlib.suppress(httpx.TransportError):
                 if httpx.get(url).status_code == 200:
                     return
-            except httpx.TransportError:
-                pass
             self.read()
             time.sleep(0.1)
 
     def interrupt(self) -> float:
-        """Send what Ctrl-C sends, to all in the foreground; return the seconds until the command has ended."""
+        """Send Ctrl-C to the foreground; return the seconds until the command has exited."""
         start = time.monotonic()
         os.killpg(self.process.pid, signal.SIGINT)
         while self.process.poll() is None and time.monotonic() - start < 30:
@@ -126,26 +143,22 @@ class Terminal:
         """Return the processes that it has started."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def folders(self, family: list[psutil.Process]) -> list[Path]:
-        """Return the folders of its throw-away Postgres and of its metrics."""
-        metrics = [f"metrics-{process.pid}-*" for process in family]
-        both = [
-            path
-            for place in (self.temporary, Path("/dev/shm"))
-            for name in metrics
-            for path in place.glob(name)
-        ]
-        return [*self.temporary.glob("postgres-*"), *both]
+    def directories(self, family: list[psutil.Process]) -> list[Path]:
+        """Return the directories of its temporary Postgres and of its metrics."""
+        found = list(self.temporary.glob("postgres-*"))
+        for process in family:
+            for place in (self.temporary, Path("/dev/shm")):
+                found += place.glob(f"metrics-{process.pid}-*")
+        return found
 
 
 @contextlib.contextmanager
-def terminal(command: list[str], folder: Path = ROOT, **settings: str) -> Iterator[Terminal]:
-    """Run a command in a terminal, with a temporary folder of its own, and end it, whatever happens."""
+def terminal(command: list[str], directory: Path = ROOT, **settings: str) -> Iterator[Terminal]:
+    """Run a command in a terminal with a temporary directory of its own; stop it afterwards."""
     with tempfile.TemporaryDirectory() as temporary:
-        Path(temporary).chmod(
-            0o755
-        )  # for the user of a throw-away Postgres, whom pytest's folders keep out
-        running = Terminal(command, folder, Path(temporary), **settings)
+        # The user of a temporary Postgres needs access, which pytest's directories deny.
+        Path(temporary).chmod(0o755)
+        running = Terminal(command, directory, Path(temporary), **settings)
         try:
             yield running
         finally:
@@ -154,24 +167,27 @@ def terminal(command: list[str], folder: Path = ROOT, **settings: str) -> Iterat
             os.close(running.master)
 
 
+def tools() -> str:
+    """Return the variable that makes a project use this repository's uv."""
+    return f"TOOLS={os.environ.get('TOOLS', ROOT / '.tools')}"
+
+
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Terminal]:
-    """`make demo`, as far as its guide."""
-    tools = os.environ.get("TOOLS", ROOT / ".tools")
-    with terminal(["make", "demo", f"VENV={sys.prefix}", f"TOOLS={tools}"]) as running:
+    """`make demo`, once it has printed its guide."""
+    with terminal(["make", "demo", f"VENV={sys.prefix}", tools()]) as running:
         running.wait_for(BASE + "/health/ready")
         eventually(lambda: "Ctrl-C ends the demo." in running.read())
         yield running
 
 
 @pytest.mark.slow
-def test_the_demo_answers_what_the_readme_asks(demo: Terminal) -> None:
-    (asked,) = [block for block in BLOCKS if block.startswith("curl -i http://127.0.0.1:8000/\n")]
-    answers = subprocess.run(
-        ["bash", "-ec", asked], capture_output=True, check=True
-    ).stdout.decode()
-    assert re.findall(r"HTTP/1\.1 (\d+) ", answers) == ["200", "200", "201"]
-    assert "http_server_request_duration_seconds_count" in answers
+def test_demo_serves_the_requests_of_the_readme(demo: Terminal) -> None:
+    (commands,) = [block for block in BLOCKS if block.startswith(f"curl -i {BASE}/\n")]
+    done = subprocess.run(["bash", "-ec", commands], capture_output=True, check=True)
+    responses = done.stdout.decode()
+    assert re.findall(r"HTTP/1\.1 (\d+) ", responses) == ["200", "200", "201"]
+    assert "http_server_request_duration_seconds_count" in responses
     for path in ("/health/live", "/health/startup"):
         assert httpx.get(BASE + path).status_code == 200
     assert '{"timestamp"' not in demo.read()  # readable lines on a terminal
@@ -179,30 +195,30 @@ def test_the_demo_answers_what_the_readme_asks(demo: Terminal) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_demo_without_a_drain_and_leaves_nothing(demo: Terminal) -> None:
+def test_ctrl_c_stops_the_demo_without_a_drain_and_leaves_nothing(demo: Terminal) -> None:
     family = demo.family()
-    folders = demo.folders(family)
-    assert len(folders) == 2  # its Postgres and its metrics
+    directories = demo.directories(family)
+    assert len(directories) == 2  # its Postgres and its metrics
     assert demo.interrupt() < INTERRUPT_SECONDS
     _, alive = psutil.wait_procs(family, 10)
     assert alive == []
-    assert not any(path.exists() for path in [*folders, *demo.folders(family)])
+    assert not any(path.exists() for path in [*directories, *demo.directories(family)])
     assert "Traceback" not in demo.text
     assert not (CI and "fakeredis" in demo.text)
 
 
 @pytest.mark.slow
-def test_a_second_demo_says_what_is_in_its_way(template: Path) -> None:
+def test_second_demo_reports_the_port_in_use(template: Path) -> None:
+    command = [sys.executable, "-m", "scripts.demo"]
     with socket.create_server(("127.0.0.1", 8000)):
-        done = subprocess.run(
-            [sys.executable, "-m", "scripts.demo"], cwd=ROOT, capture_output=True, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == b"127.0.0.1:8000: somebody listens there already; end that first\n"
+    assert done.stderr.startswith("127.0.0.1:8000: ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_the_commands_without_make_set_the_template_up(template: Path, tmp_path: Path) -> None:
+def test_commands_without_make_set_up_the_template(template: Path, tmp_path: Path) -> None:
     (commands,) = [block for block in BLOCKS if block.startswith("python3 -m pip")]
     copy = shutil.copytree(template, tmp_path / "copy")
     subprocess.run(["git", "init", "--quiet"], cwd=copy, check=True)
@@ -217,43 +233,42 @@ def test_the_commands_without_make_set_the_template_up(template: Path, tmp_path:
 
 
 def addresses() -> dict[str, str]:
-    """Return free addresses for a service."""
-    ports = []
-    for _ in range(2):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            ports.append(probe.getsockname()[1])
-    return {"BIND": f"127.0.0.1:{ports[0]}", "METRICS_BIND": f"127.0.0.1:{ports[1]}"}
+    """Return settings with free addresses for a service."""
+    return {"BIND": f"127.0.0.1:{free_port()}", "METRICS_BIND": f"127.0.0.1:{free_port()}"}
+
+
+def shell_block(project: Path, word: str) -> str:
+    """Return the only shell block with this word of the project's README."""
+    text = (project / "README.md").read_text()
+    blocks: list[str] = SHELL.findall(text)
+    (found,) = [block for block in blocks if word in block]
+    return found
 
 
 @pytest.mark.slow
-def test_the_projects_commands_without_make_run_it(bake: Bake) -> None:
-    project, free = bake(), addresses()
-    text = (project / "README.md").read_text()
-    (commands,) = [
-        block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "pip install" in block
-    ]
+def test_commands_without_make_run_the_project(bake: Bake) -> None:
+    project = bake()
+    free = addresses()
+    commands = shell_block(project, "pip install")
     with terminal(["bash", "-ec", commands], project, **free) as running:
         running.wait_for(f"http://{free['BIND']}/health/ready")
         assert running.interrupt() < INTERRUPT_SECONDS
 
 
 @pytest.mark.slow
-def test_make_dev_reloads_serves_docs_and_metrics_and_reads_dot_env(bake: Bake) -> None:
-    project, free = bake(), addresses()
+def test_make_dev_reloads_and_serves_docs_and_metrics(bake: Bake) -> None:
+    """It reads `.env`, too."""
+    project = bake()
+    free = addresses()
     (project / ".env").write_text('SERVICE_VERSION="1.2.3 from .env"\n')
     base = f"http://{free['BIND']}"
-    tools = f"TOOLS={os.environ.get('TOOLS', ROOT / '.tools')}"
-    with terminal(["make", "dev", tools], project, **free) as running:
+    metrics = f"http://{free['METRICS_BIND']}/metrics"
+    with terminal(["make", "dev", tools()], project, **free) as running:
         running.wait_for(base + "/health/ready")
-        assert httpx.get(base + "/").json() == {
-            "service": "my-service",
-            "version": "1.2.3 from .env",
-        }
+        expected = {"service": "my-service", "version": "1.2.3 from .env"}
+        assert httpx.get(base + "/").json() == expected
         assert httpx.get(base + "/docs").status_code == 200
-        assert (
-            "http_server_request_duration_seconds_count"
-            in httpx.get(f"http://{free['METRICS_BIND']}/metrics").text
-        )
+        assert "http_server_request_duration_seconds_count" in httpx.get(metrics).text
         main = project / "app/main.py"
         main.write_text(main.read_text().replace('"service": settings', '"renamed": settings'))
         eventually(lambda: "renamed" in httpx.get(base + "/").json(), READY_SECONDS)
@@ -263,43 +278,156 @@ def test_make_dev_reloads_serves_docs_and_metrics_and_reads_dot_env(bake: Bake) 
 
 
 @pytest.mark.slow
-def test_the_session_with_payments_can_be_pasted(bake: Bake) -> None:
-    project, free = bake(), addresses()
-    text = (project / "README.md").read_text()
-    (session,) = [
-        block
-        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-        if "Idempotency-Key" in block
-    ]
-    session = session.replace("127.0.0.1:8000", free["BIND"]).replace(
-        "127.0.0.1:9464", free["METRICS_BIND"]
-    )
-    tools = f"TOOLS={os.environ.get('TOOLS', ROOT / '.tools')}"
-    with terminal(["make", "dev", tools], project, **free) as running:
-        running.wait_for(f"http://{free['BIND']}/health/ready")
-        printed = subprocess.run(
-            ["bash", "-ec", session], capture_output=True, text=True, check=True
-        ).stdout.lower()
-        first, second = re.findall(r"http/1.1 201 created.*?(\{.*?\})", printed, re.DOTALL)
+def test_payments_session_can_be_pasted(bake: Bake) -> None:
+    project = bake()
+    free = addresses()
+    session = shell_block(project, "Idempotency-Key")
+    session = session.replace("127.0.0.1:8000", free["BIND"])
+    session = session.replace("127.0.0.1:9464", free["METRICS_BIND"])
+    base = f"http://{free['BIND']}"
+    with terminal(["make", "dev", tools()], project, **free) as running:
+        running.wait_for(base + "/health/ready")
+        command = ["bash", "-ec", session]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        output = done.stdout.lower()
+        first, second = re.findall(r"http/1.1 201 created.*?(\{.*?\})", output, re.DOTALL)
         assert first == second
-        assert printed.count("idempotent-replayed: true") == 1
-        assert "http/1.1 200 ok" in printed
-        assert "http_server_request_duration_seconds_count" in printed
-        eventually(
-            lambda: "settled" in httpx.get(f"http://{free['BIND']}/payments").text, READY_SECONDS
-        )
+        assert output.count("idempotent-replayed: true") == 1
+        assert "http/1.1 200 ok" in output
+        assert "http_server_request_duration_seconds_count" in output
+        eventually(lambda: "settled" in httpx.get(f"{base}/payments").text, READY_SECONDS)
         running.interrupt()
 
 
 @pytest.mark.slow
-def test_make_run_checks_the_settings_before_gunicorn_does(bake: Bake) -> None:
-    tools = f"TOOLS={os.environ.get('TOOLS', ROOT / '.tools')}"
+def test_make_run_checks_the_settings_before_gunicorn(bake: Bake) -> None:
     environment = os.environ | {"WEB_CONCURRENCY": "two"}
     for target in ("run", "doctor"):
-        command = ["make", "--silent", target, tools]
+        command = ["make", "--silent", target, tools()]
         done = subprocess.run(
             command, cwd=bake(target), env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode != 0
         assert "configuration error: WEB_CONCURRENCY=two: " in done.stderr
         assert "Traceback" not in done.stderr
+
+
+class Guide:
+    """A section of the project's README, followed in the project by the text of its steps."""
+
+    def __init__(self, project: Path, heading: str) -> None:
+        self.project = project
+        text = (project / "README.md").read_text()
+        (self.text,) = re.findall(rf"^## {heading}\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)
+
+    def blocks(self, language: str) -> list[tuple[str, str]]:
+        """Return the code blocks of a language, each with the paragraph above it."""
+        pattern = rf"((?:[^\n]+\n)+)\n *```{language}\n(.*?)\n *```"
+        found = re.findall(pattern, self.text, re.DOTALL)
+        return [(paragraph, textwrap.dedent(code) + "\n") for paragraph, code in found]
+
+    def run(self, program: str, *arguments: str) -> None:
+        """Run a program of the service's environment; fail with its output."""
+        command = [str(SERVICE_BIN / program), *arguments]
+        done = subprocess.run(
+            command, cwd=self.project, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def edit(self, name: str, before: str, after: str) -> None:
+        """Replace a text that a file of the project contains once."""
+        path = self.project / name
+        text = path.read_text()
+        assert text.count(before) == 1, (name, before)
+        path.write_text(text.replace(before, after))
+
+    def give_layer(self, include_example: bool) -> None:
+        """List the new directory in the import contract, if the project has one yet."""
+        if "[tool.importlinter]" not in (self.project / "pyproject.toml").read_text():
+            return
+        if include_example:
+            self.edit(
+                "pyproject.toml", '"(payments)", # example', '"(payments) | orders", # example'
+            )
+        else:
+            self.edit(
+                "pyproject.toml", '"lifespan | serving",', '"lifespan | serving",\n    "(orders)",'
+            )
+        self.run("lint-imports")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("include_example", [True, False])
+def test_route_with_a_table_of_the_readme_works(bake: Bake, include_example: bool) -> None:
+    project = bake(include_example=include_example)
+    guide = Guide(project, "Add a route with a table")
+    (_, setup), (_, checks) = guide.blocks("sh")
+    assert checks.splitlines() == [
+        ".venv/bin/ruff check --fix .",
+        ".venv/bin/ruff format .",
+        "make lint types test",
+    ]
+    setup = setup.replace(".venv/bin/alembic", str(SERVICE_BIN / "alembic"))
+    subprocess.run(["bash", "-ec", setup], cwd=project, check=True, capture_output=True)
+    (migration,) = (project / "migrations/versions").glob("*_create_orders.py")
+    for paragraph, code in guide.blocks("python"):
+        name = re.findall(r"`((?:app|tests)/orders/\w+\.py)`", paragraph)
+        if name:
+            (project / name[0]).write_text(code)
+        elif "migrations/versions" in paragraph:
+            header, _, _ = migration.read_text().partition("def upgrade")
+            migration.write_text(header + code)
+        else:
+            imported, included = code.splitlines(keepends=True)
+            first = "from app.lifespan import"
+            guide.edit("app/main.py", first, imported + first)
+            last = "    return app\n"
+            guide.edit("app/main.py", last, included + last)
+    changed = ["app/main.py", "app/orders", "tests/orders", str(migration)]
+    guide.run("ruff", "check", "--no-cache", "--fix", *changed)
+    guide.run("ruff", "format", "--no-cache", *changed)
+    guide.run("ruff", "check", "--no-cache", *changed)
+    guide.run("mypy", "--cache-dir", os.devnull, "app/main.py", "tests/orders")
+    guide.give_layer(include_example)
+    guide.run("python", "-m", "pytest", "-q", "tests/orders", "tests/test_migrations.py")
+
+
+@pytest.mark.slow
+def test_changed_timeout_of_the_readme_passes_the_checks(bake: Bake) -> None:
+    """The example of "Change a timeout": requests may last 60 s."""
+    project = bake()
+    guide = Guide(project, "Change a timeout")
+    changed = ("REQUEST_TIMEOUT_SECONDS", "GRACEFUL_TIMEOUT_SECONDS", "TERMINATION_GRACE_SECONDS")
+    values = {"REQUEST_TIMEOUT_SECONDS": "60"}
+    values |= dict(re.findall(r"`([A-Z_]+_SECONDS)=(\d+)`", guide.text))
+    assert set(values) == set(changed)
+    (grace,) = re.findall(r"`(terminationGracePeriodSeconds: \d+)`", guide.text)
+    (stop,) = re.findall(r"`(stop_grace_period: \d+s)`", guide.text)
+    (read,) = re.findall(r"`(proxy_read_timeout \d+s;)`", guide.text)
+    (route,) = re.findall(r"`(request: \d+s)`", guide.text)
+
+    literals = "".join(f"\n      - {name}={value}" for name, value in values.items())
+    base = "deploy/k8s/base/kustomization.yaml"
+    guide.edit(base, "\n      - TERMINATION_GRACE_SECONDS=60", literals)
+    environment = "".join(f"\n      {name}: {value}" for name, value in values.items())
+    guide.edit(
+        "compose.yaml", "\n      ENVIRONMENT: staging", "\n      ENVIRONMENT: staging" + environment
+    )
+    for name in ("base/deployment.yaml", "components/consumer/deployment.yaml"):
+        guide.edit(f"deploy/k8s/{name}", "terminationGracePeriodSeconds: 60", grace)
+    compose = project / "compose.yaml"
+    compose.write_text(compose.read_text().replace("stop_grace_period: 60s", stop))
+    guide.edit("deploy/compose/nginx.conf", "proxy_read_timeout 35s;", read)
+    guide.edit("deploy/k8s/components/httproute/httproute.yaml", "request: 35s", route)
+
+    guide.run("python", "-m", "pytest", "-q", "tests/deploy/test_deploy.py")
+    arguments = ["--cpus", "1", "--memory-mb", "256"]
+    done = subprocess.run(
+        [str(SERVICE_BIN / "python"), "-m", "app.sizing", *arguments],
+        cwd=project,
+        env=os.environ | values,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

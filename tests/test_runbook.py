@@ -1,4 +1,4 @@
-"""The runbook of the generated project: its commands exist, and its rollout does first what has to be first."""
+"""The runbook of the generated project: its commands exist, and work in the order it gives."""
 
 import os
 import re
@@ -13,67 +13,91 @@ import pytest
 from tests.api_server import ApiServer
 from tests.conftest import Bake, missing
 
-#: The stand-in has no schemas to validate with, and reads no protobuf, in which `create secret` talks.
-WRAPPER = """#!/bin/sh
+#: kubectl for the fake API server, which has no schemas and does not read protobuf, the format of
+#: `create secret`.
+KUBECTL = """#!/bin/sh
 case "$1 $2 $*" in
 *--dry-run*|*--help) ;;
-"create secret "*) KUBECTL "$@" --dry-run=client --output=yaml | KUBECTL create --validate=false -f -; exit;;
+"create secret "*)
+  KUBECTL "$@" --dry-run=client --output=yaml | KUBECTL create --validate=false -f -
+  exit
+  ;;
 apply*|replace*) verb=$1; shift; set -- "$verb" --validate=false "$@";;
 esac
 exec KUBECTL "$@"
 """
+#: An editor that writes one line to each file.
+EDITOR = """#!/bin/sh
+for file; do echo "postgresql://app@postgres/app" > "$file"; done
+"""
+CONTEXT = """
+kubectl config set-cluster it --server=http://127.0.0.1:{port}
+kubectl config set-context it --cluster=it
+kubectl config use-context it
+"""
 BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
+NAMESPACE = "/api/v1/namespaces/my-service-prod"
 
 
 class Runbook:
-    """The commands of a baked runbook, by heading, for a shell whose kubectl talks to a stand-in."""
+    """The commands of a generated runbook, by heading, for a kubectl of the fake API server."""
 
-    def __init__(self, project: Path, folder: Path) -> None:
-        self.project, self.folder = project, folder
+    def __init__(self, project: Path, home: Path) -> None:
+        self.project = project
+        self.home = home
         self.text = (project / "docs/runbook.md").read_text()
-        parts = zip(["", *HEADING.findall(self.text)], HEADING.split(self.text)[::2], strict=True)
+        headings = ["", *HEADING.findall(self.text)]
+        sections = HEADING.split(self.text)[::2]
         self.blocks = {
-            name: [textwrap.dedent(block) for block in BLOCK.findall(part)] for name, part in parts
+            heading: [textwrap.dedent(block) for block in BLOCK.findall(section)]
+            for heading, section in zip(headings, sections, strict=True)
         }
 
     def run(self, server: ApiServer, *blocks: str) -> subprocess.CompletedProcess[str]:
-        """Run blocks in one shell that ends at the first command that fails."""
-        kubectl = self.folder / "bin/kubectl"
-        if not kubectl.exists():
-            kubectl.parent.mkdir()
-            kubectl.write_text(WRAPPER.replace("KUBECTL", str(shutil.which("kubectl"))))
-            editor = self.folder / "bin/editor"
-            editor.write_text(
-                '#!/bin/sh\nfor file; do echo "postgresql://app@postgres/app" > "$file"; done\n'
-            )
-            for program in (kubectl, editor):
-                program.chmod(0o755)
+        """Run blocks in one shell that exits at the first command that fails."""
+        kubectl = str(shutil.which("kubectl"))
+        self._install("kubectl", KUBECTL.replace("KUBECTL", kubectl))
+        self._install("editor", EDITOR)
         environment = os.environ | {
-            "PATH": f"{kubectl.parent}:{os.environ['PATH']}",
-            "KUBECONFIG": str(self.folder / "config"),
-            "HOME": str(self.folder),
-            "EDITOR": str(self.folder / "bin/editor"),
-            "TMPDIR": str(self.folder),
+            "PATH": f"{self.home / 'bin'}:{os.environ['PATH']}",
+            "KUBECONFIG": str(self.home / "config"),
+            "HOME": str(self.home),
+            "EDITOR": str(self.home / "bin/editor"),
+            "TMPDIR": str(self.home),
         }
-        cluster = (
-            f"kubectl config set-cluster it --server=http://127.0.0.1:{server.server_port}\n"
-            "kubectl config set-context it --cluster=it\nkubectl config use-context it\n"
-        )
-        script = cluster + "".join([*self.blocks[""], *blocks])
+        context = CONTEXT.format(port=server.server_port)
+        script = context + "".join([*self.blocks[""], *blocks])
         command = ["bash", "-euo", "pipefail", "-c", script]
         return subprocess.run(
             command, cwd=self.project, env=environment, capture_output=True, text=True, check=False
         )
+
+    def _install(self, name: str, script: str) -> None:
+        program = self.home / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(script)
+        program.chmod(0o755)
+
+    def deploy(self, server: ApiServer) -> subprocess.CompletedProcess[str]:
+        """Run the first deploy without labels: namespace, secret, migration, rollout."""
+        render, secret, _, _, _ = self.blocks["First deploy"]
+        _, migrate, rollout = self.blocks["Rollout"]
+        return self.run(server, render, secret, migrate, rollout)
+
+    def change_setting(self) -> None:
+        """Change a setting in the base, so that the next rollout has something to do."""
+        base = self.project / "deploy/k8s/base/kustomization.yaml"
+        base.write_text(base.read_text().replace("- LOG_FORMAT=json", "- LOG_FORMAT=console"))
 
 
 @pytest.fixture
 def runbook(bake: Bake, tmp_path: Path) -> Runbook:
     if not shutil.which("kubectl"):
         missing("kubectl")
-    folder = tmp_path / "home"
-    folder.mkdir()
-    return Runbook(bake(), folder)
+    home = tmp_path / "home"
+    home.mkdir()
+    return Runbook(bake(), home)
 
 
 @pytest.fixture
@@ -88,20 +112,18 @@ def server() -> Iterator[ApiServer]:
         server.shutdown()
 
 
-def test_every_command_of_kubectl_exists_with_its_options(runbook: Runbook) -> None:
+def test_kubectl_commands_exist_with_their_options(runbook: Runbook) -> None:
     blocks = "".join(block for found in runbook.blocks.values() for block in found)
-    commands = [
-        command.strip() for line in blocks.splitlines() for command in re.split(r"[|]|&&", line)
-    ]
-    own = [command.split(">")[0] for command in commands if command.startswith("kubectl ")]
-    assert len(own) > 20
-    for command in own:
-        script = f"NAME=name OVERLAY=prod RENDERED=file SECRETS=folder; {command} --help"
+    parts = [part.strip() for line in blocks.splitlines() for part in re.split(r"[|]|&&", line)]
+    commands = [part.split(">")[0] for part in parts if part.startswith("kubectl ")]
+    assert len(commands) > 20
+    for command in commands:
+        script = f"NAME=name OVERLAY=prod RENDERED=file SECRETS=directory; {command} --help"
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
         assert done.returncode == 0, (command, done.stderr)
 
 
-def test_its_links_lead_somewhere(runbook: Runbook) -> None:
+def test_links_and_paths_exist(runbook: Runbook) -> None:
     anchors = {
         re.sub(r"[^a-z0-9 -]", "", name.lower()).replace(" ", "-")
         for name in HEADING.findall(runbook.text)
@@ -112,93 +134,83 @@ def test_its_links_lead_somewhere(runbook: Runbook) -> None:
 
 
 @pytest.mark.slow
-def test_a_first_deploy_ends_with_all_pods_ready_and_a_second_runs_a_migration_of_its_own(
+def test_first_deploy_and_second_rollout_migrate_before_the_pods(
     runbook: Runbook, server: ApiServer
 ) -> None:
+    """The first deploy ends with all pods ready, and the second rollout has its own migration."""
     render, secret, label, _, wait = runbook.blocks["First deploy"]
     _, migrate, rollout = runbook.blocks["Rollout"]
     first = runbook.run(server, render, secret, label, migrate, rollout, wait)
     assert first.returncode == 0, first.stderr
-    for words in (
-        "secret/my-service-secrets created",
-        "namespace/ingress labeled",
-        "successfully rolled out",
-    ):
-        assert words in first.stdout
-    at = server.done.index
-    assert at("POST namespaces/my-service-prod") < at("POST secrets/my-service-secrets")
-    assert at("POST networkpolicies/my-service") < at("POST jobs/my-service-migrate")
-    assert (
-        at("POST secrets/my-service-secrets")
-        < at("POST jobs/my-service-migrate")
-        < at("POST deployments/my-service")
-    )
-    assert not list(runbook.folder.rglob("database_url"))
+    assert "secret/my-service-secrets created" in first.stdout
+    assert "namespace/ingress labeled" in first.stdout
+    assert "successfully rolled out" in first.stdout
+    position = server.changes.index
+    secret_at = position("POST secrets/my-service-secrets")
+    migration_at = position("POST jobs/my-service-migrate")
+    assert position("POST namespaces/my-service-prod") < secret_at
+    assert position("POST networkpolicies/my-service") < migration_at
+    assert secret_at < migration_at < position("POST deployments/my-service")
+    assert not list(runbook.home.rglob("database_url"))
 
-    base = runbook.project / "deploy/k8s/base/kustomization.yaml"
-    base.write_text(base.read_text().replace("- LOG_FORMAT=json", "- LOG_FORMAT=console"))
-    server.done.clear()
+    runbook.change_setting()
+    server.changes.clear()
     second = runbook.run(server, render, migrate, rollout)
     assert second.returncode == 0, second.stderr
-    changes = [change for change in server.done if "jobs/" in change or "deployments/" in change]
-    expected = [
+    changes = [change for change in server.changes if "jobs/" in change or "deployments/" in change]
+    assert changes == [
         "DELETE jobs/my-service-migrate",
         "POST jobs/my-service-migrate",
         "PATCH deployments/my-service",
     ]
-    assert changes == expected
 
 
 @pytest.mark.slow
-def test_a_job_that_is_not_deleted_cannot_be_applied(runbook: Runbook, server: ApiServer) -> None:
-    render, secret, _, _, _ = runbook.blocks["First deploy"]
-    _, migrate, rollout = runbook.blocks["Rollout"]
-    assert runbook.run(server, render, secret, migrate, rollout).returncode == 0
-    base = runbook.project / "deploy/k8s/base/kustomization.yaml"
-    base.write_text(base.read_text().replace("- LOG_FORMAT=json", "- LOG_FORMAT=console"))
+def test_rollout_without_deleting_the_job_fails(runbook: Runbook, server: ApiServer) -> None:
+    assert runbook.deploy(server).returncode == 0
+    runbook.change_setting()
+    render, *_ = runbook.blocks["First deploy"]
+    _, _, rollout = runbook.blocks["Rollout"]
     careless = runbook.run(server, render, rollout)
     assert "field is immutable" in careless.stderr
 
 
 @pytest.mark.slow
-def test_a_migration_that_fails_stops_the_rollout_before_any_pod(
+def test_failed_migration_stops_the_rollout_before_any_pod(
     runbook: Runbook, server: ApiServer
 ) -> None:
     server.migrations_fail = True
     render, secret, _, _, _ = runbook.blocks["First deploy"]
     _, migrate, rollout = runbook.blocks["Rollout"]
-    done = runbook.run(
-        server, render, secret, migrate.replace("--timeout=30s", "--timeout=1s"), rollout
-    )
+    impatient = migrate.replace("--timeout=30s", "--timeout=1s")
+    done = runbook.run(server, render, secret, impatient, rollout)
     assert done.returncode != 0
     assert "timed out waiting for the condition" in done.stderr
-    assert "POST jobs/my-service-migrate" in server.done
-    assert not any("deployments" in change for change in server.done)
+    assert "POST jobs/my-service-migrate" in server.changes
+    assert not any("deployments" in change for change in server.changes)
 
 
 @pytest.mark.slow
-def test_a_rotation_keeps_the_other_secret_and_restarts_the_pods(
+def test_rotation_keeps_the_other_secret_and_restarts_the_pods(
     runbook: Runbook, server: ApiServer
 ) -> None:
-    render, secret, _, _, _ = runbook.blocks["First deploy"]
-    _, migrate, rollout = runbook.blocks["Rollout"]
     (rotate,) = runbook.blocks["Rotate a secret"]
-    assert runbook.run(server, render, secret, migrate, rollout).returncode == 0
-    path = "/api/v1/namespaces/my-service-prod/secrets/my-service-secrets"
+    assert runbook.deploy(server).returncode == 0
+    path = f"{NAMESPACE}/secrets/my-service-secrets"
     before = server.objects[path]["data"]
-    server.done.clear()
+    server.changes.clear()
     done = runbook.run(server, rotate)
     assert done.returncode == 0, done.stderr
     assert server.objects[path]["data"] == before
-    assert server.done == ["PUT secrets/my-service-secrets", "PATCH deployments/my-service"]
+    assert server.changes == ["PUT secrets/my-service-secrets", "PATCH deployments/my-service"]
 
 
 @pytest.mark.slow
-def test_for_tonight_the_autoscaler_keeps_more_pods(runbook: Runbook, server: ApiServer) -> None:
-    render, secret, _, _, _ = runbook.blocks["First deploy"]
-    _, migrate, rollout = runbook.blocks["Rollout"]
-    assert runbook.run(server, render, secret, migrate, rollout).returncode == 0
+def test_patched_autoscaler_keeps_more_pods(runbook: Runbook, server: ApiServer) -> None:
+    assert runbook.deploy(server).returncode == 0
     patch, *_ = runbook.blocks["Scale"]
-    assert runbook.run(server, patch.split("\n")[0] + "\n").returncode == 0
-    path = "/apis/autoscaling/v2/namespaces/my-service-prod/horizontalpodautoscalers/my-service"
-    assert server.objects[path]["spec"]["minReplicas"] == 6
+    first_command = patch.split("\n")[0] + "\n"
+    assert runbook.run(server, first_command).returncode == 0
+    namespace = NAMESPACE.replace("/api/v1", "/apis/autoscaling/v2")
+    autoscaler = server.objects[f"{namespace}/horizontalpodautoscalers/my-service"]
+    assert autoscaler["spec"]["minReplicas"] == 6

@@ -1,4 +1,4 @@
-"""The template's folder is a project as it stands: it passes its own tests, on the Python of whoever runs these."""
+"""The template directory is a project that passes its own tests, on this Python."""
 
 import sys
 
@@ -9,5 +9,5 @@ from tests.projects import make
 
 
 @pytest.mark.slow
-def test_the_template_as_it_stands_passes_its_own_tests() -> None:
-    make(ROOT / SOURCE, f"VENV={SERVICE_BIN.parent}", "test", python=sys.executable)
+def test_template_directory_passes_its_own_tests() -> None:
+    make(ROOT / SOURCE, f"VENV={SERVICE_BIN.parent}", "test", PYTHON=sys.executable)

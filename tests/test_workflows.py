@@ -1,4 +1,4 @@
-"""The generated project's CI: what can be said of it without GitHub, and its commands run where they can be."""
+"""The generated project's workflows: static checks, and runs of their commands."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, SOURCE, Bake, interpreter, missing, render
+from tests.projects import environment
 
 GITHUB = ROOT / SOURCE / ".github"
 WORKFLOWS = sorted((GITHUB / "workflows").iterdir())
@@ -24,24 +25,24 @@ def jobs(workflow: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def step(workflow: str, job: str, name: str) -> str:
-    """Return the script of a step."""
+def script_with(text: str, workflow: str, job: str) -> str:
+    """Return the only script of a job that contains a text."""
     steps = jobs(GITHUB / "workflows" / workflow)[job]["steps"]
-    (script,) = [step["run"] for step in steps if step.get("name") == name]
+    (script,) = [step["run"] for step in steps if text in step.get("run", "")]
     return str(script)
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
-def test_actions_are_pinned_by_commit_with_their_version_beside(workflow: Path) -> None:
+def test_actions_are_pinned_by_commit_with_a_version_comment(workflow: Path) -> None:
     used = re.findall(r"uses: (.*)", workflow.read_text())
     assert used
+    pinned = r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+"
+    own = r"\$/\.github/workflows/ci\.yml.*"
     for action in used:
-        assert re.fullmatch(
-            r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+|\$/\.github/workflows/ci\.yml.*", action
-        )
+        assert re.fullmatch(f"{pinned}|{own}", action)
 
 
-def test_an_action_has_one_commit_everywhere() -> None:
+def test_each_action_has_one_commit_in_all_workflows() -> None:
     used = {
         line
         for workflow in WORKFLOWS
@@ -51,21 +52,20 @@ def test_an_action_has_one_commit_everywhere() -> None:
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
-def test_a_job_may_what_it_says_for_as_long_as_it_says(workflow: Path) -> None:
+def test_jobs_have_least_permissions_and_a_timeout(workflow: Path) -> None:
     assert yaml.safe_load(workflow.read_text())["permissions"] == {}
+    allowed: list[dict[str, str]] = [{}]
+    if workflow.name == "release.yml":
+        allowed.append({"packages": "write"})
     for name, job in jobs(workflow).items():
         assert job["permissions"].pop("contents") == "read", name
-        assert job["permissions"] in (
-            {},
-            {"packages": "write"} if workflow.name == "release.yml" else {},
-        ), name
+        assert job["permissions"] in allowed, name
         assert "uses" in job or job["timeout-minutes"] <= 20, name
 
 
-def test_workflows_run_make_targets_that_there_are() -> None:
-    targets = set(
-        re.findall(r"^([a-z0-9-]+):", (ROOT / SOURCE / "Makefile").read_text(), re.MULTILINE)
-    )
+def test_workflows_run_existing_make_targets() -> None:
+    makefile = (ROOT / SOURCE / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE))
     steps = [
         step
         for workflow in WORKFLOWS
@@ -81,8 +81,11 @@ def test_workflows_run_make_targets_that_there_are() -> None:
     assert {"lint", "types", "test", "image", "k8s-check"} <= made <= targets
 
 
-def test_no_expression_is_pasted_into_a_script() -> None:
-    """What GitHub puts into a script, whoever opens a pull request may have written."""
+def test_scripts_contain_no_expression() -> None:
+    """A pull request could inject commands through them.
+
+    GitHub pastes the value of an expression into the script.
+    """
     for workflow in WORKFLOWS:
         for job in jobs(workflow).values():
             assert not [step for step in job.get("steps", []) if "${{" in step.get("run", "")]
@@ -99,53 +102,54 @@ def test_every_update_waits_a_week() -> None:
     assert all(update["cooldown"] == {"default-days": 7} for update in updates)
 
 
-@pytest.mark.slow
-def test_the_manifests_job_passes_in_a_project(bake: Bake, tmp_path: Path) -> None:
-    project = bake(project_slug="orders")
-    (command,) = [
-        step["run"]
-        for step in jobs(GITHUB / "workflows/ci.yml")["manifests"]["steps"]
-        if "run" in step
-    ]
-    tools = Path(os.environ.get("TOOLS", ROOT / ".tools")).resolve()
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in {"MAKEFLAGS", "MFLAGS", "VENV"}
-    }
-    environment |= {"PYTHON": interpreter("3.13"), "TOOLS": str(tools)}
-    done = subprocess.run(
-        ["bash", "-ec", command], cwd=project, env=environment, capture_output=True, check=False
+def run(
+    command: str, directory: Path, variables: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of a workflow as GitHub's runner does, with these variables only."""
+    return subprocess.run(
+        ["bash", "-ec", command],
+        cwd=directory,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, (done.stdout + done.stderr).decode()
+
+
+@pytest.mark.slow
+def test_manifests_job_passes_and_rejects_an_unknown_field(bake: Bake) -> None:
+    project = bake(project_slug="orders")
+    steps = jobs(GITHUB / "workflows/ci.yml")["manifests"]["steps"]
+    (command,) = [step["run"] for step in steps if "run" in step]
+    variables = environment(PYTHON=interpreter("3.13"))
+    done = run(command, project, variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+
     broken = project / "deploy/k8s/base/deployment.yaml"
     broken.write_text(broken.read_text().replace("minReadySeconds:", "minReadySecond:"))
-    done = subprocess.run(
-        ["bash", "-ec", command], cwd=project, env=environment, capture_output=True, check=False
-    )
+    done = run(command, project, variables)
     assert done.returncode != 0
-    assert b"'minReadySecond' was unexpected" in done.stdout
+    assert "'minReadySecond' was unexpected" in done.stdout
 
 
-def test_what_a_release_prints_deploys_its_image(bake: Bake, tmp_path: Path) -> None:
+def test_commands_in_the_release_summary_deploy_its_image(bake: Bake, tmp_path: Path) -> None:
     if not shutil.which("kustomize"):
         missing("kustomize")
     project = bake(project_slug="orders")
-    base = {"materials": [{"digest": {"sha256": "2" * 64}}]}
-    (tmp_path / "image.json").write_text(
-        json.dumps({"buildx.build.provenance": base, "containerimage.digest": DIGEST})
-    )
-    github = {
+    provenance = {"materials": [{"digest": {"sha256": "2" * 64}}]}
+    built = {"buildx.build.provenance": provenance, "containerimage.digest": DIGEST}
+    (tmp_path / "image.json").write_text(json.dumps(built))
+    summary = tmp_path / "summary"
+    variables = {
         "GITHUB_REPOSITORY": "Team/Orders",
         "GITHUB_REF_NAME": "v1.2.3",
+        "GITHUB_STEP_SUMMARY": str(summary),
         "RUNNER_TEMP": str(tmp_path),
+        "PATH": os.environ["PATH"],
     }
-    github |= {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary"), "PATH": os.environ["PATH"]}
-    script = step("release.yml", "image", "tell how to deploy it")
-    done = subprocess.run(
-        ["bash", "-ec", script], cwd=project, env=github, stdout=subprocess.PIPE, check=True
-    )
-    assert (tmp_path / "summary").read_bytes() == done.stdout
-    subprocess.run(["bash", "-ec", done.stdout.decode()], cwd=project, check=True)
+    done = run(script_with("$GITHUB_STEP_SUMMARY", "release.yml", "image"), project, variables)
+    assert done.returncode == 0, done.stderr
+    assert summary.read_text() == done.stdout
+    subprocess.run(["bash", "-ec", done.stdout], cwd=project, check=True)
     manifests = render(project / "deploy/k8s/overlays/prod")
     assert re.findall(r"image: (.*)", manifests) == [f"ghcr.io/team/orders:1.2.3@{DIGEST}"] * 2

@@ -1,4 +1,7 @@
-"""What `gunicorn` reads when it is started in this directory. Everything comes from the environment: app/settings.py."""
+"""The configuration of gunicorn, which reads it when started in this directory.
+
+Every value comes from the environment, see app/settings.py.
+"""
 
 import atexit
 import os
@@ -21,74 +24,91 @@ settings = load_settings()
 logs.configure(settings)
 plan = plan_workers(settings, detect_resources())
 
-# prometheus_client chooses between files and memory when it is imported, so the folder must be known before that.
-shared_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - files that never touch a disk
-own_directory = Path(
-    shared_memory or tempfile.gettempdir(), f"metrics-{os.getpid()}-{secrets.token_hex(8)}"
+# A directory in memory, if there is one: neither the heartbeat nor the metrics wait for a disk.
+memory_directory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
+private_directory = Path(
+    memory_directory or tempfile.gettempdir(), f"metrics-{os.getpid()}-{secrets.token_hex(8)}"
 )
-directory = settings.prometheus_multiproc_dir or own_directory
-os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
+metrics_directory = settings.prometheus_multiproc_dir or private_directory
 
-from app.serving import arbiter as arbiter_module  # noqa: E402
-from app.serving import memory  # noqa: E402
-from app.telemetry import metrics_server, multiprocess  # noqa: E402
+# prometheus_client chooses between files and memory when it is imported, so this comes first.
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_directory)
 
+from app.serving.arbiter import use_service_arbiter  # noqa: E402
+from app.serving.memory import share_memory  # noqa: E402
+from app.telemetry.metrics_server import MetricsProcess  # noqa: E402
+from app.telemetry.multiprocess import archive_worker  # noqa: E402
+
+# The application
 wsgi_app = "app.main:app"
+proc_name = settings.service_name
+# Loaded once in the master: saves 15-18 MB per worker.
+preload_app = True
+
+# Workers
 worker_class = "app.serving.gunicorn_worker.ServiceWorker"
 workers = plan.workers
-bind = settings.bind
-preload_app = True  # shares 15-18 MB per worker
-worker_tmp_dir = shared_memory  # the heartbeat must not wait for a disk
+worker_tmp_dir = memory_directory
 timeout = settings.worker_timeout_seconds
 graceful_timeout = settings.graceful_timeout_seconds
-keepalive = (
-    settings.keepalive_seconds
-)  # longer than a proxy's idle time, or it reuses what we are closing
 max_requests = settings.max_requests
 max_requests_jitter = settings.max_requests_jitter
+
+# Connections
+bind = settings.bind
+# Longer than the proxy's idle timeout, or the proxy reuses a connection that is being closed.
+keepalive = settings.keepalive_seconds
 forwarded_allow_ips = settings.forwarded_allow_ips
-control_socket_disable = (
-    True  # a thread in a master that forks, and it needs a home that can be written to
-)
+
+# The control socket is a thread in a master that forks, and needs a writable home directory.
+control_socket_disable = True
+
+# Logs
 logconfig_dict = logs.config(settings)
 errorlog = None
-proc_name = settings.service_name
 
 
 def on_starting(arbiter: Any) -> None:
-    """Start the metrics process, and say how the pod is sized."""
-    memory.share_memory()
-    arbiter.metrics = metrics_server.MetricsProcess(settings.metrics_bind, directory)
+    """Start the metrics process, and log the size of the pod."""
+    share_memory()
+    arbiter.metrics = MetricsProcess(settings.metrics_bind, metrics_directory)
     arbiter.metrics.ensure()
     atexit.register(clean_up, os.getpid(), arbiter.metrics)
-    text = "%d workers, %d database connections for each: %s; metrics on %s"
     getLogger("app.sizing").info(
-        text, plan.workers, plan.connections_per_worker, plan.explanation, settings.metrics_bind
+        "%d workers with %d database connections each: %s; metrics on %s",
+        plan.workers,
+        plan.connections_per_worker,
+        plan.explanation,
+        settings.metrics_bind,
     )
 
 
 def when_ready(arbiter: Any) -> None:
-    """Make the master ours once it listens."""
-    arbiter_module.use_service_arbiter(arbiter)
+    """Turn gunicorn's arbiter into the service's own once it listens."""
+    use_service_arbiter(arbiter)
 
 
 def pre_fork(arbiter: Any, worker: Any) -> None:
-    """Share with the workers what is loaded."""
-    memory.share_memory()
+    """Keep memory shared with the worker that is about to be forked."""
+    share_memory()
 
 
 def child_exit(arbiter: Any, worker: Any) -> None:
-    """Keep the counts of a worker that ended, and say what it was doing if it was stuck."""
+    """Archive the metrics of a worker; log its stacks if it timed out or crashed."""
     try:
         worker.log_crash_stacks()
-        multiprocess.archive_worker(directory, worker.pid)
-    except Exception:  # it would end the master, and the service with it
-        getLogger("app.metrics").exception("what worker %s has counted is lost", worker.pid)
+        archive_worker(metrics_directory, worker.pid)
+    except Exception:  # would stop the master, and the service with it
+        getLogger("app.metrics").exception("cannot archive metrics of worker %s", worker.pid)
 
 
-def clean_up(master_pid: int, metrics: metrics_server.MetricsProcess) -> None:
-    """End what was started here, however the master ends; workers inherit this and leave it alone."""
-    if os.getpid() == master_pid:
-        metrics.stop()
-        if directory == own_directory:
-            shutil.rmtree(directory, ignore_errors=True)
+def clean_up(master_pid: int, metrics: MetricsProcess) -> None:
+    """Stop the metrics process and delete its files, however the master exits.
+
+    Workers inherit this function, for which it does nothing.
+    """
+    if os.getpid() != master_pid:
+        return
+    metrics.stop()
+    if metrics_directory == private_directory:
+        shutil.rmtree(metrics_directory, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The yardstick: FastAPI and nothing else, with the route that the generated service has too."""
+"""The baseline: bare FastAPI with one route of the generated service."""
 
 from fastapi import FastAPI
 
@@ -7,5 +7,5 @@ app = FastAPI()
 
 @app.get("/")
 async def describe() -> dict[str, str]:
-    """Answer what the service answers."""
+    """Return the same as the service."""
     return {"service": "my-service", "version": "0.0.0"}

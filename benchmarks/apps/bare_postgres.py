@@ -1,4 +1,4 @@
-"""The yardstick with a database: FastAPI and asyncpg, with the query that stored.py makes."""
+"""The baseline with a database: FastAPI and asyncpg, with the query of stored.py."""
 
 import contextlib
 import os
@@ -11,11 +11,14 @@ import asyncpg
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
 
-QUERY = "select payment_id, amount, currency, reference, status, created_at from payments where payment_id = $1"
+QUERY = """
+select payment_id, amount, currency, reference, status, created_at
+from payments where payment_id = $1
+"""
 
 
 class Payment(BaseModel):
-    """The fields of the service's answer."""
+    """The fields of the service's response."""
 
     payment_id: UUID
     amount: int
@@ -27,7 +30,7 @@ class Payment(BaseModel):
 
 @contextlib.asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-    """Hold the pool."""
+    """Open the pool, and close it at shutdown."""
     size = int(os.environ["POOL_SIZE"])
     async with asyncpg.create_pool(os.environ["DATABASE_URL"], min_size=0, max_size=size) as pool:
         yield {"pool": pool}
@@ -38,5 +41,5 @@ app = FastAPI(lifespan=lifespan)
 
 @app.get("/stored/{payment_id}")
 async def read(payment_id: UUID, request: Request) -> Payment:
-    """Look a payment up."""
+    """Return a payment."""
     return Payment(**await request.state.pool.fetchrow(QUERY, payment_id))

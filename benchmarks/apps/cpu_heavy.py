@@ -1,4 +1,4 @@
-"""The generated service with one piece of CPU work, done in three places."""
+"""The generated service with CPU-heavy work, in three places."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ STEPS = 400_000
 
 
 def work() -> int:
-    """Keep a CPU busy for some ten milliseconds, in Python, as a parser or a template does."""
+    """Keep a CPU busy for some ten milliseconds in Python, as a parser or a template does."""
     return sum(number * number % 7 for number in range(STEPS))
 
 
@@ -24,7 +24,7 @@ lifespan = app.router.lifespan_context
 
 @contextlib.asynccontextmanager
 async def with_processes(app: FastAPI) -> AsyncIterator[dict[str, object]]:
-    """Hold a pool of processes: `spawn`, since a fork would copy the worker's sockets and threads."""
+    """Add a process pool. `spawn`, since a fork would copy the worker's sockets and threads."""
     async with lifespan(app) as state:
         with ProcessPoolExecutor(1, get_context("spawn")) as processes:
             await asyncio.get_running_loop().run_in_executor(processes, work)
@@ -36,17 +36,17 @@ app.router.lifespan_context = with_processes
 
 @app.get("/in-the-loop")
 async def in_the_loop() -> int:
-    """Block the event loop, and with it every other request of this worker."""
+    """Block the event loop, and so every other request of this worker."""
     return work()
 
 
 @app.get("/in-a-thread")
 def in_a_thread() -> int:
-    """Let the loop run in between; the two take turns at the interpreter's lock."""
+    """Run in a thread: it and the event loop take turns at the interpreter's lock."""
     return work()
 
 
 @app.get("/in-a-process")
 async def in_a_process(request: Request) -> int:
-    """Leave it to another process: the loop only waits."""
+    """Run in another process: the event loop only waits."""
     return await asyncio.get_running_loop().run_in_executor(request.state.processes, work)

@@ -1,4 +1,4 @@
-"""The service with a route that reads a payment from Postgres each time; its own takes it from the cache."""
+"""The service with a route that reads a payment from Postgres; its own reads the cache."""
 
 from uuid import UUID
 
@@ -9,7 +9,10 @@ from app.storage.postgres import DatabaseDependency
 
 
 @app.get("/stored/{payment_id}")
-async def read(payment_id: UUID, database: DatabaseDependency) -> Payment | None:
-    """Look a payment up."""
+async def get(payment_id: UUID, database: DatabaseDependency) -> Payment | None:
+    """Return one payment."""
     found = await database.retry(lambda connection: repository.get(connection, payment_id))
-    return found[0] if found else None
+    if found is None:
+        return None
+    payment, _ = found
+    return payment

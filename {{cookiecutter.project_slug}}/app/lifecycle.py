@@ -1,4 +1,7 @@
-"""What the server tells the application about its shutdown. Without our server, nothing."""
+"""The state of shutdown, which the serving runtime reports to the application.
+
+Without this runtime, as in tests or under another server, nothing is reported.
+"""
 
 import time
 from collections.abc import Callable
@@ -23,5 +26,5 @@ class Lifecycle:
     closing_deadline: float = 0.0
 
     def seconds_left(self) -> float:
-        """Return the seconds that background tasks may still run; negative after the deadline."""
+        """Return the seconds until background tasks are cancelled, negative after it."""
         return self.closing_deadline - time.monotonic()

@@ -1,6 +1,6 @@
-"""What the API process holds while it serves: opened in order, closed in reverse.
+"""The resources of the API process while it serves: opened in order, closed in reverse.
 
-It is closed in reverse also when opening fails half-way.
+They are closed in reverse also when opening fails half-way.
 """
 
 import contextlib

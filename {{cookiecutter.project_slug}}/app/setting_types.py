@@ -1,4 +1,4 @@
-"""Validated types for settings. The error of each says what the value must be."""
+"""Validated types for settings. Each error describes a valid value."""
 
 import re
 import socket

@@ -185,7 +185,7 @@ def _describe_error(error: Any) -> str:
 def _describe(name: str, value: object, problem: str) -> str:
     if value is None:
         return f"{name}: {problem}"
-    without_credentials = ascii(value).strip("'").rpartition("@")[2]
+    without_credentials = ascii(str(value)).strip("'").rpartition("@")[2]
     return f"{name}={without_credentials[:SHOWN_CHARACTERS]}: {problem}"
 
 

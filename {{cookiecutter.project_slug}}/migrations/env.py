@@ -1,4 +1,7 @@
-"""Runs the migrations through asyncpg, so that one `DATABASE_URL` with its TLS parameters serves app and migrations."""
+"""Run the migrations through asyncpg.
+
+The application and the migrations share one `DATABASE_URL`, with its TLS parameters.
+"""
 
 import asyncio
 import logging
@@ -13,33 +16,35 @@ from sqlalchemy.pool import NullPool
 from app.settings import load_settings
 from app.telemetry import logs
 
-#: Any number, the same for every run: whoever holds this lock migrates, another run waits for it.
+#: An arbitrary number, the same for every run: the holder of this lock migrates, others wait.
 ADVISORY_LOCK = 7_236_514_099
 CONNECT_TIMEOUT_SECONDS = 10
+logger = logging.getLogger("app.migrations")
 
 
 def run(connection: Connection) -> None:
-    """Run what is missing, in one transaction; PgBouncer in transaction mode carries its lock too."""
+    """Run the missing migrations in one transaction.
+
+    The lock belongs to the transaction, so that it also works with PgBouncer in transaction mode.
+    """
     context.configure(connection=connection)
     with context.begin_transaction():
         connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": ADVISORY_LOCK})
-        connection.execute(
-            text("set local lock_timeout = '10s'")
-        )  # rather fail than queue the service behind us
+        # Better fail than make the queries of the service wait behind a lock that we wait for.
+        connection.execute(text("set local lock_timeout = '10s'"))
         context.run_migrations()
 
 
 async def migrate() -> None:
-    """Connect and run. If the database cannot be reached, one line says so and the exit code is 1."""
+    """Connect and run. Exits with 1 and a log line if there is no connection."""
     settings = load_settings()
     logs.configure(settings)
     url = settings.database_url.get_secret_value()
     try:
         driver = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        logging.getLogger("app.migrations").error(
-            "the database of DATABASE_URL cannot be reached: %s", str(error) or type(error).__name__
-        )
+        reason = str(error) or type(error).__name__
+        logger.error("the database of DATABASE_URL cannot be reached: %s", reason)
         sys.exit(1)
 
     async def connected() -> asyncpg.Connection:

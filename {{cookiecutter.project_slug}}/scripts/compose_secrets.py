@@ -1,30 +1,34 @@
-"""Makes the secrets of compose.yaml, once: `python -m scripts.compose_secrets` writes what is missing in .secrets."""
+"""Create the secrets of compose.yaml in `.secrets`, unless they exist.
+
+Usage: `python -m scripts.compose_secrets`.
+"""
 
 import secrets
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / ".secrets"
+DIRECTORY = Path(__file__).resolve().parent.parent / ".secrets"
 
 
-def make(folder: Path = FOLDER) -> None:
-    """Write a new password and the URL that holds it, unless they are there.
+def create_secrets(directory: Path = DIRECTORY) -> None:
+    """Write a new password, and the database URL that contains it, unless they exist.
 
-    The folder is for its owner alone. The files in it can be read by everybody, since the containers' users are others:
-    they see the files and not the folder.
+    Only the owner can enter the directory. The files in it are readable by all users, since the
+    containers run as other users: they see the files, but not the directory.
     """
-    if (folder / "database_url").exists():
+    if (directory / "database_url").exists():
         return
-    folder.mkdir(mode=0o700, exist_ok=True)
+    directory.mkdir(mode=0o700, exist_ok=True)
     password = secrets.token_urlsafe(24)
-    for name, text in (
-        ("postgres_password", password),
-        ("database_url", f"postgresql://app:{password}@postgres:5432/app"),
-    ):
-        path = folder / name
-        path.unlink(missing_ok=True)
-        path.write_text(text)
-        path.chmod(0o444)
+    _write(directory / "postgres_password", password)
+    # Last: its presence means that all are written.
+    _write(directory / "database_url", f"postgresql://app:{password}@postgres:5432/app")
+
+
+def _write(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    path.write_text(text)
+    path.chmod(0o444)
 
 
 if __name__ == "__main__":
-    make()
+    create_secrets()

@@ -1,4 +1,4 @@
-"""Run the service for development: uvicorn with auto-reload in place of gunicorn, the metrics process beside it."""
+"""Run the service for development: uvicorn with auto-reload in place of gunicorn."""
 
 import contextlib
 import os
@@ -9,34 +9,34 @@ import uvicorn
 
 from app.settings import load_settings
 from app.telemetry import logs
-from scripts.fake_gateway import consumer  # example
+from scripts.dev_consumer import consuming  # example
 
 
 def main() -> None:
-    """Serve until Ctrl-C; a change below `app/` restarts the server."""
+    """Serve until Ctrl-C. A change in `app/` restarts the server."""
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="metrics-"))
-        settings = {"ENVIRONMENT": "development", "WEB_CONCURRENCY": "1", "DRAIN_SECONDS": "0"}
-        os.environ.update(settings | {"PROMETHEUS_MULTIPROC_DIR": folder})
-        stack.enter_context(consumer())  # example
-        serve(Path(folder))
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="metrics-"))
+        os.environ["ENVIRONMENT"] = "development"
+        os.environ["WEB_CONCURRENCY"] = "1"
+        os.environ["DRAIN_SECONDS"] = "0"
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+        stack.enter_context(consuming())  # example
+        serve(Path(directory))
 
 
-def serve(folder: Path) -> None:
-    """Run uvicorn with reload, and the metrics process on this folder."""
-    from app.telemetry import (
-        metrics_server,  # prometheus_client looks for the folder when it is imported
-    )
+def serve(directory: Path) -> None:
+    """Run uvicorn with reload, and the metrics process on this directory."""
+    # prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it is imported.
+    from app.telemetry import metrics_server
 
     settings = load_settings()
-    metrics = metrics_server.MetricsProcess(settings.metrics_bind, folder)
+    metrics = metrics_server.MetricsProcess(settings.metrics_bind, directory)
     metrics.ensure()
-    host, _, port = settings.bind.rpartition(":")
     try:
         uvicorn.run(
             "app.main:app",
-            host=host.strip("[]"),
-            port=int(port),
+            host=settings.bind.host,
+            port=settings.bind.port,
             reload=True,
             reload_dirs=["app"],
             log_config=logs.config(settings),

@@ -1,4 +1,7 @@
-"""Print the events of payments as they are published, one JSON object per line: `python -m scripts.tail_events [STREAM]`."""
+"""Print payment events as they are published, one JSON object per line.
+
+Usage: `python -m scripts.tail_events [STREAM]`
+"""
 
 import json
 import sys
@@ -8,26 +11,37 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
-from app.payments.service import STREAM
+from app.payments.events import STREAM
 from app.settings import load_settings
+
+BATCH = 1000
+POLL_SECONDS = 0.2
 
 
 def tail(stream: str) -> None:
-    """Print what is in the stream, then what comes, until Ctrl-C."""
-    redis: Any = Redis.from_url(load_settings().redis_url.get_secret_value(), decode_responses=True)
-    last = "-"
+    """Print the events of the stream, old and new, until Ctrl-C."""
+    url = load_settings().redis_url.get_secret_value()
+    redis: Any = Redis.from_url(url, decode_responses=True)
+    start = "-"
     while True:
-        for entry, fields in redis.xrange(stream, last, count=1000):
-            last = f"({entry}"
-            sys.stdout.write(json.dumps({"entry": entry, **fields}) + "\n")
+        for entry, fields in redis.xrange(stream, start, count=BATCH):
+            line = json.dumps({"entry": entry, **fields})
+            sys.stdout.write(line + "\n")
             sys.stdout.flush()
-        time.sleep(0.2)
+            start = f"({entry}"
+        time.sleep(POLL_SECONDS)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print until Ctrl-C. Raises `SystemExit` if Redis does not respond."""
+    stream = sys.argv[1] if len(sys.argv) > 1 else STREAM
     try:
-        tail(*(sys.argv[1:] or [STREAM]))
+        tail(stream)
     except KeyboardInterrupt:
         pass
     except RedisError as error:
         sys.exit(f"REDIS_URL: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,7 @@
-"""The service with routes that tests need: a bug, a slow answer, a stream that breaks, and traces of a clean end."""
+"""The service with routes that tests need: errors, slow responses, streams, tasks.
+
+It also logs when `atexit` runs, which shows a clean exit.
+"""
 
 import asyncio
 import atexit
@@ -14,46 +17,61 @@ from app.main import create_app
 from app.settings import load_settings
 from app.tasks import BackgroundDependency
 
+#: A card number, which no response may contain.
+SENSITIVE_TEXT = "4111111111111111"
+
 app = create_app(load_settings())
 logger = logging.getLogger("tests")
-atexit.register(lambda: logger.info("atexit ran"))
+atexit.register(logger.info, "atexit ran")
 
 
 @app.get("/bug")
 async def bug() -> None:
     """Raise."""
-    raise RuntimeError("4111111111111111")
+    raise RuntimeError(SENSITIVE_TEXT)
 
 
 @app.get("/slow")
 async def slow(seconds: float) -> str:
-    """Answer late."""
+    """Respond late."""
     await asyncio.sleep(seconds)
     return "done"
 
 
-@app.get("/broken-stream")
-async def broken_stream() -> Response:
-    """Raise after the first bytes."""
-
-    async def parts() -> AsyncIterator[bytes]:
-        yield b"half"
-        raise RuntimeError("4111111111111111")
-
-    return StreamingResponse(parts(), headers={"Content-Length": "8"})
-
-
 @app.get("/slow-thread")
 def slow_thread(seconds: float) -> str:
-    """Answer late, from a thread, which nothing can cancel."""
+    """Respond late, from a thread, which nothing can cancel."""
     time.sleep(seconds)
     return "done"
 
 
+@app.get("/stuck")
+async def stuck() -> None:
+    """Block the event loop forever, in C code."""
+    re.fullmatch(r"(a+)+b", "a" * 60)
+
+
 @app.post("/length")
 async def length(request: Request) -> int:
-    """Say how many bytes came."""
+    """Return the size of the request body in bytes."""
     return len(await request.body())
+
+
+@app.get("/large")
+async def large(megabytes: int) -> Response:
+    """Respond with a large body at once."""
+    return Response(bytes(megabytes << 20))
+
+
+@app.get("/broken-stream")
+async def broken_stream() -> Response:
+    """Raise after the first bytes of the body."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"half"
+        raise RuntimeError(SENSITIVE_TEXT)
+
+    return StreamingResponse(parts(), headers={"Content-Length": "8"})
 
 
 @app.get("/events")
@@ -70,7 +88,7 @@ async def events(seconds: float) -> Response:
 
 @app.websocket("/echo")
 async def echo(websocket: WebSocket) -> None:
-    """Send back what comes."""
+    """Send every text back."""
     await websocket.accept()
     async for text in websocket.iter_text():
         await websocket.send_text(text)
@@ -78,29 +96,17 @@ async def echo(websocket: WebSocket) -> None:
 
 @app.get("/background")
 async def start_background(seconds: float, background: BackgroundDependency) -> None:
-    """Start work behind the answer."""
-    background.start(behind("background", seconds))
+    """Start a background task of the service."""
+    background.start(work("background", seconds))
 
 
 @app.get("/background-task")
 async def add_background_task(seconds: float, tasks: BackgroundTasks) -> None:
-    """Start work behind the answer, as FastAPI does."""
-    tasks.add_task(behind, "task", seconds)
+    """Start a background task of FastAPI's."""
+    tasks.add_task(work, "task", seconds)
 
 
-async def behind(name: str, seconds: float) -> None:
-    """Work for a while, and say so."""
+async def work(name: str, seconds: float) -> None:
+    """Work for a while, then log it."""
     await asyncio.sleep(seconds)
     logger.info("%s done", name)
-
-
-@app.get("/stuck")
-async def stuck() -> None:
-    """Block the loop for ever, outside of Python."""
-    re.fullmatch(r"(a+)+b", "a" * 60)
-
-
-@app.get("/large")
-async def large(megabytes: int) -> Response:
-    """Send much at once."""
-    return Response(bytes(megabytes << 20))

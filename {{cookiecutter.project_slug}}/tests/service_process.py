@@ -1,4 +1,4 @@
-"""The service as a real process: started, asked over sockets, stopped, and its output read."""
+"""The service as a real process: its start, its sockets, its signals, its output."""
 
 import contextlib
 import json
@@ -18,17 +18,16 @@ import psutil
 from scripts.dev_services import free_port
 
 PROJECT = Path(__file__).parent.parent
-DEADLINE_SECONDS = (
-    30.0  # a start takes 10 where others run their tests too; under GRACEFUL_TIMEOUT_SECONDS
-)
+#: A start needs 10 s on a machine that runs other tests. Less than GRACEFUL_TIMEOUT_SECONDS.
+DEADLINE_SECONDS = 30.0
 
 
-def eventually(look: Callable[[], object], seconds: float = DEADLINE_SECONDS) -> None:
-    """Wait until `look` returns something true; a connection error counts as not yet."""
+def eventually(condition: Callable[[], object], seconds: float = DEADLINE_SECONDS) -> None:
+    """Wait until `condition` returns something true; a connection error counts as false."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(httpx.TransportError):
-            if look():
+            if condition():
                 return
         time.sleep(0.05)
     msg = f"not within {seconds} s"
@@ -37,73 +36,93 @@ def eventually(look: Callable[[], object], seconds: float = DEADLINE_SECONDS) ->
 
 @contextlib.contextmanager
 def frozen(pid: int) -> Iterator[None]:
-    """Stop a process and its children, as a machine does that swaps or a network that drops everything."""
+    """Suspend a process and its children for the duration of the block.
+
+    To its clients it looks like a machine that swaps or a network that drops every packet.
+    """
     parent = psutil.Process(pid)
-    parent.suspend()  # first, or it has another child meanwhile
-    family = [*parent.children(recursive=True), parent]
-    for process in family:
+    # First, or it could start another child meanwhile.
+    parent.suspend()
+    processes = [*parent.children(recursive=True), parent]
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.suspend()
     try:
         yield
     finally:
-        for process in family:
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
 
 
 class Running:
-    """A process that runs, and what it has printed."""
+    """A running process and its output."""
 
     process: subprocess.Popen[bytes]
     output: IO[bytes]
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = DEADLINE_SECONDS) -> int:
-        """Signal it and return its exit code."""
+        """Send a signal and return the exit code."""
         self.process.send_signal(number)
         return self.process.wait(seconds)
 
     @property
     def text(self) -> str:
-        """Everything printed so far; a seek would move the place where the process writes, too."""
+        """The output so far.
+
+        Read without a seek, which would also move the position at which the process writes.
+        """
         number = self.output.fileno()
         return os.pread(number, os.fstat(number).st_size, 0).decode()
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """All whole lines printed so far; fails on one that is not JSON."""
-        return [
-            json.loads(line) for line in self.text.splitlines(keepends=True) if line.endswith("\n")
-        ]
+        """The complete lines so far. Raises an error for a line that is not JSON."""
+        lines = self.text.splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    @property
+    def messages(self) -> list[str]:
+        """The message of each line so far."""
+        return [line["message"] for line in self.lines]
 
 
 class Service(Running):
-    """A running gunicorn with the service."""
+    """gunicorn with the service, or with another application."""
 
     def __init__(
         self, app: str | None, port: int, stdout: IO[bytes] | None, /, **settings: str
     ) -> None:
-        self.port, self.metrics_port = port or free_port(), free_port()
-        self.output = stdout or tempfile.TemporaryFile()  # noqa: SIM115 - closed by serving()
-        addresses = {
+        self.port = port or free_port()
+        self.metrics_port = free_port()
+        # `serving` closes it.
+        self.output = stdout or tempfile.TemporaryFile()  # noqa: SIM115
+        command = [sys.executable, "-m", "gunicorn"]
+        if app:
+            command.append(app)
+        defaults = {
+            "WEB_CONCURRENCY": "2",
+            "DRAIN_SECONDS": "0",
             "BIND": f"127.0.0.1:{self.port}",
             "METRICS_BIND": f"127.0.0.1:{self.metrics_port}",
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", *([app] if app else [])],
+            command,
             cwd=PROJECT,
-            env=os.environ | {"WEB_CONCURRENCY": "2", "DRAIN_SECONDS": "0"} | addresses | settings,
+            env=os.environ | defaults | settings,
             stdout=self.output,
             stderr=subprocess.STDOUT,
         )
-        # A new connection each time, so that any worker may answer. Not by a limit of idle ones: with threads, httpx
-        # can close a connection just when it gives it to the next request.
-        every_one_new = {"Connection": "close"}
-        address = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=address, timeout=DEADLINE_SECONDS, headers=every_one_new)
+        # A new connection for each request, so that any worker may serve it. Not by a limit of
+        # idle connections: with threads, httpx can close one while it gives it to a request.
+        self.http = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}",
+            headers={"Connection": "close"},
+            timeout=DEADLINE_SECONDS,
+        )
 
     def get(self, path: str, **headers: str) -> httpx.Response:
-        """Ask over a connection of its own."""
+        """Send a GET request over a new connection."""
         return self.http.get(path, headers=headers)
 
     def metrics(self) -> str:
@@ -111,26 +130,29 @@ class Service(Running):
         return self.http.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
 
     def wait_for_workers(self, number: int = 2) -> None:
-        """Wait until so many workers have started, those that have ended included."""
+        """Wait until this number of workers have started, including those that have exited."""
         eventually(lambda: self.text.count("Application startup complete.") == number)
 
     def wait(
         self, path: str = "/health/ready", status: int = 200, seconds: float = DEADLINE_SECONDS
     ) -> None:
-        """Wait until a path answers with a status, or fail."""
+        """Wait until a path responds with this status. Fails if the process exits."""
 
-        def answers() -> bool:
+        def responds() -> bool:
             assert self.process.poll() is None, self.text
             return self.get(path).status_code == status
 
-        eventually(answers, seconds)
+        eventually(responds, seconds)
 
 
 @contextlib.contextmanager
 def serving(
     app: str | None = None, port: int = 0, stdout: IO[bytes] | None = None, /, **settings: str
 ) -> Iterator[Service]:
-    """Run the service, or another app in its place, and end it, whatever happens; port 0 is any that is free."""
+    """Run the service, or another application, and stop it after the block.
+
+    Port 0 is any free port.
+    """
     service = Service(app, port, stdout, **settings)
     try:
         yield service

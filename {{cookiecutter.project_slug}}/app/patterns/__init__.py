@@ -1,1 +1,1 @@
-"""Patterns that survive crashes and outages. Each is read alone, and taken alone: with its table, and its tests."""
+"""Building blocks that survive crashes and outages; copy one with its tests."""

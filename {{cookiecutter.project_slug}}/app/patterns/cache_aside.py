@@ -1,93 +1,116 @@
-"""Cache-aside with a fence: what was read before a change is not stored after it, and so never served stale.
+"""Cache-aside with a fence: a value read before a change is never stored after it.
 
-A reader that finds nothing loads the value, and stores it only if nobody has deleted the key since it looked. Who
-changes something deletes its key after the commit. Plain cache-aside, aiocache and cashews all keep the old value in
-that race. It fails open: while Redis is away, reads load, and one in a second waits for it a little.
+A reader that misses loads the value, and stores it only if the key was not deleted since its
+lookup. The writer of a change deletes the key after the commit. In that race plain cache-aside,
+aiocache and cashews keep the old value.
+
+The cache fails open: while Redis is unavailable, every read loads, and one read a second waits for
+Redis for a bounded time.
 """
 
 import asyncio
 import random
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from typing import Any
 
 from prometheus_client import Counter
 from redis.asyncio import Redis
 
 from app.patterns.fail_open import FailOpen
 
+#: Time limit for a Redis command.
 BUDGET_SECONDS = 0.1
-FENCE_SECONDS = (
-    120  # longer than any load takes, or it would not outlive the readers that looked before it
-)
+#: Longer than any load: a fence must outlive the readers that looked up the key before it was set.
+FENCE_SECONDS = 120
+#: Stores a value unless the fence has changed since the lookup.
 _STORE = """
     if (redis.call('GET', KEYS[2]) or '') ~= ARGV[3] then return 0 end
     redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
     return 1
 """
 _READS = Counter(
-    "cache_reads", "Reads of the cache: a hit, a miss, or no answer of Redis.", ["cache", "result"]
+    "cache_reads", "Reads of the cache: hit, miss, or Redis unavailable.", ["cache", "result"]
 )
-#: Returns a value, and for how many seconds at most it may be kept; or None.
-Load = Callable[[], Awaitable[tuple[bytes, float] | None]]
+
+#: A value, and the maximum number of seconds to keep it.
+Loaded = tuple[bytes, float]
+#: Loads a value; None if it does not exist.
+Load = Callable[[], Awaitable[Loaded | None]]
+#: A key with the fence that its lookup has seen.
+LoadKey = tuple[str, bytes]
 
 
 class Cache:
-    """Bytes by key, each for a time, which bounds what a deletion that comes late can do."""
+    """Values of bytes by key. The time to live bounds the effect of a late deletion."""
 
     def __init__(self, redis: Redis, name: str) -> None:
-        self.redis, self.name = redis, name
+        self.redis = redis
+        self.name = name
         self.script = redis.register_script(_STORE)
         self.fail_open = FailOpen(BUDGET_SECONDS)
-        self.loads: dict[tuple[str, bytes], asyncio.Task[bytes | None]] = {}
+        self.loads: dict[LoadKey, asyncio.Task[bytes | None]] = {}
 
     async def get(self, key: str, load: Load) -> bytes | None:
-        """Return the value, loaded if need be: once for all who ask at this time. None is not kept."""
-        found: Any = await self.fail_open.call_if_available(
-            lambda: self.redis.mget(self._names(key))
-        )
+        """Return the cached value, or load it and cache it. None is not cached.
+
+        Concurrent readers of one process share a load.
+        """
+        names = self._names(key)
+        found: Any = await self.fail_open.call_if_available(lambda: self.redis.mget(names))
         if found is None:
-            _READS.labels(self.name, "unavailable").inc()
+            self._count("unavailable")
             loaded = await load()
-            return loaded and loaded[0]
+            return None if loaded is None else loaded[0]
         value, fence = found
-        _READS.labels(self.name, "miss" if value is None else "hit").inc()
         if value is not None:
+            self._count("hit")
             return bytes(value)
-        load_key = (
-            key,
-            fence or b"",
-        )  # who has seen another fence must not get what was loaded before it
-        if (task := self.loads.get(load_key)) is None:
-            task = self.loads[load_key] = asyncio.create_task(self._load(*load_key, load))
-            task.add_done_callback(lambda done: self._load_finished(load_key, done))
-        return await asyncio.shield(
-            task
-        )  # a caller that leaves does not take the others' value along
+        self._count("miss")
+        # A reader that has seen a newer fence must not get a value loaded before it.
+        return await self._shared_load((key, fence or b""), load)
 
     async def delete(self, key: str) -> bool:
-        """Forget a value, after the change of it is committed; return whether Redis has confirmed that."""
-        (value, fence), both = self._names(key), cast("Any", self.redis.pipeline(transaction=False))
-        both.set(fence, secrets.token_hex(8), ex=FENCE_SECONDS).delete(value)
-        return await self.fail_open.call(both.execute) is not None
+        """Delete a value; return whether Redis confirmed it. Call it after the commit."""
+        value_name, fence_name = self._names(key)
+        commands: Any = self.redis.pipeline(transaction=False)
+        commands.set(fence_name, secrets.token_hex(8), ex=FENCE_SECONDS)
+        commands.delete(value_name)
+        return await self.fail_open.call(commands.execute) is not None
 
     def _names(self, key: str) -> tuple[str, str]:
-        tag = (
-            "{" + f"{self.name}:{key}" + "}"
-        )  # in braces, so that both are on one node of a cluster
+        """Return the names of the value and of its fence."""
+        # Redis Cluster hashes the part in braces only, so that both are on one node.
+        tag = "{" + f"{self.name}:{key}" + "}"
         return f"cache:{tag}", f"fence:{tag}"
 
-    async def _load(self, key: str, fence: bytes, load: Load) -> bytes | None:
-        if (loaded := await load()) is None:
+    async def _shared_load(self, load_key: LoadKey, load: Load) -> bytes | None:
+        """Wait for the load in progress, or start one."""
+        task = self.loads.get(load_key)
+        if task is None:
+            task = asyncio.create_task(self._load(load_key, load))
+            self.loads[load_key] = task
+            task.add_done_callback(lambda done: self._load_finished(load_key, done))
+        # A reader that is cancelled does not cancel the load of the others.
+        return await asyncio.shield(task)
+
+    async def _load(self, load_key: LoadKey, load: Load) -> bytes | None:
+        """Load and store a value."""
+        loaded = await load()
+        if loaded is None:
             return None
         value, seconds = loaded
-        milliseconds = int(seconds * random.uniform(900, 1000))  # noqa: S311 - so that not all end at once
-        await self.fail_open.call(
-            lambda: self.script(keys=self._names(key), args=[value, milliseconds, fence])
-        )
+        # Up to a tenth less, so that values stored together do not all expire together.
+        milliseconds = int(seconds * random.uniform(900, 1000))  # noqa: S311
+        key, fence = load_key
+        arguments: list[bytes | int] = [value, milliseconds, fence]
+        await self.fail_open.call(lambda: self.script(keys=self._names(key), args=arguments))
         return value
 
-    def _load_finished(self, load_key: tuple[str, bytes], load: asyncio.Task[bytes | None]) -> None:
+    def _load_finished(self, load_key: LoadKey, load: asyncio.Task[bytes | None]) -> None:
         del self.loads[load_key]
         if not load.cancelled():
-            load.exception()  # seen, also where all who asked have left
+            load.exception()  # retrieved, or asyncio would log it when every reader is cancelled
+
+    def _count(self, result: str) -> None:
+        _READS.labels(self.name, result).inc()

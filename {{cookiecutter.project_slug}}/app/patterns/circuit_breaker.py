@@ -1,6 +1,7 @@
-"""Circuit breaker: an upstream that is down is left alone, but for one call now and then that looks whether it is back.
+"""Circuit breaker: stop calling a failing upstream, except for probes.
 
-One for each upstream and process. Packages that were tried let all of 50 waiting calls through at that moment, not one.
+One instance for each upstream and process. At intervals, one call probes the upstream. At the
+moment of a probe, the packages that we tested let all of 50 waiting calls through, not one.
 """
 
 import contextlib
@@ -10,9 +11,11 @@ from collections.abc import Iterator
 
 from prometheus_client import Gauge
 
-_STATE = Gauge(
+#: Delay before a retry when the circuit is still closed, or its probe is in progress.
+RETRY_SECONDS = 0.1
+_OPEN = Gauge(
     "circuit_breaker_open",
-    "1 while an upstream is left alone.",
+    "1 while the circuit of an upstream is open.",
     ["upstream"],
     multiprocess_mode="livemax",
 )
@@ -20,65 +23,84 @@ logger = logging.getLogger("app.breaker")
 
 
 class CircuitOpenError(Exception):
-    """The upstream is left alone; `retry_in` is the seconds after which it makes sense to ask again."""
+    """The call was not made. A retry makes sense in `retry_in` seconds."""
 
     def __init__(self, upstream: str, retry_in: float) -> None:
-        super().__init__(f"{upstream} is left alone")
+        super().__init__(f"circuit breaker open: {upstream}")
         self.retry_in = retry_in
 
 
 class CircuitBreaker:
-    """Counts failures in a row. From the first on, no more calls get through than `failures` in all.
+    """Counts consecutive failures, and opens the circuit at `max_failures`.
 
-    So an upstream that dies is called `failures` times, and by those that were under way; then it is left alone (open)
-    for `reset_seconds`; then one call is let through (half-open), which decides. A success forgets them all (closed).
+    From the first failure on, at most `max_failures` calls get through: a dying upstream gets these
+    calls, plus those in flight. Then the circuit is open for `reset_seconds`. Then one call is let
+    through (half-open), and its outcome decides. A success closes the circuit and resets the count.
     """
 
-    def __init__(self, upstream: str, failures: int = 5, reset_seconds: float = 3.0) -> None:
-        self.upstream, self.failures, self.reset_seconds = upstream, failures, reset_seconds
-        self.failed = self.under_way = 0
-        self.opened_at: float | None = None
+    def __init__(self, upstream: str, max_failures: int = 5, reset_seconds: float = 3.0) -> None:
+        self.upstream = upstream
+        self.max_failures = max_failures
+        self.reset_seconds = reset_seconds
+        self.failures = 0
+        self.in_flight = 0
         self.is_probing = False
-        _STATE.labels(upstream).set(0)
+        #: The time of the last failure of an open circuit, by `time.monotonic()`.
+        self.opened_at: float | None = None
+        _OPEN.labels(upstream).set(0)
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """Make a call in this block, or raise `CircuitOpenError`. What it raises is a failure; a cancellation says nothing."""
+        """Make a call in this block.
+
+        An exception counts as a failure; a cancellation does not count. Raises `CircuitOpenError`
+        if the call must not be made.
+        """
         is_probe = self._admit()
-        self.under_way += 1
+        self.in_flight += 1
         try:
             yield
         except Exception:
-            if is_probe or self.opened_at is None:  # else it is of before, and known
-                self.failed += 1
-                if is_probe or self.failed >= self.failures:
-                    self._set(time.monotonic())
+            self._count_failure(is_probe)
             raise
         else:
-            if is_probe or self.opened_at is None:
-                self.failed = 0
-                self._set(None)
+            self._count_success(is_probe)
         finally:
-            self.under_way -= 1
+            self.in_flight -= 1
             if is_probe:
                 self.is_probing = False
 
     def _admit(self) -> bool:
-        """Return whether this call is the one that looks; raise `CircuitOpenError` if it must not be made."""
+        """Return whether this call is the probe. Raises `CircuitOpenError`."""
         if self.opened_at is None:
-            if self.failed and self.failed + self.under_way >= self.failures:
-                raise CircuitOpenError(self.upstream, 0.1)
+            if self.failures and self.failures + self.in_flight >= self.max_failures:
+                raise CircuitOpenError(self.upstream, RETRY_SECONDS)
             return False
-        left = self.opened_at + self.reset_seconds - time.monotonic()
-        if left > 0 or self.is_probing:
-            raise CircuitOpenError(self.upstream, max(left, 0.1))
+        seconds_left = self.opened_at + self.reset_seconds - time.monotonic()
+        if seconds_left > 0 or self.is_probing:
+            raise CircuitOpenError(self.upstream, max(seconds_left, RETRY_SECONDS))
         self.is_probing = True
         return True
 
+    def _count_failure(self, is_probe: bool) -> None:
+        if self.opened_at is not None and not is_probe:
+            return  # a call from before the circuit opened: nothing new
+        self.failures += 1
+        if is_probe or self.failures >= self.max_failures:
+            self._set(time.monotonic())
+
+    def _count_success(self, is_probe: bool) -> None:
+        if self.opened_at is not None and not is_probe:
+            return
+        self.failures = 0
+        self._set(None)
+
     def _set(self, opened_at: float | None) -> None:
-        if (opened_at is None) != (self.opened_at is None):
-            logger.warning(
-                "%s %s", self.upstream, "is left alone" if opened_at else "is called again"
-            )
+        """Open or close the circuit; log a change."""
+        was_open = self.opened_at is not None
+        is_open = opened_at is not None
+        if is_open != was_open:
+            state = "open" if is_open else "closed"
+            logger.warning("circuit breaker %s: %s", state, self.upstream)
         self.opened_at = opened_at
-        _STATE.labels(self.upstream).set(opened_at is not None)
+        _OPEN.labels(self.upstream).set(is_open)

@@ -1,4 +1,8 @@
-"""Commands to a Redis that its callers can do without: while it is away, one of them in a second waits a little."""
+"""Optional Redis commands: during an outage callers continue without Redis.
+
+One caller a second checks whether Redis responds again; it waits for a bounded time, the others not
+at all.
+"""
 
 import asyncio
 import time
@@ -12,27 +16,33 @@ Result = TypeVar("Result")
 
 
 class FailOpen:
-    """Asks Redis for at most `budget_seconds`."""
+    """Calls Redis for at most `budget_seconds`."""
 
     def __init__(self, budget_seconds: float) -> None:
         self.budget_seconds = budget_seconds
-        self.away_until = 0.0
+        #: Until then Redis is not called, by `time.monotonic()`. Zero while it responds.
+        self.unavailable_until = 0.0
 
     async def call_if_available(self, command: Callable[[], Awaitable[Result]]) -> Result | None:
-        """Return the answer, or None: in time, and at once while Redis is known to be away."""
+        """Return the result, or None if Redis does not respond in time.
+
+        Returns None at once while Redis is known to be unavailable.
+        """
         now = time.monotonic()
-        if now < self.away_until:
+        if now < self.unavailable_until:
             return None
-        if (
-            self.away_until
-        ):  # this caller looks whether it is back; those who come meanwhile do not wait with it
-            self.away_until = now + COOL_DOWN_SECONDS
-        answer = await self.call(command)
-        self.away_until = time.monotonic() + COOL_DOWN_SECONDS if answer is None else 0.0
-        return answer
+        if self.unavailable_until:
+            # This caller checks whether Redis responds again; the next ones do not wait with it.
+            self.unavailable_until = now + COOL_DOWN_SECONDS
+        result = await self.call(command)
+        if result is None:
+            self.unavailable_until = time.monotonic() + COOL_DOWN_SECONDS
+        else:
+            self.unavailable_until = 0.0
+        return result
 
     async def call(self, command: Callable[[], Awaitable[Result]]) -> Result | None:
-        """Return the answer, or None if there is none in time; it asks in any case."""
+        """Call Redis in any case. Return None if it does not respond in time."""
         try:
             async with asyncio.timeout(self.budget_seconds):
                 return await command()

@@ -1,9 +1,11 @@
-"""Calls to another service: bounded in time and size, tried again where that is safe, behind a breaker.
+"""HTTP client for another service: bounded time and size, safe retries.
 
-It follows no redirects and takes no proxy from the environment: both could send a request, and its secrets, elsewhere.
+Each call goes through a circuit breaker. The client follows no redirects and uses no proxy from the
+environment: either could send a request, and its secrets, elsewhere.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from http.cookiejar import DefaultCookiePolicy
@@ -17,76 +19,109 @@ from app.patterns.circuit_breaker import CircuitBreaker
 from app.telemetry.context import request_id
 
 MAX_RESPONSE_BYTES = 1 << 20
-ATTEMPTS, ATTEMPT_SECONDS, DEADLINE_SECONDS = 3, 2.0, 5.0
-_SAFE = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}  # to do twice (RFC 9110, section 9.2.2)
+MAX_ATTEMPTS = 3
+#: Time limit for one attempt.
+ATTEMPT_SECONDS = 2.0
+#: Time limit for all attempts together.
+DEADLINE_SECONDS = 5.0
+#: Maximum random addition to the pause between attempts.
+JITTER_SECONDS = 0.1
+#: The idempotent methods, which are safe to retry (RFC 9110, section 9.2.2).
+_IDEMPOTENT_METHODS = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}
 _SECONDS = Histogram(
-    "http_client_request_duration_seconds", "Each try, by its outcome.", ["upstream", "outcome"]
+    "http_client_request_duration_seconds", "Each attempt, by its outcome.", ["upstream", "outcome"]
 )
-logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
+# By default httpx logs a line for each request.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 class UpstreamError(Exception):
-    """No answer, or one that says "not now": 429 or 5xx. The call may have had its effect, or not."""
+    """No response, or 429 or 5xx. The call may have had its effect."""
+
+
+class _TooLargeError(Exception):
+    """The body of the response exceeds `MAX_RESPONSE_BYTES`."""
 
 
 class UpstreamResponse(NamedTuple):
-    """What came back: a status under 500, and the body as it was sent."""
+    """A response: a status under 500 other than 429, and the body as it was sent."""
 
     status: int
     body: bytes
 
 
 class UpstreamClient:
-    """A pool of connections to one upstream; close it with `http.aclose()`."""
+    """A pool of connections to one upstream. Close it with `http.aclose()`."""
 
     def __init__(
         self, upstream: str, url: str, breaker: CircuitBreaker, connections: int = 20
     ) -> None:
-        self.upstream, self.breaker = upstream, breaker
+        self.upstream = upstream
+        self.breaker = breaker
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
         self.http = httpx.AsyncClient(
             base_url=url, timeout=ATTEMPT_SECONDS, limits=limits, trust_env=False
         )
-        self.http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # it keeps none
-        self.http.headers["Accept-Encoding"] = "identity"  # what is small when packed may be large
+        no_cookies = DefaultCookiePolicy(allowed_domains=[])
+        self.http.cookies.jar.set_policy(no_cookies)
+        # A compressed body within the size limit may be large when it is decompressed.
+        self.http.headers["Accept-Encoding"] = "identity"
 
     async def request(
         self, method: str, path: str, headers: dict[str, str], **content: Any
     ) -> UpstreamResponse:
-        """Call, within `DEADLINE_SECONDS`; `content` is httpx's. Raises `UpstreamError`, or the breaker's `CircuitOpenError`.
+        """Send a request with the current request ID, within `DEADLINE_SECONDS`.
 
-        A call that is not safe is tried again only with an `Idempotency-Key`. The request's ID goes with it.
+        `content` is passed to httpx. A method that is not idempotent is retried only with an
+        `Idempotency-Key`. Raises `UpstreamError`, or `CircuitOpenError` of the breaker.
         """
-        attempts = ATTEMPTS if method in _SAFE or "Idempotency-Key" in headers else 1
-        sent = headers | {"X-Request-ID": request_id()}
-        retries = stamina.retry_context(
-            UpstreamError, attempts=attempts, timeout=DEADLINE_SECONDS, wait_jitter=0.1
-        )
-        try:
+        all_headers = headers | {"X-Request-ID": request_id()}
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DEADLINE_SECONDS):
-                async for attempt in retries:
-                    with attempt, self.breaker.call():
-                        return await self._try(method, path, headers=sent, **content)
-        except TimeoutError:
-            pass
-        raise UpstreamError(self.upstream, "no answer in time")
+                return await self._retry(method, path, headers=all_headers, **content)
+        raise UpstreamError(self.upstream, "no response in time")
 
-    async def _try(self, *request: str, **options: Any) -> UpstreamResponse:
-        start, body, outcome = time.perf_counter(), b"", "Cancelled"
+    async def _retry(
+        self, method: str, path: str, headers: dict[str, str], **content: Any
+    ) -> UpstreamResponse:
+        is_safe = method in _IDEMPOTENT_METHODS or "Idempotency-Key" in headers
+        attempts = stamina.retry_context(
+            UpstreamError,
+            attempts=MAX_ATTEMPTS if is_safe else 1,
+            timeout=DEADLINE_SECONDS,
+            wait_jitter=JITTER_SECONDS,
+        )
+        async for attempt in attempts:
+            with attempt, self.breaker.call():
+                return await self._attempt(method, path, headers=headers, **content)
+        raise AssertionError  # unreachable: the last attempt returns or raises
+
+    async def _attempt(self, method: str, path: str, **options: Any) -> UpstreamResponse:
+        """Make one attempt and observe its duration. Raises `UpstreamError`."""
+        start = time.perf_counter()
+        outcome = "Cancelled"
         try:
-            async with (
-                asyncio.timeout(ATTEMPT_SECONDS),
-                self.http.stream(*request, **options) as response,
-            ):
-                async for part in response.aiter_raw():
-                    body += part
-                    if len(body) > MAX_RESPONSE_BYTES:
-                        break
-            outcome = str(response.status_code) if len(body) <= MAX_RESPONSE_BYTES else "TooLarge"
+            async with asyncio.timeout(ATTEMPT_SECONDS):
+                response = await self._send(method, path, **options)
+            outcome = str(response.status)
+        except _TooLargeError as error:
+            outcome = "TooLarge"
+            raise UpstreamError(self.upstream, outcome) from error
         except (httpx.HTTPError, TimeoutError) as error:
             outcome = type(error).__name__
+            raise UpstreamError(self.upstream, outcome) from error
         finally:
             _SECONDS.labels(self.upstream, outcome).observe(time.perf_counter() - start)
-        if not outcome.isdigit() or outcome == "429" or int(outcome) >= 500:
+        if response.status == 429 or response.status >= 500:
             raise UpstreamError(self.upstream, outcome)
-        return UpstreamResponse(int(outcome), body)
+        return response
+
+    async def _send(self, method: str, path: str, **options: Any) -> UpstreamResponse:
+        """Send the request; read the response in chunks, up to the size limit."""
+        body = b""
+        async with self.http.stream(method, path, **options) as response:
+            async for chunk in response.aiter_raw():
+                body += chunk
+                if len(body) > MAX_RESPONSE_BYTES:
+                    raise _TooLargeError
+        return UpstreamResponse(response.status_code, body)

@@ -1,36 +1,49 @@
-"""Idempotency-Key (IETF draft 06): a request that comes again gets the answer of the first one, without its effects.
+"""Idempotency-Key (IETF draft 06): replay the response to a repeated request.
 
-Key, answer and effects are committed in one transaction: a crash leaves nothing behind, not even "in progress".
+The request has its effects once. Key, response and effects are committed in one transaction: a
+crash leaves nothing behind, not even "in progress".
+
+    async with connection.transaction():
+        stored = await idempotency.replay(connection, scope, key, content)
+        if stored is not None:
+            return stored
+        ...
+        return await idempotency.remember(connection, scope, key, content, response)
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Callable
 from typing import Annotated, NamedTuple
 
 from fastapi import Depends, Request, Response
 
 from app.errors import ServiceError
-from app.storage.postgres import Connection
+from app.storage.postgres import Connection, delete_older
 
-_KEY = re.compile(
-    r'"([ -~]{1,255})"|(?!"")([ -~]{1,255})'
-)  # quoted, as the draft wants it, or bare, as most send it
-_FIND = (
-    "select fingerprint, status, headers, body from idempotency_keys where (scope, key) = ($1, $2)"
-)
-_COLUMNS = "scope, key, fingerprint, status, headers, body"
-_STORE = f"insert into idempotency_keys ({_COLUMNS}) values ($1, $2, $3, $4, $5, $6)"  # noqa: S608
-_SCHEMA = {"type": "string", "pattern": '^("[ -~]{1,255}"|[ -~]{1,255})$'}
+#: Keys expire after a day.
+EXPIRY_HOURS = 24
+#: Quoted, as the draft requires it, or bare, as most clients send it.
+_KEY = re.compile(r'"([ -~]{1,255})"|(?!"")([ -~]{1,255})')
+_KEY_SCHEMA = {"type": "string", "pattern": '^("[ -~]{1,255}"|[ -~]{1,255})$'}
 #: For `openapi_extra=` of a route.
 OPENAPI_PARAMETERS = {
-    "parameters": [{"name": "Idempotency-Key", "in": "header", "required": True, "schema": _SCHEMA}]
+    "parameters": [
+        {"name": "Idempotency-Key", "in": "header", "required": True, "schema": _KEY_SCHEMA}
+    ]
 }
+_LOCK = "select pg_try_advisory_xact_lock(hashtextextended($1 || chr(31) || $2, 0))"
+_FIND = """
+    select fingerprint, status, headers, body from idempotency_keys where (scope, key) = ($1, $2)
+"""
+_STORE = """
+    insert into idempotency_keys (scope, key, fingerprint, status, headers, body)
+    values ($1, $2, $3, $4, $5, $6)
+"""
 
 
 class IdempotencyError(ServiceError):
-    """No key, or none that is valid: 400; its first request is being served: 409; it came with another one: 422."""
+    """The key is missing or invalid (400), in use (409), or of another request (422)."""
 
     def __init__(self, status: int, detail: str) -> None:
         self.status = status
@@ -38,56 +51,85 @@ class IdempotencyError(ServiceError):
 
 
 class StoredResponse(NamedTuple):
-    """What is stored with a key, and sent again: a status, header fields, a body of JSON."""
+    """A response that is stored with its key: status, headers, and a body of JSON."""
 
     status: int
     headers: dict[str, str]
     body: bytes
 
+    def render(self) -> Response:
+        """Return it as a response of FastAPI."""
+        return Response(self.body, self.status, self.headers, "application/json")
+
 
 async def _key(request: Request) -> str:
-    if found := _KEY.fullmatch(
-        "\n".join(request.headers.getlist("idempotency-key"))
-    ):  # which refuses two
-        return found[1] or found[2]
-    raise IdempotencyError(
-        400, "The header field Idempotency-Key takes 1 to 255 printable characters."
-    )
+    # Two headers become two lines, which do not match.
+    text = "\n".join(request.headers.getlist("idempotency-key"))
+    found = _KEY.fullmatch(text)
+    if found is None:
+        message = "Idempotency-Key must be 1 to 255 printable ASCII characters."
+        raise IdempotencyError(400, message)
+    quoted, bare = found.groups()
+    return str(quoted or bare)
 
 
 #: The type of a route's parameter: the key of the request.
 IdempotencyKey = Annotated[str, Depends(_key)]
 
 
-async def once(
-    connection: Connection,
-    scope: str,
-    key: str,
-    content: bytes,
-    work: Callable[[Connection], Awaitable[StoredResponse]],
-) -> Response:
-    """Do `work` in a transaction, or answer as before, with `Idempotent-Replayed`. Raises `IdempotencyError`.
+async def replay(
+    connection: Connection, scope: str, key: str, content: bytes
+) -> StoredResponse | None:
+    """Return the stored response of a key, or None for a new key.
 
-    `scope` is the route and whose key it is; `content` must not differ. If `work` raises, nothing is stored.
+    The response has the header `Idempotent-Replayed: true`. A new key is locked until the
+    transaction ends: apply the effects on the same connection, then call `remember`. `scope` is the
+    route and the owner of the key; `content` identifies the request.
+
+    Raises `IdempotencyError`: 409 if another transaction has locked the key, 422 if the key was
+    used with different content. Raises `RuntimeError` outside a transaction.
     """
-    fingerprint = hashlib.sha256(content).digest()
-    async with connection.transaction():
-        # A statement of its own, so that the next one sees what the last holder of the lock has committed.
-        lock = "select pg_try_advisory_xact_lock(hashtextextended($1 || chr(31) || $2, 0))"
-        if not await connection.fetchval(lock, scope, key):
-            raise IdempotencyError(409, "A request with this Idempotency-Key is being served.")
-        if row := await connection.fetchrow(_FIND, scope, key):
-            if row["fingerprint"] != fingerprint:
-                raise IdempotencyError(422, "This Idempotency-Key has come with another request.")
-            headers = json.loads(row["headers"]) | {"Idempotent-Replayed": "true"}
-            return Response(row["body"], row["status"], headers, "application/json")
-        status, headers, body = await work(connection)
-        await connection.execute(_STORE, scope, key, fingerprint, status, json.dumps(headers), body)
-    return Response(body, status, headers, "application/json")
+    _require_transaction(connection)
+    # A statement of its own: the next one then sees the commit of the last holder of the lock.
+    if not await connection.fetchval(_LOCK, scope, key):
+        raise IdempotencyError(409, "A request with this Idempotency-Key is in progress.")
+    row = await connection.fetchrow(_FIND, scope, key)
+    if row is None:
+        return None
+    if row["fingerprint"] != _fingerprint(content):
+        message = "This Idempotency-Key was already used with a different request."
+        raise IdempotencyError(422, message)
+    headers = json.loads(row["headers"]) | {"Idempotent-Replayed": "true"}
+    return StoredResponse(row["status"], headers, row["body"])
 
 
-async def delete_expired(connection: Connection, batch: int, hours: int = 24) -> int:
-    """Delete up to `batch` keys that are older, and return how many; several may do so at once."""
-    old = "select ctid from idempotency_keys where created_at < now() - make_interval(hours => $1) limit $2"
-    query = f"delete from idempotency_keys where ctid = any(array({old} for update skip locked))"  # noqa: S608
-    return int((await connection.execute(query, hours, batch)).split()[1])
+async def remember(
+    connection: Connection, scope: str, key: str, content: bytes, response: StoredResponse
+) -> StoredResponse:
+    """Store the response to the first request with a key; return it.
+
+    Call `replay` before, in the same transaction: it locks the key. Raises `RuntimeError` outside a
+    transaction.
+    """
+    _require_transaction(connection)
+    fingerprint = _fingerprint(content)
+    headers = json.dumps(response.headers)
+    await connection.execute(
+        _STORE, scope, key, fingerprint, response.status, headers, response.body
+    )
+    return response
+
+
+async def delete_expired(connection: Connection, batch: int) -> int:
+    """Delete up to `batch` expired keys; return how many. A periodic job."""
+    return await delete_older(connection, "idempotency_keys", "created_at", EXPIRY_HOURS, batch)
+
+
+def _fingerprint(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _require_transaction(connection: Connection) -> None:
+    if not connection.is_in_transaction():
+        msg = "an idempotency key must be used in the transaction of its effects"
+        raise RuntimeError(msg)

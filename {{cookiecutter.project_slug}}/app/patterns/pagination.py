@@ -1,28 +1,36 @@
-"""Keyset pagination: a page begins after the last row of the page before, so new rows move no other to another page.
+"""Keyset pagination: a page begins after the last row of the previous page.
 
-With `offset` they would, and each page would cost as much as all before it. Order by time and ID, descending, with an
-index on both: `where (created_at, id) < ($1, $2) order by created_at desc, id desc limit $3`.
+New rows therefore move no other row to another page. With `offset` they would, and each page would
+cost as much as all pages before it. Order by time and ID, descending, with an index on both: `where
+(created_at, id) < ($1, $2) order by created_at desc, id desc limit $3`.
 """
 
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, Self
 from uuid import UUID
 
-#: What matches it is a cursor; nothing else has to be refused.
+#: Any text that matches is a valid cursor: 13 hex digits of microseconds, 32 of the row's ID.
 PATTERN = "^[0-9a-f]{45}$"
+TIME_DIGITS = 13
+MAX_TIME = datetime.max.replace(tzinfo=UTC)
+MAX_ID = UUID(int=2**128 - 1)
 _EPOCH = datetime.fromtimestamp(0, UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 
 class Cursor(NamedTuple):
-    """A place between two rows; the default is before the newest. As text it is opaque to clients."""
+    """A position between two rows, by default before the newest. Opaque to clients."""
 
-    created_at: datetime = datetime.max.replace(tzinfo=UTC)
-    row_id: UUID = UUID(int=2**128 - 1)
+    created_at: datetime = MAX_TIME
+    row_id: UUID = MAX_ID
 
     def __str__(self) -> str:
-        return f"{(self.created_at - _EPOCH) // timedelta(microseconds=1):013x}{self.row_id.hex}"
+        microseconds = (self.created_at - _EPOCH) // _MICROSECOND
+        return f"{microseconds:0{TIME_DIGITS}x}{self.row_id.hex}"
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the place that a text which matches `PATTERN` stands for."""
-        return cls(_EPOCH + timedelta(microseconds=int(text[:13], 16)), UUID(text[13:]))
+        """Return the cursor of a text that matches `PATTERN`."""
+        microseconds = int(text[:TIME_DIGITS], 16)
+        created_at = _EPOCH + microseconds * _MICROSECOND
+        return cls(created_at, UUID(text[TIME_DIGITS:]))

@@ -1,8 +1,9 @@
-"""Rate limit: so many requests of a caller in a window of time, counted in Redis for all workers and pods.
+"""Rate limit: requests per caller and time window, across all workers and pods.
 
-One round trip of 61 us. It fails open: while Redis is away, everybody is let through, and one in a second waits for it
-a little. Who is over the limit is remembered here, or a flood would delay Redis' answers, and so let itself through.
-The window is fixed, so that around its end a caller may have twice the limit.
+They are counted in Redis, which costs one round trip of 61 us. The limit fails open: while Redis is
+unavailable, requests pass, and one request a second waits for Redis for a bounded time. Callers
+over the limit are remembered in memory: otherwise a flood that slows Redis down would let itself
+through. The window is fixed, so a caller may send twice the limit around the end of one.
 """
 
 import ipaddress
@@ -15,65 +16,93 @@ from redis.asyncio import Redis
 
 from app.errors import ServiceError
 from app.patterns.fail_open import FailOpen
+from app.web.principal import principal
 
-BUDGET_SECONDS, MAX_REMEMBERED = 0.2, 10_000
+#: Time limit for a Redis command.
+BUDGET_SECONDS = 0.2
+#: Callers over the limit that a process remembers.
+MAX_REMEMBERED = 10_000
+#: Counts a request; begins a new window if there is none, or if it has lost its expiry.
 _COUNT = """
     local count, left = redis.call('INCR', KEYS[1]), redis.call('PTTL', KEYS[1])
-    if left < 1 then count, left = 1, ARGV[1] redis.call('SET', KEYS[1], 1, 'PX', left) end -- new, or just about to end
+    if left < 1 then
+        count, left = 1, ARGV[1]
+        redis.call('SET', KEYS[1], 1, 'PX', left)
+    end
     return {count, tonumber(left)}
 """
-_OPEN = Counter(
-    "rate_limit_unchecked_requests", "Requests let through since Redis did not answer.", ["limit"]
+_UNCHECKED = Counter(
+    "rate_limit_unchecked_requests",
+    "Requests let through because Redis did not respond.",
+    ["limit"],
 )
-_REFUSED = Counter("rate_limit_refused_requests", "Requests over the limit.", ["limit"])
+_REJECTED = Counter("rate_limit_refused_requests", "Requests over the limit.", ["limit"])
 
 
-class TooManyError(ServiceError):
-    """The caller has used up its requests: 429, with `Retry-After` and the RateLimit fields (IETF draft 10)."""
+class TooManyRequestsError(ServiceError):
+    """The caller is over its limit: 429.
+
+    With `Retry-After`, and the RateLimit headers of IETF draft 10.
+    """
 
     status = 429
 
 
 class RateLimit:
-    """A limit with a name; each caller has a window of its own."""
+    """A named limit. Each caller has a window of its own."""
 
     def __init__(self, redis: Redis, name: str, requests: int, window_seconds: int = 60) -> None:
+        self.name = name
+        self.requests = requests
+        self.window_seconds = window_seconds
         self.script = redis.register_script(_COUNT)
-        self.name, self.requests, self.window_seconds = name, requests, window_seconds
-        self.redis = FailOpen(BUDGET_SECONDS)
-        self.refused_until: dict[str, float] = {}
+        self.fail_open = FailOpen(BUDGET_SECONDS)
+        #: By caller, the end of the window in which it is over the limit, by `time.monotonic()`.
+        self.rejected_until: dict[str, float] = {}
 
     async def check(self, caller: str) -> None:
-        """Count a request. Raises `TooManyError` over the limit; takes no longer than `BUDGET_SECONDS`."""
-        if (left := self.refused_until.get(caller, 0.0) - time.monotonic()) > 0:
-            raise self._refusal(left)
-        key, window = f"rate:{self.name}:{caller}", self.window_seconds * 1000
-        answer = await self.redis.call_if_available(lambda: self.script(keys=[key], args=[window]))
-        if answer is None:
-            _OPEN.labels(self.name).inc()
-        elif answer[0] > self.requests:
-            if len(self.refused_until) >= MAX_REMEMBERED:
-                self.refused_until.clear()
-            self.refused_until[caller] = time.monotonic() + answer[1] / 1000
-            raise self._refusal(answer[1] / 1000)
-
-    def _refusal(self, left_seconds: float) -> TooManyError:
-        _REFUSED.labels(self.name).inc()
-        seconds, policy = (
-            math.ceil(left_seconds),
-            f'"{self.name}";q={self.requests};w={self.window_seconds}',
+        """Count a request, within `BUDGET_SECONDS`. Raises `TooManyRequestsError`."""
+        seconds_left = self.rejected_until.get(caller, 0.0) - time.monotonic()
+        if seconds_left > 0:
+            raise self._rejection(seconds_left)
+        key = f"rate:{self.name}:{caller}"
+        window_ms = self.window_seconds * 1000
+        counted = await self.fail_open.call_if_available(
+            lambda: self.script(keys=[key], args=[window_ms])
         )
-        fields = {"RateLimit-Policy": policy, "RateLimit": f'"{self.name}";r=0;t={seconds}'}
-        return TooManyError("Too many requests.", {"Retry-After": str(seconds), **fields})
+        if counted is None:
+            _UNCHECKED.labels(self.name).inc()
+            return
+        count, left_ms = counted
+        if count > self.requests:
+            self._remember(caller, left_ms / 1000)
+            raise self._rejection(left_ms / 1000)
+
+    def _remember(self, caller: str, seconds_left: float) -> None:
+        if len(self.rejected_until) >= MAX_REMEMBERED:
+            self.rejected_until.clear()
+        self.rejected_until[caller] = time.monotonic() + seconds_left
+
+    def _rejection(self, seconds_left: float) -> TooManyRequestsError:
+        _REJECTED.labels(self.name).inc()
+        seconds = math.ceil(seconds_left)
+        headers = {
+            "Retry-After": str(seconds),
+            "RateLimit-Policy": f'"{self.name}";q={self.requests};w={self.window_seconds}',
+            "RateLimit": f'"{self.name}";r=0;t={seconds}',
+        }
+        return TooManyRequestsError("Too many requests.", headers)
 
 
 def caller(request: Request) -> str:
-    """Say who calls: `request.state.principal`, if an authentication has set it, else the client's network.
+    """Return the identity to limit: the principal, or else the client's network.
 
-    That is its address, as `FORWARDED_ALLOW_IPS` resolves it; for IPv6 the first 64 bits, which one customer has.
+    The network is the address that `FORWARDED_ALLOW_IPS` resolves. Of an IPv6 address it is the
+    first 64 bits, which one customer controls.
     """
-    if principal := getattr(request.state, "principal", None):
-        return f"principal:{principal}"
+    name = principal(request)
+    if name:
+        return f"principal:{name}"
     host = request.client.host if request.client else ""
     try:
         address = ipaddress.ip_address(host)
@@ -81,4 +110,7 @@ def caller(request: Request) -> str:
         return "unknown"
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
-    return str(address.ipv4_mapped or ipaddress.ip_network((int(address) >> 64 << 64, 64)))
+    if address.ipv4_mapped:
+        return str(address.ipv4_mapped)
+    first_64_bits = int(address) >> 64 << 64
+    return str(ipaddress.ip_network((first_64_bits, 64)))

@@ -1,4 +1,4 @@
-"""A consumer: takes messages of a group as it has room for them, so many at once, and ends without losing one."""
+"""A stream consumer: bounded concurrency, and a shutdown that loses no message."""
 
 import asyncio
 import contextlib
@@ -8,10 +8,18 @@ from functools import partial
 from prometheus_client import Gauge
 from redis.exceptions import RedisError, ResponseError
 
+from app.patterns.stream_group import Message
 from app.patterns.stream_handler import StreamHandler
-from app.tasks import background_task, run_to_completion
+from app.tasks import StateLog, background_task, run_to_completion
 
-BEAT_SECONDS, POLL_SECONDS, PAUSE_SECONDS = 1.0, 0.1, 1.0
+#: Interval at which the messages in progress are kept alive.
+BEAT_SECONDS = 1.0
+#: Pause after a read that has found no message.
+POLL_SECONDS = 0.1
+#: Pause after a read that has failed.
+PAUSE_SECONDS = 1.0
+#: Time limit for a cancelled message to end.
+CANCEL_SECONDS = 1.0
 _WAITING = Gauge(
     "stream_messages_waiting", "Messages by state: unread, or pending.", ["stream", "state"]
 )
@@ -19,77 +27,101 @@ logger = logging.getLogger("app.stream")
 
 
 class StreamConsumer:
-    """Has up to `concurrency` messages under way at once, until `is_stopping` is set."""
+    """Handles up to `concurrency` messages at once, until `is_stopping` is set."""
 
     def __init__(self, handler: StreamHandler, concurrency: int) -> None:
-        self.handler, self.group, self.concurrency, self.is_stopping = (
-            handler,
-            handler.group,
-            concurrency,
-            False,
-        )
-        self.under_way: dict[bytes, asyncio.Task[None]] = {}
+        self.handler = handler
+        self.group = handler.group
+        self.concurrency = concurrency
+        self.is_stopping = False
+        #: Messages in progress, by entry.
+        self.in_progress: dict[bytes, asyncio.Task[None]] = {}
         self.sources = [self.group.read, self.group.reclaim]
 
     async def run(self, grace_seconds: float) -> None:
-        """Work. At the end, finish what is under way, and leave to others what takes longer."""
-        async with background_task(self._beat()):
-            is_away = False
-            while not self.is_stopping:
-                try:
-                    await self._take()
-                    if is_away:
-                        logger.info("messages are taken again")
-                    is_away = False
-                except Exception as error:  # noqa: BLE001 - whatever it is, it goes on when that is mended
-                    if not is_away:
-                        logger.warning("no messages: %r", error)
-                    is_away = True
-                    await asyncio.sleep(PAUSE_SECONDS)
-            for seconds in (grace_seconds, 1):
-                if self.under_way:
-                    _, late = await asyncio.wait(self.under_way.values(), timeout=seconds)
-                    for task in late:
-                        task.cancel()
+        """Consume until stopped, then finish the messages in progress.
 
-    async def _take(self) -> None:
-        """Start with messages as far as there is room; wait a little where there is none, or no message."""
-        found = 0
-        self.sources.reverse()  # by turns: neither has to wait until the other has no more
+        Time limit for these: `grace_seconds`. Messages that take longer are cancelled, and left to
+        other consumers.
+        """
+        async with background_task(self._heartbeat()):
+            await self._consume()
+            await self._finish(grace_seconds)
+
+    async def _consume(self) -> None:
+        """Read and start messages until stopped; outages only delay them."""
+        state = StateLog(logger, "cannot read stream", "stream reads resumed")
+        while not self.is_stopping:
+            try:
+                await self._fill()
+            except Exception as error:  # noqa: BLE001 - the consumer outlives every error
+                state.failed(repr(error))
+                await asyncio.sleep(PAUSE_SECONDS)
+            else:
+                state.succeeded()
+
+    async def _fill(self) -> None:
+        """Start messages, then pause. Create the group if Redis does not have it."""
+        try:
+            started = await self._start_messages()
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            await self.handler.on_group_missing()
+            await self.group.create()
+        else:
+            await self._pause(started)
+
+    async def _start_messages(self) -> int:
+        """Start as many messages as there is room for; return how many."""
+        started = 0
+        # New and idle messages take turns, so that neither waits until the other has no more.
+        self.sources.reverse()
         for source in self.sources:
-            if room := self.concurrency - len(self.under_way):
-                try:
-                    messages = await source(room)
-                except ResponseError as error:
-                    if not str(error).startswith("NOGROUP"):
-                        raise
-                    await (
-                        self.handler.on_group_created()
-                    )  # Redis has lost its memory, or never had it
-                    await self.group.create()
-                    return
-                for message in messages:
-                    if message.entry not in self.under_way:
-                        found += 1
-                        task = self.under_way[message.entry] = asyncio.create_task(
-                            self.handler.serve(message)
-                        )
-                        task.add_done_callback(partial(self._finish, message.entry))
-        if len(self.under_way) == self.concurrency:
-            await asyncio.wait(
-                self.under_way.values(), timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED
-            )
-        elif not found:
+            room = self.concurrency - len(self.in_progress)
+            if room > 0:
+                messages = await source(room)
+                started += self._start(messages)
+        return started
+
+    def _start(self, messages: list[Message]) -> int:
+        """Start those that are not in progress already; return how many.
+
+        A consumer reclaims its own messages when its heartbeat is late.
+        """
+        new = [message for message in messages if message.entry not in self.in_progress]
+        for message in new:
+            task = asyncio.create_task(self.handler.serve(message))
+            self.in_progress[message.entry] = task
+            task.add_done_callback(partial(self._forget, message.entry))
+        return len(new)
+
+    def _forget(self, entry: bytes, _: asyncio.Task[None]) -> None:
+        del self.in_progress[entry]
+
+    async def _pause(self, started: int) -> None:
+        """Wait for room if there is none, or for messages if none was found."""
+        if len(self.in_progress) == self.concurrency:
+            tasks = self.in_progress.values()
+            await asyncio.wait(tasks, timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        elif started == 0:
             await asyncio.sleep(POLL_SECONDS)
 
-    def _finish(self, entry: bytes, _: asyncio.Task[None]) -> None:
-        del self.under_way[entry]
+    async def _finish(self, grace_seconds: float) -> None:
+        """Wait for the messages in progress, then cancel the rest and wait for these."""
+        for seconds in (grace_seconds, CANCEL_SECONDS):
+            if self.in_progress:
+                tasks = self.in_progress.values()
+                _, unfinished = await asyncio.wait(tasks, timeout=seconds)
+                for task in unfinished:
+                    task.cancel()
 
-    async def _beat(self) -> None:
-        """Tell the others what is under way, and count what is not, until cancelled."""
+    async def _heartbeat(self) -> None:
+        """Keep the messages in progress alive, and count the others, until cancelled."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             with contextlib.suppress(RedisError, OSError):
-                await run_to_completion(self.group.keep_alive(self.under_way))
-                for state, number in (await run_to_completion(self.group.waiting())).items():
+                await run_to_completion(self.group.keep_alive(self.in_progress))
+                waiting = await run_to_completion(self.group.waiting())
+                for state, number in waiting.items():
                     _WAITING.labels(self.group.stream, state).set(number)

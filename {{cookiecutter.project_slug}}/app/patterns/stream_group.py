@@ -1,7 +1,8 @@
-"""A group of consumers on a Redis stream: what one of them takes and does not finish, another one takes again.
+"""A consumer group on a Redis stream: unfinished messages go to another consumer.
 
-A message is pending until it is acknowledged. Who handles it sets its idle time back now and then; what is idle for
-`RECLAIM_SECONDS` has failed, or its consumer has died. All consumers have one name: those of the dead would pile up.
+A message is pending until it is acknowledged. Its consumer resets its idle time at intervals. A
+message that is idle for `RECLAIM_SECONDS` has failed, or its consumer has died. All consumers share
+one name: the names of dead ones would accumulate.
 """
 
 import logging
@@ -12,7 +13,14 @@ from typing import Any, NamedTuple
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-RECLAIM_SECONDS, SCAN_SECONDS, MAX_DEAD = 5.0, 1.0, 100_000
+#: Idle time after which a message is redelivered.
+RECLAIM_SECONDS = 5.0
+#: Pause between two scans of all pending messages.
+SCAN_SECONDS = 1.0
+#: Approximate length of the dead-letter stream.
+MAX_DEAD_LETTERS = 100_000
+_START = b"0-0"
+logger = logging.getLogger("app.stream")
 
 
 class Message(NamedTuple):
@@ -23,66 +31,74 @@ class Message(NamedTuple):
 
 
 class StreamGroup:
-    """The group on the stream; its dead-letter stream is called `<stream>.dead`."""
+    """The group on the stream. Its dead-letter stream is called `<stream>.dead`."""
 
     def __init__(self, redis: Redis, stream: str, group: str) -> None:
-        self.redis: Any = redis  # its types say less than its documentation
-        self.stream, self.group = stream, group
-        self.cursor, self.scan_at = b"0-0", 0.0
+        # The annotations of redis-py are less precise than its documentation.
+        self.redis: Any = redis
+        self.stream = stream
+        self.group = group
+        self.scan_cursor = _START
+        self.next_scan_at = 0.0
 
     async def create(self) -> None:
-        """Make the group, from the beginning of the stream, unless it is there."""
+        """Create the group at the beginning of the stream, unless it exists."""
         try:
             await self.redis.xgroup_create(self.stream, self.group, id="0", mkstream=True)
         except ResponseError as error:
+            # Another consumer may have created it first.
             if not str(error).startswith("BUSYGROUP"):
                 raise
-        else:  # no other consumer was quicker
-            logging.getLogger("app.stream").warning(
-                "%s had no group %s, and has one now", self.stream, self.group
-            )
+        else:
+            logger.warning("consumer group created: %s on stream %s", self.group, self.stream)
 
-    async def read(self, room: int) -> list[Message]:
-        """Take up to `room` messages that nobody has taken yet. Raises `ResponseError` without a group."""
-        answer = await self.redis.xreadgroup(self.group, self.group, {self.stream: ">"}, count=room)
-        return [Message(*entry) for _, entries in answer for entry in entries]
+    async def read(self, count: int) -> list[Message]:
+        """Return up to `count` new messages. Raises `ResponseError` if there is no group."""
+        streams = {self.stream: ">"}
+        found = await self.redis.xreadgroup(self.group, self.group, streams, count=count)
+        return [Message(*entry) for _, entries in found for entry in entries]
 
-    async def reclaim(self, room: int) -> list[Message]:
-        """Take up to `room` messages that are idle, looking through all once in `SCAN_SECONDS`. Raises as `read`."""
-        if time.monotonic() < self.scan_at:
+    async def reclaim(self, count: int) -> list[Message]:
+        """Return up to `count` idle messages. Raises `ResponseError` if there is no group.
+
+        Pauses for `SCAN_SECONDS` after each scan of all pending messages.
+        """
+        if time.monotonic() < self.next_scan_at:
             return []
-        idle = int(RECLAIM_SECONDS * 1000)
-        answer = await self.redis.xautoclaim(
-            self.stream, self.group, self.group, idle, self.cursor, room
+        idle_ms = int(RECLAIM_SECONDS * 1000)
+        self.scan_cursor, entries, *_ = await self.redis.xautoclaim(
+            self.stream, self.group, self.group, idle_ms, self.scan_cursor, count
         )
-        self.cursor, entries, *_ = answer
-        if self.cursor == b"0-0":
-            self.scan_at = time.monotonic() + SCAN_SECONDS
+        if self.scan_cursor == _START:
+            self.next_scan_at = time.monotonic() + SCAN_SECONDS
         return [Message(*entry) for entry in entries]
 
     async def keep_alive(self, entries: Iterable[bytes]) -> None:
-        """Tell the others that these are being handled."""
-        if found := list(entries):
-            await self.redis.xclaim(self.stream, self.group, self.group, 0, found, justid=True)
+        """Reset the idle time of messages in progress: no other consumer claims them."""
+        in_progress = list(entries)
+        if in_progress:
+            await self.redis.xclaim(
+                self.stream, self.group, self.group, 0, in_progress, justid=True
+            )
 
     async def acknowledge(self, message: Message) -> None:
-        """Acknowledge a message."""
+        """Acknowledge a message: it is not delivered again."""
         await self.redis.xack(self.stream, self.group, message.entry)
 
     async def dead_letter(self, message: Message, reason: str) -> None:
-        """Move a message to the dead-letter stream, where an operator finds it with the reason."""
-        dead = message.fields | {b"reason": reason.encode(), b"entry": message.entry}
-        await self.redis.xadd(
-            f"{self.stream}.dead", dead, maxlen=MAX_DEAD
-        )  # rather twice than never
+        """Move a message to the dead-letter stream, with the reason for operators.
+
+        A crash in between leaves it in both, which is better than in none.
+        """
+        fields = message.fields | {b"reason": reason.encode(), b"entry": message.entry}
+        await self.redis.xadd(f"{self.stream}.dead", fields, maxlen=MAX_DEAD_LETTERS)
         await self.acknowledge(message)
 
     async def waiting(self) -> dict[str, float]:
-        """Return how many messages are `unread`, NaN where Redis does not know, and how many `pending`."""
-        groups = {group["name"]: group for group in await self.redis.xinfo_groups(self.stream)}
-        group = groups.get(self.group.encode(), {})
+        """Return the numbers of `unread` and `pending` messages; NaN if Redis cannot tell."""
+        groups = await self.redis.xinfo_groups(self.stream)
+        by_name = {group["name"]: group for group in groups}
+        group = by_name.get(self.group.encode(), {})
         lag = group.get("lag")
-        return {
-            "unread": float("nan") if lag is None else lag,
-            "pending": group.get("pending") or 0,
-        }
+        unread = float("nan") if lag is None else lag
+        return {"unread": unread, "pending": group.get("pending") or 0}

@@ -1,82 +1,122 @@
-"""What becomes of a message: acknowledged when it is done, tried again when it failed, parked when it is poison."""
+"""Handling of one message: acknowledge it, retry it, or dead-letter it."""
 
 import asyncio
 import logging
 from collections import Counter
+from enum import StrEnum
 
-from prometheus_client import Counter as Total
+import prometheus_client
 from redis.exceptions import RedisError
 
 from app.errors import UnavailableError
 from app.patterns.stream_group import Message, StreamGroup
 
-MAX_FAULTS, MAX_REMEMBERED, LATER_SECONDS = 5, 10_000, 0.5
-_HANDLED = Total(
+#: Failed attempts of one process after which a message is dead-lettered.
+MAX_FAILURES = 5
+#: Failing messages that a process remembers.
+MAX_REMEMBERED = 10_000
+#: Pause of a message whose dependency is unavailable. Without it, a consumer would run through all
+#: waiting messages as fast as they fail.
+LATER_SECONDS = 0.5
+_HANDLED = prometheus_client.Counter(
     "stream_messages_handled",
-    "Messages by outcome: done, later, failed, parked.",
+    "Messages by outcome: done, later, failed, dead_lettered.",
     ["stream", "outcome"],
 )
 logger = logging.getLogger("app.stream")
 
 
+class Outcome(StrEnum):
+    """The outcome of an attempt, as in the metric."""
+
+    DONE = "done"
+    LATER = "later"
+    FAILED = "failed"
+    DEAD_LETTERED = "dead_lettered"
+
+
 class PoisonError(Exception):
-    """This message can never be handled. The text says why, and goes to the dead-letter stream with it."""
+    """The message can never be handled, for the reason in the text."""
 
 
 class RetryLaterError(Exception):
-    """What the message needs is away, which is no fault of the message, however often it happens."""
+    """A dependency of the message is unavailable, which does not count as its failure."""
 
 
 class StreamHandler:
-    """Handles messages of a group. A subclass says how."""
+    """Handles the messages of a group. Subclass it and implement `handle`."""
 
     def __init__(self, group: StreamGroup) -> None:
         self.group = group
-        self.faults = Counter[bytes]()  # of messages that failed here
+        #: Failed attempts in this process, by message.
+        self.failures = Counter[bytes]()
 
     async def handle(self, message: Message) -> None:
-        """Do what the message asks for; it may come twice. After an error it comes again, some seconds later."""
+        """Apply a message, which may have been applied before.
+
+        After any error but `PoisonError` it is redelivered, some seconds later.
+        """
         raise NotImplementedError
 
-    async def on_group_created(self) -> None:
-        """Prepare for a group that is made anew: what was in the stream before may be lost."""
+    async def on_group_missing(self) -> None:
+        """Prepare for the creation of the group: Redis may have lost messages."""
 
-    async def on_dead_letter(self, message: Message) -> None:
-        """Note that a message goes to the dead-letter stream."""
+    async def on_poison(self, message: Message) -> None:
+        """Note that a poison message is about to be dead-lettered.
+
+        Not called for a message that failed too often: it may succeed once a bug is fixed.
+        """
 
     async def serve(self, message: Message) -> None:
-        """Handle a message, and acknowledge or park it; whatever is wrong, nothing is raised but a cancellation."""
-        name, reason, outcome = message.entry.decode(), "", "done"
+        """Handle a message, then acknowledge or dead-letter it.
+
+        Raises nothing but a cancellation.
+        """
+        outcome, error = await self._attempt(message)
+        name = message.entry.decode()
         try:
-            try:
-                await self.handle(message)
-            except PoisonError as error:
-                reason = str(error)
-                await self.on_dead_letter(message)
-            except (RetryLaterError, UnavailableError, RedisError):
-                outcome = "later"
-                await asyncio.sleep(
-                    LATER_SECONDS
-                )  # or all that waits would be tried as fast as it fails
-            except Exception as error:
-                outcome = "failed"
-                if len(self.faults) > MAX_REMEMBERED:
-                    self.faults.clear()  # what other consumers have finished stays among them
-                self.faults[message.entry] += 1
-                logger.warning("message %s failed", name, exc_info=error)
-                if self.faults[message.entry] >= MAX_FAULTS:
-                    reason = f"failed {MAX_FAULTS} times, at last with {type(error).__name__}"
-            if reason:
-                await self.group.dead_letter(message, reason)
-                outcome = "dead_lettered"
-                logger.error("message %s is parked: %s", name, reason)
-            elif outcome == "done":
-                await self.group.acknowledge(message)
+            match outcome:
+                case Outcome.DONE:
+                    await self.group.acknowledge(message)
+                case Outcome.DEAD_LETTERED:
+                    await self._dead_letter(message, error)
+                case Outcome.LATER:
+                    await asyncio.sleep(LATER_SECONDS)
         except (UnavailableError, RedisError, OSError):
-            outcome = "later"  # it comes again, and is found done
+            outcome = Outcome.LATER  # it is redelivered, and found done
         except Exception:
-            outcome = "failed"
-            logger.exception("message %s cannot be parked", name)
-        if outcome in {"done", "dead_lettered"}:
-            self.faults.pop(message.entry, None)
+            outcome = Outcome.FAILED
+            logger.exception("message %s cannot be concluded, will retry", name)
+        if outcome in {Outcome.DONE, Outcome.DEAD_LETTERED}:
+            self.failures.pop(message.entry, None)
         _HANDLED.labels(self.group.stream, outcome).inc()
+
+    async def _attempt(self, message: Message) -> tuple[Outcome, Exception | None]:
+        """Handle a message once; return the outcome, and the error if there was one."""
+        try:
+            await self.handle(message)
+        except PoisonError as error:
+            return Outcome.DEAD_LETTERED, error
+        except (RetryLaterError, UnavailableError, RedisError) as error:
+            return Outcome.LATER, error
+        except Exception as error:
+            logger.warning("message %s failed", message.entry.decode(), exc_info=error)
+            is_last = self._count_failure(message) >= MAX_FAILURES
+            return Outcome.DEAD_LETTERED if is_last else Outcome.FAILED, error
+        return Outcome.DONE, None
+
+    def _count_failure(self, message: Message) -> int:
+        # Messages that other consumers have finished stay counted here, hence the limit.
+        if len(self.failures) > MAX_REMEMBERED:
+            self.failures.clear()
+        self.failures[message.entry] += 1
+        return self.failures[message.entry]
+
+    async def _dead_letter(self, message: Message, error: Exception | None) -> None:
+        if isinstance(error, PoisonError):
+            reason = str(error)
+            await self.on_poison(message)
+        else:
+            reason = f"failed {MAX_FAILURES} times, most recently with {type(error).__name__}"
+        await self.group.dead_letter(message, reason)
+        logger.error("message %s dead-lettered: %s", message.entry.decode(), reason)

@@ -1,1 +1,1 @@
-"""The example: a payment is taken once, announced, charged once, and looked up."""
+"""Payments, the example: accepted over HTTP, charged by a consumer, exactly once."""

@@ -11,12 +11,14 @@ from app.patterns.pagination import PATTERN, Cursor
 from app.patterns.rate_limit import caller
 from app.payments.schemas import NewPayment, Page, Payment
 from app.payments.service import Payments, PaymentsDependency
+from app.web.principal import principal
 from app.web.problems import problem_responses
 
+NO_STORE = {"Cache-Control": "no-store"}
 router = APIRouter(prefix="/payments", tags=["payments"])
 
 
-async def _limited(request: Request, payments: PaymentsDependency) -> Payments:
+async def _rate_limited(request: Request, payments: PaymentsDependency) -> Payments:
     await payments.limit.check(caller(request))
     return payments
 
@@ -29,16 +31,16 @@ async def _limited(request: Request, payments: PaymentsDependency) -> Payments:
     openapi_extra=OPENAPI_PARAMETERS,
 )
 async def create(
-    payments: Annotated[Payments, Depends(_limited)],
+    payments: Annotated[Payments, Depends(_rate_limited)],
     new: NewPayment,
     key: IdempotencyKey,
     request: Request,
 ) -> Response:
-    """Take a payment, once for each `Idempotency-Key`; `Location` says where it is from now on."""
-    # Whose key it is: never the client's address, since a retry may come from another network.
-    return await payments.create(
-        new, key, getattr(request.state, "principal", ""), request.scope["root_path"]
-    )
+    """Create a payment, once per `Idempotency-Key`. `Location` is its URL."""
+    # The owner is never the client's address: a retry may come from another network.
+    owner = principal(request)
+    stored = await payments.create(new, key, owner, request.scope["root_path"])
+    return stored.render()
 
 
 @router.get("", responses=problem_responses(422, 503))
@@ -50,16 +52,16 @@ async def list_page(
         str | None, Query(pattern=PATTERN, description="`next_cursor` of a page.")
     ] = None,
 ) -> Page:
-    """List payments, the newest first; those that come meanwhile move none of the others to another page."""
-    response.headers["Cache-Control"] = "no-store"
-    return await payments.list_page(limit, Cursor.parse(cursor) if cursor else Cursor())
+    """List payments, newest first. New payments move no other payment to another page."""
+    response.headers.update(NO_STORE)
+    after = Cursor.parse(cursor) if cursor else Cursor()
+    return await payments.list_page(limit, after)
 
 
 @router.get("/{payment_id}", response_model=Payment, responses=problem_responses(404, 422, 503))
 async def get(payment_id: UUID, payments: PaymentsDependency) -> Response:
     """Look a payment up."""
-    if payment := await payments.get(payment_id):
-        return Response(
-            payment, headers={"Cache-Control": "no-store"}, media_type="application/json"
-        )
-    raise NotFoundError("There is no such payment.")
+    payment = await payments.get(payment_id)
+    if payment is None:
+        raise NotFoundError("The payment does not exist.")
+    return Response(payment, headers=NO_STORE, media_type="application/json")

@@ -1,4 +1,4 @@
-"""What goes in and out of the payments routes."""
+"""Request and response bodies of the payments routes."""
 
 from datetime import datetime
 from typing import Annotated, Literal
@@ -6,47 +6,56 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-#: ISO 4217, list one: active currencies, funds and precious metals, with the codes reserved for tests.
+#: ISO 4217, list one: active currencies, funds and precious metals, and the codes for tests.
 _ISO_4217 = """
-AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BHD BIF BMD BND BOB BOV BRL BSD BTN BWP BYN BZD CAD CDF CHE
-CHF CHW CLF CLP CNY COP COU CRC CUP CVE CZK DJF DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GNF
-GTQ GYD HKD HNL HTG HUF IDR ILS INR IQD IRR ISK JMD JOD JPY KES KGS KHR KMF KPW KRW KWD KYD KZT LAK LBP LKR
-LRD LSL LYD MAD MDL MGA MKD MMK MNT MOP MRU MUR MVR MWK MXN MXV MYR MZN NAD NGN NIO NOK NPR NZD OMR PAB PEN
-PGK PHP PKR PLN PYG QAR RON RSD RUB RWF SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP SZL THB TJS
-TMT TND TOP TRY TTD TWD TZS UAH UGX USD USN UYI UYU UYW UZS VED VES VND VUV WST XAD XAF XAG XAU XBA XBB XBC
-XBD XCD XCG XDR XOF XPD XPF XPT XSU XTS XUA XXX YER ZAR ZMW ZWG
+AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BHD BIF BMD BND BOB BOV BRL BSD BTN BWP BYN BZD CAD
+CDF CHE CHF CHW CLF CLP CNY COP COU CRC CUP CVE CZK DJF DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL
+GHS GIP GMD GNF GTQ GYD HKD HNL HTG HUF IDR ILS INR IQD IRR ISK JMD JOD JPY KES KGS KHR KMF KPW KRW
+KWD KYD KZT LAK LBP LKR LRD LSL LYD MAD MDL MGA MKD MMK MNT MOP MRU MUR MVR MWK MXN MXV MYR MZN NAD
+NGN NIO NOK NPR NZD OMR PAB PEN PGK PHP PKR PLN PYG QAR RON RSD RUB RWF SAR SBD SCR SDG SEK SGD SHP
+SLE SOS SRD SSP STN SVC SYP SZL THB TJS TMT TND TOP TRY TTD TWD TZS UAH UGX USD USN UYI UYU UYW UZS
+VED VES VND VUV WST XAD XAF XAG XAU XBA XBB XBC XBD XCD XCG XDR XOF XPD XPF XPT XSU XTS XUA XXX YER
+ZAR ZMW ZWG
 """
 CURRENCIES = frozenset(_ISO_4217.split())
 
 
-def _currency(value: str) -> str:
+def _check_currency(value: str) -> str:
     if value not in CURRENCIES:
-        raise ValueError("takes an ISO 4217 code, such as EUR")
+        msg = "must be an ISO 4217 code, for example EUR"
+        raise ValueError(msg)
     return value
 
 
-def _printable(value: str) -> str:
+def _check_printable(value: str) -> str:
     if not value.isprintable():
-        raise ValueError("takes printable characters")
+        msg = "must consist of printable characters"
+        raise ValueError(msg)
     return value
+
+
+#: In the minor unit of the currency, such as cents. It fits a bigint.
+Amount = Annotated[int, Field(strict=True, gt=0, lt=2**63, examples=[1250])]
+Currency = Annotated[
+    str, Field(json_schema_extra={"enum": sorted(CURRENCIES)}), AfterValidator(_check_currency)
+]
+Reference = Annotated[
+    str, Field(min_length=1, max_length=64, examples=["order-1"]), AfterValidator(_check_printable)
+]
 
 
 class NewPayment(BaseModel):
-    """A payment as the client asks for it; `amount` is in the currency's minor unit and fits a bigint."""
+    """A requested payment. `amount` is in the minor unit of the currency."""
 
     model_config = ConfigDict(extra="forbid")
 
-    amount: Annotated[int, Field(strict=True, gt=0, lt=2**63, examples=[1250])]
-    currency: Annotated[
-        str, Field(json_schema_extra={"enum": [*sorted(CURRENCIES)]}), AfterValidator(_currency)
-    ]
-    reference: Annotated[
-        str, Field(min_length=1, max_length=64, examples=["order-1"]), AfterValidator(_printable)
-    ]
+    amount: Amount
+    currency: Currency
+    reference: Reference
 
 
 class Payment(BaseModel):
-    """A payment as it is stored."""
+    """A stored payment."""
 
     payment_id: UUID
     amount: int
@@ -57,7 +66,7 @@ class Payment(BaseModel):
 
 
 class Page(BaseModel):
-    """Some payments, the newest first; with `next_cursor` comes the next page, and null is the end."""
+    """Payments, newest first. `next_cursor` is null on the last page."""
 
     items: list[Payment]
     next_cursor: str | None

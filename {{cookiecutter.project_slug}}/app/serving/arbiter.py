@@ -1,4 +1,4 @@
-"""The gunicorn master: it announces the end before it signals, and starts a worker's successor first."""
+"""The gunicorn master, with announced shutdowns and workers replaced one by one."""
 
 import signal
 from typing import Any
@@ -10,46 +10,57 @@ from app.telemetry.metrics_server import MetricsProcess
 
 
 class ServiceArbiter(Arbiter):  # type: ignore[misc]
-    """gunicorn's master, with another idea of the signals TERM, HUP and USR2."""
+    """gunicorn's master with its own handling of SIGTERM, SIGHUP and SIGUSR2."""
 
     _num_workers: int
     metrics: MetricsProcess  # gunicorn.conf.py starts it
 
     def stop(self, graceful: bool = True) -> None:
-        """End the pod. The workers learn it before any of them is signalled."""
+        """Shut down the pod. The shutdown is announced before any worker is signaled."""
         shared_flags.announce_shutdown(graceful=graceful)
         super().stop(graceful)
 
     def reload(self) -> None:
         """SIGHUP: replace every worker.
 
-        Nothing is read anew: the app is preloaded with its settings, and a wrong one must not end a master that serves.
-        Nor does it wait for the old ones, as gunicorn does: a SIGTERM would not be seen meanwhile.
+        Nothing is read again: the application is preloaded with its settings, and an invalid
+        setting must not stop a master that serves. Unlike gunicorn's, it does not wait for the old
+        workers, since a SIGTERM would not be seen meanwhile.
         """
         for worker in list(self.WORKERS.values()):
             self._replace(worker)
 
     def handle_usr2(self) -> None:
-        """SIGUSR2: a second master would ask for the same metrics address, and containers never use it."""
+        """SIGUSR2: do nothing.
+
+        gunicorn would start a second master, which needs the same metrics address. Containers
+        never use it.
+        """
         self.log.warning("SIGUSR2 is ignored: start a new instance instead")
 
     def manage_workers(self) -> None:
-        """Replace who asks for it; those who leave do not count among the workers that there shall be.
+        """Replace the workers that request it, and keep the number of workers.
 
-        gunicorn calls this once a second, so it is also where a metrics process that was killed is replaced.
+        gunicorn calls this once a second, so a metrics process that was killed is replaced here
+        too.
         """
         self.metrics.ensure(self.LISTENERS)
         for worker in list(self.WORKERS.values()):
             if shared_flags.replacement_requested(worker.age):
                 self._replace(worker)
-        wanted = self._num_workers
+        self._keep_number_of_workers()
+
+    def _keep_number_of_workers(self) -> None:
+        """Start and stop workers as gunicorn does, without counting those that are retiring."""
+        configured_workers = self._num_workers
         self._num_workers += sum(worker.is_retiring for worker in self.WORKERS.values())
         try:
             super().manage_workers()
         finally:
-            self._num_workers = wanted
+            self._num_workers = configured_workers
 
     def _replace(self, worker: Any) -> None:
+        """Start a worker, then retire this one, unless it is retiring already."""
         if not worker.is_retiring:
             worker.is_retiring = True
             self.spawn_worker()
@@ -57,5 +68,8 @@ class ServiceArbiter(Arbiter):  # type: ignore[misc]
 
 
 def use_service_arbiter(arbiter: Any) -> None:
-    """Make gunicorn's arbiter ours (`when_ready` of gunicorn.conf.py): gunicorn has no setting for its class."""
+    """Turn gunicorn's arbiter into a `ServiceArbiter`.
+
+    gunicorn has no setting for its class.
+    """
     arbiter.__class__ = ServiceArbiter

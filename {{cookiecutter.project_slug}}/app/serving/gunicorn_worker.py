@@ -1,9 +1,13 @@
-"""The gunicorn worker that `worker_class` in gunicorn.conf.py names: uvicorn's, with our server and protocol."""
+"""The gunicorn worker: uvicorn's, with the server and the protocols of this package.
+
+`worker_class` in gunicorn.conf.py refers to it.
+"""
 
 import asyncio
 import faulthandler
 import logging
 import signal
+import socket
 import sys
 import tempfile
 from typing import Any, ClassVar
@@ -16,55 +20,78 @@ from app.serving.http_protocol import HttpRequestProtocol
 from app.serving.server import ServiceServer
 from app.serving.websocket_protocol import ServiceWebSocket
 
+logger = logging.getLogger("app.worker")
+
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
-    """Serves the app in a process that gunicorn's master has forked."""
+    """Serves the application in a process that gunicorn's master has forked."""
 
     CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
         "loop": "uvloop",
         "http": HttpRequestProtocol,
         "ws": ServiceWebSocket,
-        "lifespan": "on",  # with "auto", an error while starting would leave a service that answers 500 to everything
+        # With "auto", a service whose startup fails would respond 500 to every request.
+        "lifespan": "on",
         "server_header": False,
-        "access_log": False,  # observe.py writes it
-        "proxy_headers": False,  # and reads these
-        "timeout_notify": 1,  # by default timeout/2, which kills loops that are blocked for only that long
+        # app/web/middleware.py writes the access log and handles proxy headers.
+        "access_log": False,
+        "proxy_headers": False,
+        # By default timeout / 2, which kills a worker whose loop is blocked for only that long.
+        "timeout_notify": 1,
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Prepare, still in the master, what it and the worker share."""
+        """Create, while still in the master, everything that master and worker share."""
         super().__init__(*args, **kwargs)
-        self.config.limit_max_requests = None  # ours asks for a successor first
+        # `ServiceServer` counts requests itself, to request a replacement before it retires.
+        self.config.limit_max_requests = None
         self.is_retiring = False
-        self.crash_file = tempfile.TemporaryFile(dir=self.cfg.worker_tmp_dir)  # noqa: SIM115 - closed by log_crash_stacks()
+        # `log_crash_stacks` closes it.
+        self.crash_file = tempfile.TemporaryFile(dir=self.cfg.worker_tmp_dir)  # noqa: SIM115
         shared_flags.reset_flag(self.age)
 
     def init_signals(self) -> None:
-        """Have the stacks written where the master finds them, of a loop that is stuck (SIGABRT) and of a crash."""
+        """Have `faulthandler` write the stacks of a crash to a file that the master can read.
+
+        A worker that times out receives SIGABRT, which counts as a crash.
+        """
         super().init_signals()
         faulthandler.enable(self.crash_file, all_threads=True)
 
     def log_crash_stacks(self) -> None:
-        """Log, in the master, the stacks that this worker left, if it was stuck or has crashed."""
+        """Log, in the master, the stacks of this worker if it has timed out or crashed."""
         with self.crash_file:
             self.crash_file.seek(0)
-            if stacks := self.crash_file.read().decode(errors="replace"):
-                text = "worker %s was stuck, or has crashed; what it was doing is in `stacks`"
-                logging.getLogger("app.worker").critical(text, self.pid, extra={"stacks": stacks})
+            stacks = self.crash_file.read().decode(errors="replace")
+        if stacks:
+            text = "worker %s timed out or crashed; see `stacks`"
+            logger.critical(text, self.pid, extra={"stacks": stacks})
 
     async def _serve(self) -> None:
-        settings = self.wsgi.state.settings
-        self.wsgi.state.lifecycle.is_draining = shared_flags.is_draining
-        self.config.app, self.config.root_path = self.wsgi, settings.root_path
-        self.config.ws_max_size = settings.max_body_bytes
+        self._configure()
         server = ServiceServer(self)
-        asyncio.get_running_loop().add_signal_handler(
-            signal.SIGQUIT, server.handle_exit, signal.SIGQUIT
-        )
-        # Copies: uvloop closes the file of what it serves, and gunicorn's objects would log an error for it.
-        sockets = [own.dup() for own in self.sockets]
-        for own in self.sockets:
-            own.close()
-        await server.serve(sockets)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT)
+        await server.serve(self._take_sockets())
         if not server.started:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
+
+    def _configure(self) -> None:
+        """Connect uvicorn's configuration and the application, which is loaded by now."""
+        app = self.wsgi
+        settings = app.state.settings
+        app.state.lifecycle.is_draining = shared_flags.is_draining
+        self.config.app = app
+        self.config.root_path = settings.root_path
+        self.config.ws_max_size = settings.max_body_bytes
+
+    def _take_sockets(self) -> list[socket.socket]:
+        """Return copies of gunicorn's listening sockets, and close the originals.
+
+        uvloop closes the file descriptors that it serves, at which gunicorn's objects would log an
+        error.
+        """
+        copies = [original.dup() for original in self.sockets]
+        for original in self.sockets:
+            original.close()
+        return copies

@@ -1,22 +1,28 @@
-"""The container's HEALTHCHECK, without curl: `python -m app.serving.healthcheck [path]` ends with 0 if the answer is 200."""
+"""The container's health check, without curl.
+
+`python -m app.serving.healthcheck [path]` exits with 0 if the response is a 200.
+"""
 
 import http.client
 import os
 import sys
 
 TIMEOUT_SECONDS = 2
+#: Where to connect to a service that listens on all interfaces.
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}  # noqa: S104 - nothing is bound here
 
 
 def check(path: str = "/health/live") -> bool:
-    """Ask the service of this container; tell whether it answered 200.
+    """Return whether the service in this container responds 200.
 
-    Reads `BIND` and `PORT` itself: app/settings.py would take four times as long, every ten seconds.
+    Parses `BIND` and `PORT` itself: importing app/settings.py would take four times as long, every
+    ten seconds.
     """
-    host, _, port = (
-        os.environ.get("BIND") or f"127.0.0.1:{os.environ.get('PORT') or 8000}"
-    ).rpartition(":")
-    here = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))  # noqa: S104 - it is asked, not bound
-    connection = http.client.HTTPConnection(here, int(port), timeout=TIMEOUT_SECONDS)
+    port = os.environ.get("PORT") or "8000"
+    bind = os.environ.get("BIND") or f"127.0.0.1:{port}"
+    host, _, port = bind.rpartition(":")
+    host = _LOOPBACK.get(host, host.strip("[]"))
+    connection = http.client.HTTPConnection(host, int(port), timeout=TIMEOUT_SECONDS)
     try:
         connection.request("GET", path)
         return connection.getresponse().status == http.client.OK

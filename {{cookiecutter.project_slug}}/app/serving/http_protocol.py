@@ -1,88 +1,136 @@
-"""One connection, as far as requests go: limits for their heads, and refusals that are answers like any other."""
+"""The request side of an HTTP connection: limits for its headers, and rejections.
+
+A rejected request goes through the application, which responds to it. So it has a request ID, an
+access line and a metric.
+"""
 
 import asyncio
 from collections import deque
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.server import ServerState
 
 from app.serving import shared_flags
 from app.serving.http_response import HttpResponseProtocol
+from app.settings import Settings
 from app.web.limits import REJECTED_STATUS
 
-#: Requests that may wait behind the one that is answered: each costs memory before it is counted anywhere.
+#: Pipelined requests that may wait for the one being served. Each uses memory before any limit
+#: counts it.
 MAX_PIPELINED = 8
-#: Where fields behind a body go: nobody has checked them (RFC 9110, section 6.5.1).
+#: Receives the trailers of a request: fields after the body, which nothing has validated
+#: (RFC 9110, section 6.5.1).
 DISCARD: deque[tuple[bytes, bytes]] = deque(maxlen=0)
 
 
+class ServiceState(ServerState):
+    """The state that a server shares with its connections: uvicorn's, and our own."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        #: Whether this worker stops, alone or with the pod: every response closes its connection.
+        self.is_retiring = False
+
+
 class HttpRequestProtocol(HttpResponseProtocol):
-    """What it refuses is answered by the app, so that it has an ID, an access line, and is counted."""
+    """One HTTP connection. `ServiceServer` calls `enforce_timeouts` once a second.
+
+    uvicorn makes a `scope` when a request begins and a `cycle` with that scope when its headers
+    are complete.
+    """
+
+    server_state: ServiceState
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.settings = self.app_state["settings"]
-        self.max_head_bytes = self.settings.max_header_bytes
-        self.head_bytes = self.first_bytes = self.head_seconds = 0
+        self.settings = self.server_state.settings
+        self.max_header_bytes = self.settings.max_header_bytes
+        # The size of incomplete headers. The read in which they begin may start with the body of
+        # the request before; the reads after it contain nothing else.
+        self.first_read_bytes = 0
+        self.header_bytes = 0
+        self.header_seconds = 0
+
+    @property
+    def has_complete_headers(self) -> bool:
+        """Whether the headers of the newest request are complete; never true for a WebSocket."""
+        return self.cycle is not None and self.cycle.scope is self.scope
+
+    @property
+    def is_between_requests(self) -> bool:
+        """Whether no request is partly read: none has begun since the last complete headers."""
+        return self.scope is None or self.has_complete_headers
 
     def data_received(self, data: bytes) -> None:
-        """Parse, and refuse a head that grows over `MAX_HEADER_BYTES`."""
+        """Parse a read; reject headers that grow over `MAX_HEADER_BYTES`."""
         if self.discards_input:
             return
-        scope = self.scope
-        self.head_bytes += len(data)
+        scope_before = self.scope
+        self.header_bytes += len(data)
         super().data_received(data)
-        if self.cycle is not None and self.cycle.scope is self.scope:  # it is complete
-            self.head_bytes = self.first_bytes = 0
-        elif self.scope is not scope:  # it has begun in this read, of which the rest may be a body
-            self.head_bytes, self.first_bytes = 0, len(data)
-        elif self.head_bytes > self.max_head_bytes and self in self.connections:
+        if self.has_complete_headers:
+            self.header_bytes = 0
+            self.first_read_bytes = 0
+        elif self.scope is not scope_before:
+            self.header_bytes = 0
+            self.first_read_bytes = len(data)
+        elif self.header_bytes > self.max_header_bytes and self in self.connections:
             self.reject(431)
 
     def on_headers_complete(self) -> None:
-        """Start the request. From the drain on each answer says `Connection: close`."""
+        """Start the request. While shutting down, the response has `Connection: close`.
+
+        Raises `ValueError` for too many pipelined requests: the parser stops, and uvicorn calls
+        `send_400_response`.
+        """
         if len(self.pipeline) >= MAX_PIPELINED:
-            msg = "too many requests wait for their answers"
-            raise ValueError(msg)  # the parser stops, and `send_400_response` follows
-        self.head_seconds = 0
-        if (
-            self.head_bytes + self.first_bytes > self.max_head_bytes
-        ):  # or it is the body that came with it
-            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-            if size > self.max_head_bytes:
-                self.scope["state"][REJECTED_STATUS] = 431
+            msg = "too many pipelined requests"
+            raise ValueError(msg)
+        self.header_seconds = 0
+        # Reads may contain bodies too: measure the headers only if the reads exceed the limit.
+        read_bytes = self.header_bytes + self.first_read_bytes
+        if read_bytes > self.max_header_bytes and self._measure_headers() > self.max_header_bytes:
+            self.scope["state"][REJECTED_STATUS] = 431
         super().on_headers_complete()
-        cycle = self.cycle
-        if cycle is not None and cycle.scope is self.scope:  # else it is a WebSocket
-            cycle.transport = self  # type: ignore[assignment]
-            self.headers = DISCARD  # type: ignore[assignment]
-            if not self.pipeline:
-                self.active_cycle = cycle
-            if shared_flags.is_draining() or self.server_state.is_retiring:  # type: ignore[attr-defined]
-                cycle.keep_alive = False
+        if self.has_complete_headers:
+            self._prepare_response(self.cycle)
+
+    def _measure_headers(self) -> int:
+        """Return the bytes of the target and of the fields, each with `: ` and a line end."""
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+
+    def _prepare_response(self, cycle: RequestResponseCycle) -> None:
+        cycle.transport = self  # type: ignore[assignment]
+        self.headers = DISCARD  # type: ignore[assignment]
+        if not self.pipeline:
+            self.active_cycle = cycle
+        if shared_flags.is_draining() or self.server_state.is_retiring:
+            cycle.keep_alive = False
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP."""
+        """Reject input that is not valid HTTP."""
         self.reject(400)
 
     def reject(self, status: int) -> None:
-        """Have the app answer with this status, and read no more."""
+        """Respond with this status after the responses that are due, and read no more."""
         self.discards_input = True
         if self.cycle is None or self.cycle.response_complete:
-            if self.scope is None or (self.cycle is not None and self.cycle.scope is self.scope):
-                self.on_message_begin()
-            self.scope["state"][REJECTED_STATUS] = status
-            self.scope.update(
-                {"method": "_OTHER", "path": "", "raw_path": b"", "query_string": b""}
-            )
-            self._start_rejection()
+            self._start_rejection(status)
             return
-        self.cycle.keep_alive = False  # behind what is still being answered
-        if self.cycle.scope is self.scope and self.cycle.more_body:
+        self.cycle.keep_alive = False
+        is_receiving_body = self.has_complete_headers and self.cycle.more_body
+        if is_receiving_body:  # its `receive` raises the rejection
             self.scope["state"][REJECTED_STATUS] = status
             self.cycle.message_event.set()
 
-    def _start_rejection(self) -> None:
+    def _start_rejection(self, status: int) -> None:
+        """Have the application respond to the partly read request, or an empty one."""
+        if self.is_between_requests:
+            self.on_message_begin()
+        self.scope["state"][REJECTED_STATUS] = status
+        self.scope.update({"method": "_OTHER", "path": "", "raw_path": b"", "query_string": b""})
         self.cycle = RequestResponseCycle(
             scope=self.scope,
             transport=self,  # type: ignore[arg-type]
@@ -100,17 +148,27 @@ class HttpRequestProtocol(HttpResponseProtocol):
         self._start_asgi_task(self.cycle, self.app)
 
     def enforce_timeouts(self) -> None:
-        """Close what is idle for `KEEPALIVE_SECONDS`, refuse a head that takes too long; to be called once a second."""
+        """Close an idle connection; reject headers that arrive too slowly with 408.
+
+        To be called once a second: it counts its calls.
+        """
         if self.discards_input:
             return
-        if self.cycle is None or self.cycle.scope is not self.scope:
-            self.head_seconds += 1
-            if self.head_seconds > self.settings.header_timeout_seconds:
-                if self.scope is None:
-                    self.transport.close()  # nothing was asked
-                else:
-                    self.reject(408)
+        if not self.has_complete_headers:
+            self._enforce_header_timeout()
         elif self.cycle.response_complete:
-            self.idle_seconds += 1
-            if self.idle_seconds > self.settings.keepalive_seconds:
-                self.abort()
+            self._enforce_keepalive()
+
+    def _enforce_header_timeout(self) -> None:
+        self.header_seconds += 1
+        if self.header_seconds <= self.settings.header_timeout_seconds:
+            return
+        if self.scope is None:
+            self.transport.close()  # the client has requested nothing
+        else:
+            self.reject(408)
+
+    def _enforce_keepalive(self) -> None:
+        self.idle_seconds += 1
+        if self.idle_seconds > self.settings.keepalive_seconds:
+            self.abort()

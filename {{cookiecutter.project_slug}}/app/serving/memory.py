@@ -4,15 +4,20 @@ import contextlib
 import ctypes
 import gc
 
+#: New objects after which the garbage collector runs. With Python's default it runs every few
+#: requests, and finds nothing.
+GC_THRESHOLD = 10_000
+
 
 def share_memory() -> None:
-    """Take what is loaded out of the collector's sight, so that processes forked from here go on sharing it."""
+    """Keep loaded modules shared between the master and the workers that it forks.
+
+    The garbage collector writes to the objects that it visits, and so copies their pages into each
+    process. Here they are excluded from it.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(
-        10_000, 20, 20
-    )  # by default the collector runs for every few requests, and finds nothing
-    with contextlib.suppress(AttributeError):  # not in every C library
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # gives back 10 MB, where the modules have just been compiled
+    gc.set_threshold(GC_THRESHOLD, 20, 20)
+    # Returns 10 MB where the modules have just been compiled. Not in every C library.
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

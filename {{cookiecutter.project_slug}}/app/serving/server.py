@@ -1,4 +1,7 @@
-"""Uvicorn's server, with an end in which no request is lost and lifespan shutdown always runs."""
+"""Uvicorn's server, with a shutdown that loses no request.
+
+Lifespan shutdown always runs.
+"""
 
 import asyncio
 import contextlib
@@ -8,154 +11,213 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterable
 from types import FrameType
 
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
+from app.lifecycle import Lifecycle
 from app.serving import shared_flags
-from app.serving.http_protocol import HttpRequestProtocol
+from app.serving.http_protocol import HttpRequestProtocol, ServiceState
 from app.serving.listener import stop_accepting
 from app.settings import Settings
 
-#: For which a worker that leaves alone goes on: so long does its successor take to start.
-SUCCESSOR_SECONDS = 1.0
-#: What is kept of the graceful timeout for lifespan shutdown: one for the last check, for what is cancelled, for pools.
+#: How long a worker that retires alone keeps listening: its replacement needs that to start.
+REPLACEMENT_SECONDS = 1.0
+#: The part of the graceful timeout that is kept for lifespan shutdown: a second each for the last
+#: check, for cancelled tasks and for connection pools.
 CLOSING_SECONDS = 3.0
-#: For requests, where the end is to be quick.
+#: Time limit for requests in a quick shutdown.
 QUICK_SECONDS = 1.0
+#: How often a retiring worker checks whether its connections are closed.
+POLL_SECONDS = 0.05
+#: How often the heartbeat is kept, and a quick shutdown noticed, during shutdown.
+WATCH_SECONDS = 0.2
+#: The event loop closes listeners and aborted connections in its next iteration.
+NEXT_ITERATION_SECONDS = 0.01
+#: uvicorn calls `on_tick` ten times a second.
+TICKS_PER_SECOND = 10
 
 logger = logging.getLogger("app.server")
 
 
 class ServiceServer(Server):
-    """Uvicorn's server, which drains with the pod, and retires alone without resetting anything."""
+    """Drains with the pod, or retires alone; resets no connection in either case."""
+
+    server_state: ServiceState
 
     def __init__(self, worker: UvicornWorker) -> None:
         super().__init__(worker.config)
         self.worker = worker
         self.settings: Settings = worker.wsgi.state.settings
-        self.shutdown_requested_at = self.quick_shutdown_requested_at = (
-            math.inf
-        )  # when it learnt of its end
+        self.lifecycle: Lifecycle = worker.wsgi.state.lifecycle
+        self.server_state = ServiceState(self.settings)
+        #: By `time.monotonic()`, as all times here.
+        self.shutdown_requested_at = math.inf
+        self.quick_shutdown_requested_at = math.inf
         self.replacement_requested = False
-        self.server_state.is_retiring = False  # type: ignore[attr-defined]
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until told to stop. Uvicorn would raise the signal again, and `atexit` would never run."""
+        """Serve until signaled to stop.
+
+        uvicorn would raise the signal again, and functions registered with `atexit` would not run.
+        """
         with self.capture_signals():
             await self._serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None = None) -> None:
-        """Learn of the end; a process group's signal comes twice. SIGINT and SIGQUIT mean a quick one to gunicorn."""
+        """Request a shutdown; with SIGINT or SIGQUIT a quick one, as in gunicorn.
+
+        Only the first request counts: a signal to the process group arrives twice.
+        """
         now = time.monotonic()
         self.shutdown_requested_at = min(self.shutdown_requested_at, now)
         if sig != signal.SIGTERM:
             self.quick_shutdown_requested_at = min(self.quick_shutdown_requested_at, now)
 
     async def on_tick(self, counter: int) -> bool:
-        """Decide ten times a second whether to stop. Without its master a worker would block the next start."""
-        if shared_flags.is_draining() or os.getppid() != self.worker.ppid:
-            self.handle_exit(signal.SIGQUIT if shared_flags.is_quick_shutdown() else signal.SIGTERM)
-        if (
-            self.server_state.total_requests >= self.worker.max_requests
-            and not self.replacement_requested
-        ):
-            self.replacement_requested = True
-            logger.info(
-                "%d requests served, asking for a successor", self.server_state.total_requests
-            )
-            shared_flags.request_replacement(self.worker.age)
-        if counter % 10 == 0:
-            for connection in self._http():
+        """Enforce timeouts, request a replacement when due; return whether to stop."""
+        self._notice_shutdown()
+        self._request_replacement_when_due()
+        if counter % TICKS_PER_SECOND == 0:
+            for connection in self._http_connections():
                 connection.enforce_timeouts()
-        wait = self.settings.drain_seconds if shared_flags.is_draining() else SUCCESSOR_SECONDS
-        self.should_exit = time.monotonic() >= min(
-            self.shutdown_requested_at + wait, self.quick_shutdown_requested_at
-        )
+        self.should_exit = time.monotonic() >= self._stop_at()
         return await super().on_tick(counter)
 
+    def _notice_shutdown(self) -> None:
+        """Request a shutdown if the pod shuts down or the master is dead.
+
+        A worker without its master would keep the port from the next start.
+        """
+        is_orphan = os.getppid() != self.worker.ppid
+        if shared_flags.is_draining() or is_orphan:
+            is_quick = shared_flags.is_quick_shutdown()
+            self.handle_exit(signal.SIGQUIT if is_quick else signal.SIGTERM)
+
+    def _request_replacement_when_due(self) -> None:
+        """Request a replacement once `MAX_REQUESTS` requests are served."""
+        requests = self.server_state.total_requests
+        if requests >= self.worker.max_requests and not self.replacement_requested:
+            self.replacement_requested = True
+            logger.info("replacement requested", extra={"requests": requests})
+            shared_flags.request_replacement(self.worker.age)
+
+    def _stop_at(self) -> float:
+        """Return when to stop: after the drain, or at once in a quick shutdown."""
+        is_draining = shared_flags.is_draining()
+        wait = self.settings.drain_seconds if is_draining else REPLACEMENT_SECONDS
+        return min(self.shutdown_requested_at + wait, self.quick_shutdown_requested_at)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Retire, then close as uvicorn does, all of it within the graceful timeout."""
-        watch = asyncio.create_task(self._watch())
+        """Retire, then shut down as uvicorn does, all of it within the graceful timeout."""
+        watch = asyncio.create_task(self._watch_shutdown())
         try:
-            try:
-                await self._retire(sockets or [])
-            except Exception:  # lifespan shutdown must run all the same
-                logger.exception("retirement failed")
-            left = self._deadline() - time.monotonic()
-            self.config.timeout_graceful_shutdown = max(left, 0)  # type: ignore[assignment]  # it takes fractions
+            await self._retire_or_log(sockets or [])
+            seconds_left = self._deadline() - time.monotonic()
+            # Annotated as an integer; fractions work too.
+            self.config.timeout_graceful_shutdown = max(seconds_left, 0)  # type: ignore[assignment]
             await super().shutdown()
         finally:
             watch.cancel()
 
+    async def _retire_or_log(self, sockets: list[socket.socket]) -> None:
+        """Retire; log an error, since lifespan shutdown has to run all the same."""
+        try:
+            await self._retire(sockets)
+        except Exception:
+            logger.exception("retirement failed")
+
     async def _retire(self, sockets: list[socket.socket]) -> None:
-        """Stop listening, then let every connection have its answer with `Connection: close`, if it asks in time."""
-        self.server_state.is_retiring = True  # type: ignore[attr-defined]
+        """Stop listening, and give every connection a response with `Connection: close`.
+
+        Connections without a request within `RETIRE_SECONDS` are left to uvicorn, which closes
+        them. Responses that have begun, such as streams, are aborted then.
+        """
+        self.server_state.is_retiring = True
         await self._stop_listening(sockets)
-        for connection in self._http():
+        for connection in self._http_connections():
             connection.close_after_response()
-        websockets = self.server_state.connections - set(self._http())
+        websockets = self.server_state.connections - set(self._http_connections())
         for websocket in websockets:
             websocket.shutdown()  # closes with 1012: service restart
-        end = time.monotonic() + self.settings.retire_seconds
-        await asyncio.sleep(0.05)
-        while self.server_state.connections and time.monotonic() < min(
-            end, self.quick_shutdown_requested_at
-        ):
-            await asyncio.sleep(0.05)
-        for connection in self._http():
+        await self._wait_for_connections(self.settings.retire_seconds)
+        for connection in self._http_connections():
             connection.abort_unfinished()
         for websocket in websockets & self.server_state.connections:  # its client does not read
             websocket.transport.abort()
-        await asyncio.sleep(0.01)  # they are gone in the next turn of the loop
+        await asyncio.sleep(NEXT_ITERATION_SECONDS)
+
+    async def _wait_for_connections(self, seconds: float) -> None:
+        """Wait until all connections are closed, at most `seconds`.
+
+        A quick shutdown ends the wait.
+        """
+        end = time.monotonic() + seconds
+        await asyncio.sleep(POLL_SECONDS)
+        while self.server_state.connections:
+            if time.monotonic() >= min(end, self.quick_shutdown_requested_at):
+                return
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _stop_listening(self, sockets: list[socket.socket]) -> None:
-        """Take what the kernel has already accepted, and serve it: closing would reset it."""
-        loop = asyncio.get_running_loop()
+        """Stop listening, and serve the connections that the kernel has already accepted.
+
+        Closing the sockets would reset these connections.
+        """
         copies = [listener.dup() for listener in sockets]
-        if shared_flags.is_draining():  # else the other workers go on with the same sockets
+        # A worker that retires alone shares its sockets with others, which go on accepting.
+        if shared_flags.is_draining():
             for listener in copies:
                 stop_accepting(listener)
         for server in self.servers:
             server.close()
-        await asyncio.sleep(0.01)  # uvloop stops listening in its next turn
-        accepted = []
-        for listener in copies:
-            with contextlib.suppress(OSError), listener:
-                while True:
-                    accepted.append(listener.accept()[0])
-        for connection in accepted:
+        await asyncio.sleep(NEXT_ITERATION_SECONDS)
+        for connection in _accept_queued(copies):
             connection.setblocking(False)
-            await loop.connect_accepted_socket(self._protocol, connection)
+            loop = asyncio.get_running_loop()
+            await loop.connect_accepted_socket(self._create_protocol, connection)
 
-    def _protocol(self) -> HttpRequestProtocol:
+    def _create_protocol(self) -> HttpRequestProtocol:
         return HttpRequestProtocol(self.config, self.server_state, self.lifespan.state)
 
-    def _http(self) -> list[HttpRequestProtocol]:
-        return [
-            each for each in self.server_state.connections if isinstance(each, HttpRequestProtocol)
-        ]
+    def _http_connections(self) -> list[HttpRequestProtocol]:
+        connections = self.server_state.connections
+        return [each for each in connections if isinstance(each, HttpRequestProtocol)]
 
     def _deadline(self) -> float:
-        """Return when requests, and work in the background, have had their time."""
-        graceful = (
-            self.shutdown_requested_at + self.settings.graceful_timeout_seconds - CLOSING_SECONDS
-        )
-        return min(graceful, self.quick_shutdown_requested_at + QUICK_SECONDS)
+        """Return when requests and background tasks are cancelled."""
+        seconds = self.settings.graceful_timeout_seconds - CLOSING_SECONDS
+        graceful_deadline = self.shutdown_requested_at + seconds
+        return min(graceful_deadline, self._quick_deadline())
 
-    async def _watch(self) -> None:
-        """Keep the heartbeat while closing; cut off what is left if the end has to be quick after all."""
+    def _quick_deadline(self) -> float:
+        return self.quick_shutdown_requested_at + QUICK_SECONDS
+
+    async def _watch_shutdown(self) -> None:
+        """Keep the heartbeat during shutdown, and turn it into a quick one on request."""
         while True:
             self.worker.notify()
             if shared_flags.is_quick_shutdown():
                 self.handle_exit(signal.SIGQUIT)
-            self.worker.wsgi.state.lifecycle.closing_deadline = (
-                self._deadline()
-            )  # lifespan.py reads it
-            if time.monotonic() > self.quick_shutdown_requested_at + QUICK_SECONDS:
-                for task in self.server_state.tasks:
-                    task.cancel()
-                for connection in self.server_state.connections:
-                    connection.transport.abort()
-            await asyncio.sleep(0.2)
+            self.lifecycle.closing_deadline = self._deadline()
+            if time.monotonic() > self._quick_deadline():
+                self._abort_everything()
+            await asyncio.sleep(WATCH_SECONDS)
+
+    def _abort_everything(self) -> None:
+        for task in self.server_state.tasks:
+            task.cancel()
+        for connection in self.server_state.connections:
+            connection.transport.abort()
+
+
+def _accept_queued(listeners: Iterable[socket.socket]) -> list[socket.socket]:
+    """Return the connections in the queues of these listeners, and close the listeners."""
+    connections = []
+    for listener in listeners:
+        with contextlib.suppress(OSError), listener:
+            while True:
+                connections.append(listener.accept()[0])
+    return connections

@@ -1,43 +1,55 @@
-"""What the master tells its workers about the end, and they tell it: one byte of shared memory each."""
+"""Flags in memory that the master and its workers share.
+
+The master announces the shutdown of the pod in the first byte. Each worker has one of the other
+bytes, in which it requests its replacement. The memory is mapped before the workers are forked.
+
+A signal alone can be lost: in a worker that has just been forked, gunicorn's own handlers still
+swallow it.
+"""
 
 import mmap
 
-#: What master and workers share, mapped before they are forked: one byte for the pod, and one for each worker. A signal
-#: alone could be lost: in a worker that was forked just now, gunicorn's own handlers still swallow it.
-_SHARED = mmap.mmap(-1, mmap.PAGESIZE)
-_POD, _GRACEFULLY, _QUICKLY = 0, 1, 2
-_ASKED = 1
+_FLAGS = mmap.mmap(-1, mmap.PAGESIZE)
 
+_SHUTDOWN_INDEX = 0
+_GRACEFUL_SHUTDOWN = 1
+_QUICK_SHUTDOWN = 2
 
-def is_draining() -> bool:
-    """Tell whether the whole pod is ending, and not just this worker."""
-    return _SHARED[_POD] != 0
-
-
-def is_quick_shutdown() -> bool:
-    """Tell whether the pod is ending with SIGINT or SIGQUIT."""
-    return _SHARED[_POD] == _QUICKLY
-
-
-def _slot(age: int) -> int:
-    return 1 + age % (len(_SHARED) - 1)
-
-
-def reset_flag(age: int) -> None:
-    """Clear the byte of a worker that is about to be forked; gunicorn counts them by `age`."""
-    _SHARED[_slot(age)] = 0
-
-
-def request_replacement(age: int) -> None:
-    """Have the master start another worker, and then retire this one."""
-    _SHARED[_slot(age)] = _ASKED
+_FIRST_WORKER_INDEX = 1
+_REPLACEMENT_REQUESTED = 1
 
 
 def announce_shutdown(*, graceful: bool) -> None:
-    """Tell all workers that the pod ends; a quick end is never taken back."""
-    _SHARED[_POD] = max(_SHARED[_POD], _GRACEFULLY if graceful else _QUICKLY)
+    """Announce the shutdown of the pod to all workers. A quick shutdown is never revoked."""
+    shutdown = _GRACEFUL_SHUTDOWN if graceful else _QUICK_SHUTDOWN
+    _FLAGS[_SHUTDOWN_INDEX] = max(_FLAGS[_SHUTDOWN_INDEX], shutdown)
+
+
+def is_draining() -> bool:
+    """Return whether the whole pod is shutting down, and not just this worker."""
+    return _FLAGS[_SHUTDOWN_INDEX] != 0
+
+
+def is_quick_shutdown() -> bool:
+    """Return whether the pod is shutting down because of SIGINT or SIGQUIT."""
+    return _FLAGS[_SHUTDOWN_INDEX] == _QUICK_SHUTDOWN
+
+
+def reset_flag(age: int) -> None:
+    """Clear the flag of a worker before it is forked; `age` is its number in gunicorn."""
+    _FLAGS[_worker_index(age)] = 0
+
+
+def request_replacement(age: int) -> None:
+    """Have the master start a replacement of this worker, and then retire this one."""
+    _FLAGS[_worker_index(age)] = _REPLACEMENT_REQUESTED
 
 
 def replacement_requested(age: int) -> bool:
-    """Tell whether this worker has asked to be replaced."""
-    return _SHARED[_slot(age)] == _ASKED
+    """Return whether this worker has requested its replacement."""
+    return _FLAGS[_worker_index(age)] == _REPLACEMENT_REQUESTED
+
+
+def _worker_index(age: int) -> int:
+    """Return the index of a worker's flag. Ages grow forever, so indexes are reused."""
+    return _FIRST_WORKER_INDEX + age % (len(_FLAGS) - _FIRST_WORKER_INDEX)

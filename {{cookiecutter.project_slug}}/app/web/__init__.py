@@ -1,1 +1,1 @@
-"""What surrounds every request: its ID, its limits, its probes, and the shape of its errors."""
+"""The surroundings of every request: its ID, its limits, its probes, the shape of its errors."""

@@ -1,4 +1,4 @@
-"""The example's table."""
+"""The table of payments."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""What a payment needs to be charged once: its key, its event, and what has been done for it."""
+"""Charge each payment once: idempotency keys, outbox, inbox."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0001_payments"
 
 
 def upgrade() -> None:
-    """Create the tables of app/patterns, and what payments need of them."""
+    """Create the tables of app/patterns, and add columns to payments."""
     op.execute("""
         create table idempotency_keys (
             scope text not null,
@@ -32,9 +32,12 @@ def upgrade() -> None:
         )
     """)
     op.execute("create unique index on outbox (topic, event_id)")
-    op.execute(
-        "create table inbox (message_id uuid primary key, received_at timestamptz not null default now())"
-    )
+    op.execute("""
+        create table inbox (
+            message_id uuid primary key,
+            received_at timestamptz not null default now()
+        )
+    """)
     op.execute("create index on inbox (received_at)")
     op.execute("""
         alter table payments
@@ -47,9 +50,12 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take it all back."""
+    """Drop the tables and the columns."""
     op.execute("drop table idempotency_keys, outbox, inbox")
     op.execute("drop index payments_created_at_payment_id_idx")
-    op.execute(
-        "alter table payments drop request_id, drop announce_at, drop constraint payments_status"
-    )
+    op.execute("""
+        alter table payments
+            drop request_id,
+            drop announce_at,
+            drop constraint payments_status
+    """)

@@ -1,41 +1,56 @@
-"""What is deployed: an overlay as kustomize renders it, the Dockerfile, gunicorn.conf.py, and the settings in there."""
+"""A deployment as the rules read it: a rendered overlay, the image's files, and the settings."""
 
 import base64
 import functools
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import yaml
 from pydantic import ValidationError
 
 from app.settings import Settings
+from tests.deploy import dockerfile
+from tests.deploy.dockerfile import Stage
 
 PROJECT = Path(__file__).parents[2]
 K8S = PROJECT / "deploy/k8s"
 OVERLAYS = sorted(file.parent.name for file in K8S.glob("overlays/*/kustomization.yaml"))
 COMPONENTS = sorted(file.parent.name for file in K8S.glob("components/*/kustomization.yaml"))
+COMPONENT_LABEL = "app.kubernetes.io/component"
+POD = "spec.template.spec"
+
+DECIMAL_UNITS = {letter: 1000**power for power, letter in enumerate("kMGTPE", start=1)}
+BINARY_UNITS = {f"{letter}i": 1024**power for power, letter in enumerate("KMGTPE", start=1)}
+UNITS: dict[str, float] = {"": 1, "m": 0.001} | DECIMAL_UNITS | BINARY_UNITS
+SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
+
 Document = dict[str, Any]
-UNITS = {"": 1, "m": 1e-3} | {
-    letter + binary: base**power
-    for binary, base in (("", 1000), ("i", 1024))
-    for power, letter in enumerate("kMGTPE" if base == 1000 else "KMGTPE", 1)
-}
+
+#: Runs gunicorn.conf.py from stdin and prints the variables that are named in its arguments.
+RUN_GUNICORN_CONF = """
+import json, sys
+variables = {"__file__": sys.argv[1]}
+exec(sys.stdin.read(), variables)
+print(json.dumps({name: variables.get(name) for name in sys.argv[2:]}))
+"""
+GUNICORN_VARIABLES = ("bind", "timeout", "graceful_timeout", "keepalive")
 
 
 class UnreadableError(Exception):
-    """What is deployed cannot be judged; the message says what to mend."""
+    """A part of the deployment that cannot be checked. The message says how to fix it."""
 
 
 def at(document: Any, path: str) -> Any:
-    """Return what stands at a path such as `spec.ports.0.name`, or None."""
+    """Return the value at a path such as `spec.ports.0.name`, or None."""
     for key in path.split("."):
         if isinstance(document, list):
             document = document[int(key)] if key.isdigit() and int(key) < len(document) else None
@@ -45,71 +60,114 @@ def at(document: Any, path: str) -> Any:
 
 
 def quantity(value: Any) -> float:
-    """Return a quantity of Kubernetes, such as 500m or 256Mi, in cores or bytes. Raises `UnreadableError`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([a-zA-Z]*)", str(value))
-    if not found or found[2] not in UNITS:
-        msg = f"{value!r} is no quantity: it takes a number with a unit, such as 500m, 1, or 256Mi"
+    """Return a quantity of Kubernetes, such as 500m or 256Mi, in cores or bytes.
+
+    Raises `UnreadableError` for other values.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-zA-Z]*)", str(value))
+    if not match or match[2] not in UNITS:
+        problem = "is missing" if value is None else f"{value!r} is not a quantity"
+        msg = f"{problem}; set a number with a unit, such as 500m, 1 or 256Mi"
         raise UnreadableError(msg)
-    return float(found[1]) * float(UNITS[found[2]])
+    return float(match[1]) * UNITS[match[2]]
 
 
 def duration(text: str) -> float:
-    """Return the seconds of a time such as 500ms, 60s, 1m30s, or 60. Raises `UnreadableError`."""
+    """Return the seconds of a duration such as 500ms, 60s, 1m30s or 60.
+
+    Raises `UnreadableError` for other texts.
+    """
     parts = re.findall(r"(\d+)(ms|[smhd]|$)", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
-        msg = f"{text!r} is no time: it takes a number with a unit, such as 60s or 1m30s"
+        msg = f"{text!r} is not a duration; set a number with a unit, such as 60s or 1m30s"
         raise UnreadableError(msg)
-    return sum(
-        int(number) * {"ms": 0.001, "m": 60, "h": 3600, "d": 86400}.get(unit, 1)
-        for number, unit in parts
-    )
+    return sum(int(number) * SECONDS[unit] for number, unit in parts)
 
 
-def kustomize() -> list[str] | None:
-    """Return the command that renders a folder, or None if neither kustomize nor kubectl is on PATH."""
+def missing(tool: str) -> NoReturn:
+    """Skip the test because a tool is missing. CI runs everything, so there the test fails."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{tool} is missing; CI=true makes that a failure")
+    pytest.skip(f"{tool} is missing")
+
+
+def kustomize() -> list[str]:
+    """Return the command that renders a directory. Without one, skip the test, or fail it in CI."""
     if shutil.which("kustomize"):
         return ["kustomize", "build"]
-    return ["kubectl", "kustomize"] if shutil.which("kubectl") else None
+    if shutil.which("kubectl"):
+        return ["kubectl", "kustomize"]
+    missing("kustomize (kubectl contains it, too)")
 
 
 @functools.cache
-def render(folder: Path) -> list[Document]:
-    """Return the documents of an overlay; whoever changes them takes a copy. Raises `UnreadableError`."""
-    done = subprocess.run(
-        [*(kustomize() or []), str(folder)], capture_output=True, text=True, check=False
-    )
+def render(directory: Path) -> list[Document]:
+    """Return the documents of an overlay, shared by all callers: copy them before a change.
+
+    Raises `UnreadableError` if the overlay does not render.
+    """
+    command = [*kustomize(), str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        msg = f"deploy/k8s/overlays/{folder.name} does not render: {done.stderr.strip()}"
+        msg = f"deploy/k8s/overlays/{directory.name} does not render: {done.stderr.strip()}"
         raise UnreadableError(msg)
     return list(yaml.safe_load_all(done.stdout))
 
 
+def is_setting(variable: str) -> bool:
+    """Return whether app/settings.py reads a variable."""
+    return variable.lower() in Settings.model_fields
+
+
+def validate_settings(source: str, environment: Mapping[str, Any]) -> Settings:
+    """Return the settings that an environment sets. Other variables and empty values do not count.
+
+    Raises `UnreadableError` with each invalid value; `source` is where they are set.
+    """
+    values: dict[str, Any] = {}
+    for name, value in environment.items():
+        if is_setting(name) and value not in (None, ""):
+            values[name.lower()] = value
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        # A default that depends on an invalid setting is not an error of its own.
+        errors = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
+        problems = [
+            f"{str(each['loc'][0]).upper()}={each['input']}: {each['msg']}" for each in errors
+        ]
+        msg = f"{source}: {'; '.join(problems)}"
+        raise UnreadableError(msg) from None
+
+
 @functools.cache
-def _gunicorn(text: str, environment: frozenset[tuple[str, str]]) -> Document:
-    """Return what gunicorn.conf.py decides in this environment. It changes its process, so it gets one of its own."""
-    program = (
-        "import json, sys; conf = {'__file__': sys.argv[1]}; exec(sys.stdin.read(), conf); "
-        "print(json.dumps({name: conf.get(name) for name in sys.argv[2:]}))"
-    )
-    names = ("bind", "timeout", "graceful_timeout", "keepalive")
+def run_gunicorn_conf(text: str, settings: frozenset[tuple[str, str]]) -> Document:
+    """Return the values that gunicorn.conf.py computes with these settings.
+
+    It changes the process that runs it, so it runs in its own. Raises `UnreadableError` if it
+    fails.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not is_setting(name)}
+    path = str(PROJECT / "gunicorn.conf.py")
     done = subprocess.run(
-        [sys.executable, "-c", program, str(PROJECT / "gunicorn.conf.py"), *names],
+        [sys.executable, "-c", RUN_GUNICORN_CONF, path, *GUNICORN_VARIABLES],
         input=text,
-        env={
-            name: value
-            for name, value in os.environ.items()
-            if name.lower() not in Settings.model_fields
-        }
-        | dict(environment),
+        env=inherited | dict(settings),
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        msg = f"gunicorn.conf.py does not start with the ConfigMap's settings: {done.stderr.strip()[-500:]}"
+        output = done.stderr.strip()[-500:]
+        msg = f"gunicorn.conf.py does not start with the settings of the ConfigMap: {output}"
         raise UnreadableError(msg)
-    decided: Document = json.loads(done.stdout.splitlines()[-1])
-    return decided
+    values: Document = json.loads(done.stdout.splitlines()[-1])
+    return values
+
+
+def component(document: Document) -> str | None:
+    """Return the component label: api, migrate, or none for the objects that both need."""
+    return (at(document, "metadata.labels") or {}).get(COMPONENT_LABEL)
 
 
 @dataclass(frozen=True)
@@ -121,7 +179,8 @@ class Deployed:
     dockerfile: str
     gunicorn_conf: str
     dockerignore: str
-    proxy: str  # deploy/compose/nginx.conf
+    #: deploy/compose/nginx.conf
+    proxy: str
     compose: str
 
     def all(self, kind: str) -> list[Document]:
@@ -129,15 +188,21 @@ class Deployed:
         return [document for document in self.documents if document["kind"] == kind]
 
     def one(self, kind: str) -> Document:
-        """Return the document of a kind; of several the API's, the migration's, or that of all."""
-        if len(found := self.all(kind)) > 1:
-            accounts = [document["metadata"]["name"] for document in self.all("ServiceAccount")]
-            ours = [document for document in found if component(document) in {"api", "migrate"}]
-            found = ours or [
-                document for document in found if document["metadata"]["name"] in accounts
-            ]
+        """Return the document of a kind.
+
+        Of several, the API's or the migration's counts, or the one that has the service's name.
+        Raises `UnreadableError` unless exactly one is left.
+        """
+        found = self.all(kind)
+        if len(found) > 1:
+            names = {account["metadata"]["name"] for account in self.all("ServiceAccount")}
+            ours = [each for each in found if component(each) in {"api", "migrate"}]
+            found = ours or [each for each in found if each["metadata"]["name"] in names]
         if len(found) != 1:
-            msg = f"{kind}: {len(found)} are rendered, not one: look at the resources of base/kustomization.yaml"
+            msg = (
+                f"{kind}: {len(found)} are rendered; make it one, "
+                "see the resources of base/kustomization.yaml"
+            )
             raise UnreadableError(msg)
         return found[0]
 
@@ -148,148 +213,132 @@ class Deployed:
 
     @property
     def pods(self) -> list[Document]:
-        """Whatever makes pods."""
-        return [document for document in self.documents if at(document, "spec.template.spec")]
+        """The documents that create pods."""
+        return [document for document in self.documents if at(document, POD)]
 
     @staticmethod
     def container(document: Document) -> Document:
-        """Return the one container of what makes pods. Raises `UnreadableError`."""
-        if not (found := at(document, "spec.template.spec.containers.0")):
-            msg = f"{document['kind']}: spec.template.spec.containers is empty: it takes one container"
+        """Return the first container of a document that creates pods. Raises `UnreadableError`."""
+        found: Document | None = at(document, f"{POD}.containers.0")
+        if not found:
+            msg = f"{document['kind']}: {POD}.containers is empty; add a container"
             raise UnreadableError(msg)
-        return found  # type: ignore[no-any-return]
+        return found
 
     @staticmethod
     def containers(document: Document) -> list[str]:
-        """Return the path of each container of what makes pods."""
-        return [
-            f"spec.template.spec.{kind}.{number}"
-            for kind in ("initContainers", "containers")
-            for number in range(len(at(document, f"spec.template.spec.{kind}") or []))
-        ]
+        """Return the path of each container of a document that creates pods."""
+        paths = []
+        for kind in ("initContainers", "containers"):
+            containers = at(document, f"{POD}.{kind}") or []
+            paths += [f"{POD}.{kind}.{number}" for number in range(len(containers))]
+        return paths
 
     @functools.cached_property
-    def stages(self) -> list[list[tuple[str, str]]]:
-        """The instructions of the Dockerfile, stage by stage, as pairs of name and rest."""
-        text = re.sub(r"^\s*#.*\n", "", self.dockerfile, flags=re.MULTILINE).replace("\\\n", " ")
-        stages: list[list[tuple[str, str]]] = [[]]
-        for name, rest in re.findall(r"^\s*([A-Za-z]+)\s+(.*)$", text, re.MULTILINE):
-            if name.upper() == "FROM":
-                stages.append([])
-            stages[-1].append((name.upper(), " ".join(rest.split())))
-        return stages
+    def stages(self) -> list[Stage]:
+        """The instructions of the Dockerfile, stage by stage."""
+        return dockerfile.parse_stages(self.dockerfile)
 
     def instruction(self, name: str) -> str:
-        """Return the last of the instructions with this name in the last stage of the Dockerfile, or nothing."""
-        return next((rest for found, rest in reversed(self.stages[-1]) if found == name), "")
+        """Return the arguments of the last such instruction in the Dockerfile's last stage."""
+        return dockerfile.last_arguments(self.stages[-1], name)
 
     @property
     def image_environment(self) -> dict[str, str]:
-        """What the image itself sets."""
-        words = [
-            word for name, rest in self.stages[-1] if name == "ENV" for word in shlex.split(rest)
-        ]
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        """The variables that the image sets."""
+        return dockerfile.environment(self.stages[-1])
 
     def environment(self, document: Document) -> dict[str, str]:
-        """Return what a pod sets: its ConfigMaps, then its own literals. Raises `UnreadableError`."""
-        found: dict[str, str] = {}
-        maps = {
-            config["metadata"]["name"]: config.get("data") or {} for config in self.all("ConfigMap")
-        }
-        for source in self.container(document).get("envFrom", []):
+        """Return the variables of a pod: from its ConfigMaps, then its own.
+
+        Raises `UnreadableError` if a ConfigMap is not in the overlay.
+        """
+        maps = {each["metadata"]["name"]: each.get("data") or {} for each in self.all("ConfigMap")}
+        container = self.container(document)
+        variables: dict[str, str] = {}
+        for source in container.get("envFrom", []):
             name = at(source, "configMapRef.name")
             if name not in maps:
-                msg = f"{document['kind']}: envFrom names {name!r}; set it to a ConfigMap that is here: {', '.join(maps)}"
+                kind = document["kind"]
+                msg = f"{kind}: envFrom has {name!r}; set it to a ConfigMap: {', '.join(maps)}"
                 raise UnreadableError(msg)
-            found |= maps[name]
-        return found | {
-            entry["name"]: entry.get("value", "")
-            for entry in self.container(document).get("env", [])
-        }
+            variables |= maps[name]
+        for entry in container.get("env", []):
+            variables[entry["name"]] = entry.get("value", "")
+        return variables
 
     @staticmethod
     def secret_volumes(document: Document) -> list[Document]:
         """Return the volumes of a pod that hold secrets."""
-        volumes = at(document, "spec.template.spec.volumes") or []
+        volumes = at(document, f"{POD}.volumes") or []
         return [volume for volume in volumes if at(volume, "projected.sources.0.secret")]
 
     def secrets(self, document: Document) -> dict[str, str | None]:
-        """Return the secret files that a pod needs by name, each with its value where the overlay holds it."""
-        held = {
-            secret["metadata"]["name"]: secret.get("data") or {} for secret in self.all("Secret")
-        }
-        found = {}
+        """Return the required secret files of a pod, with each value that the overlay holds."""
+        held = {each["metadata"]["name"]: each.get("data") or {} for each in self.all("Secret")}
+        files: dict[str, str | None] = {}
         for volume in self.secret_volumes(document):
-            for source in volume["projected"]["sources"]:
-                needed = source is volume["projected"]["sources"][0] or not at(
-                    source, "secret.optional"
-                )
-                for item in (at(source, "secret.items") or []) if needed else []:
-                    value = held.get(source["secret"]["name"], {}).get(item["key"])
-                    found[item["path"]] = base64.b64decode(value).decode() if value else None
-        return found
+            for source in _required_sources(volume):
+                data = held.get(at(source, "secret.name"), {})
+                for item in at(source, "secret.items") or []:
+                    encoded = data.get(item["key"])
+                    files[item["path"]] = base64.b64decode(encoded).decode() if encoded else None
+        return files
 
     @functools.cached_property
     def settings(self) -> Settings:
-        """The settings that the API runs with. Raises `UnreadableError` with what is wrong."""
-        files = {
-            name: value for name, value in self.secrets(self.one("Deployment")).items() if value
-        }
-        known = {
-            name: value
-            for name, value in (self._env | files).items()
-            if name.lower() in Settings.model_fields
-        }
-        try:
-            return Settings(**{name.lower(): value for name, value in known.items() if value})  # type: ignore[arg-type]
-        except ValidationError as error:
-            faults = (
-                f"{str(fault['loc'][0]).upper()}={fault['input']}: {fault['msg']}"
-                for fault in error.errors()
-            )
-            msg = f"ConfigMap: {'; '.join(faults)}"
-            raise UnreadableError(msg) from None
+        """The settings of the API. Raises `UnreadableError` if they are invalid."""
+        return validate_settings(
+            "ConfigMap", self._variables | self.secrets(self.one("Deployment"))
+        )
 
     @property
-    def _env(self) -> dict[str, str]:
+    def _variables(self) -> dict[str, str]:
         return self.image_environment | self.environment(self.one("Deployment"))
 
     @property
     def gunicorn(self) -> Document:
-        """What gunicorn.conf.py decides with the settings of the API, on its keys `bind`, `timeout` and others."""
-        names = {name.upper() for name in Settings.model_fields} - {
-            "SECRETS_DIR"
-        }  # a folder that is only in the pod
-        return _gunicorn(
-            self.gunicorn_conf, frozenset((k, v) for k, v in self._env.items() if k in names)
-        )
+        """The values `bind`, `timeout`, `graceful_timeout` and `keepalive` of gunicorn.conf.py.
+
+        Without SECRETS_DIR, which exists only in the pod. Raises `UnreadableError`.
+        """
+        settings = set()
+        for name, value in self._variables.items():
+            if is_setting(name) and name != "SECRETS_DIR":
+                settings.add((name, value))
+        return run_gunicorn_conf(self.gunicorn_conf, frozenset(settings))
 
 
-def component(document: Document) -> str | None:
-    """Return the label that tells the API's objects from the migration's and from those of both."""
-    return (at(document, "metadata.labels") or {}).get("app.kubernetes.io/component")
+def _required_sources(volume: Document) -> list[Document]:
+    """Return the sources of a projected volume: the first, and the others unless optional.
+
+    The first must not be optional, which is a rule of its own.
+    """
+    first, *others = volume["projected"]["sources"]
+    return [first, *(source for source in others if not at(source, "secret.optional"))]
 
 
 def with_every_component(overlay: str, copy: Path) -> Path:
-    """Write a copy of deploy/k8s, with every component in an overlay, and return the folder of that."""
-    file = shutil.copytree(K8S, copy) / "overlays" / overlay / "kustomization.yaml"
-    wanted = {"components": [f"../../components/{name}" for name in COMPONENTS]}
-    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | wanted))
-    return file.parent
+    """Write a copy of deploy/k8s with every component in an overlay, and return its directory."""
+    directory = shutil.copytree(K8S, copy) / "overlays" / overlay
+    file = directory / "kustomization.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["components"] = [f"../../components/{name}" for name in COMPONENTS]
+    file.write_text(yaml.safe_dump(content))
+    return directory
 
 
-def read(overlay: str, folder: Path | None = None) -> Deployed:
-    """Return an overlay with the files beside it; `folder` is where another one stands. Raises `UnreadableError`."""
-    files = (
-        "Dockerfile",
-        "gunicorn.conf.py",
-        ".dockerignore",
-        "deploy/compose/nginx.conf",
-        "compose.yaml",
-    )
+def read(overlay: str, directory: Path | None = None) -> Deployed:
+    """Read an overlay, from `directory` if it is a copy, with the files that must agree with it.
+
+    Raises `UnreadableError` if it does not render.
+    """
     return Deployed(
-        overlay,
-        render(folder or K8S / "overlays" / overlay),
-        *((PROJECT / name).read_text() for name in files),
+        overlay=overlay,
+        documents=render(directory or K8S / "overlays" / overlay),
+        dockerfile=(PROJECT / "Dockerfile").read_text(),
+        gunicorn_conf=(PROJECT / "gunicorn.conf.py").read_text(),
+        dockerignore=(PROJECT / ".dockerignore").read_text(),
+        proxy=(PROJECT / "deploy/compose/nginx.conf").read_text(),
+        compose=(PROJECT / "compose.yaml").read_text(),
     )

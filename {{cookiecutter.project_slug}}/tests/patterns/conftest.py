@@ -1,4 +1,4 @@
-"""Fixtures: the pools that a worker has, on empty tables and an empty Redis."""
+"""Fixtures: the pools of a worker, on empty tables and an empty Redis."""
 
 import asyncio
 import tempfile
@@ -11,16 +11,22 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from redis.asyncio import Redis
 
 from app.settings import Settings
-from app.storage import redis
+from app.storage import redis as redis_storage
 from app.storage.postgres import Database
 from app.storage.redis import create_redis
+from scripts import dev_services
 
-set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))  # else a folder in the project
+#: Time limit of a Redis command on a busy machine.
+PATIENT_SECONDS = 10.0
+TABLES = ("idempotency_keys", "outbox", "inbox")
+
+# By default hypothesis makes a directory in the project.
+set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))
 
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    """On a busy machine a dozen connections at once may take more than a second to be made."""
+    """On a busy machine a dozen concurrent connects may take more than a second."""
     return settings.model_copy(update={"database_acquire_timeout_seconds": 30.0})
 
 
@@ -28,19 +34,18 @@ def settings(settings: Settings) -> Settings:
 async def database(settings: Settings) -> AsyncIterator[Database]:
     async with Database(settings, 21) as database:
         async with database.acquire() as connection:
-            for table in ("idempotency_keys", "outbox", "inbox"):
-                if await connection.fetchval(
-                    "select to_regclass($1)", table
-                ):  # a project may have taken one of them
+            for table in TABLES:
+                # A project may have copied only one of the patterns.
+                if await connection.fetchval("select to_regclass($1)", table):
                     await connection.execute(f"truncate {table}")
         yield database
 
 
 @pytest.fixture
 async def client(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Redis]:
-    """One that waits for a busy machine, where an answer may take longer than a worker has for it."""
+    """A client with long timeouts: on a busy machine a response may be later than a worker's."""
     with monkeypatch.context() as patch:
-        patch.setattr(redis, "TIMEOUT_SECONDS", 10.0)
+        patch.setattr(redis_storage, "TIMEOUT_SECONDS", PATIENT_SECONDS)
         patient = create_redis(settings)
     async with patient:
         await patient.flushall()
@@ -48,10 +53,18 @@ async def client(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
 
 
 @pytest.fixture
-async def hasty(client: Redis, settings: Settings) -> AsyncIterator[Redis]:
-    """One with the timeouts of a worker, on the Redis that `client` has emptied."""
-    async with create_redis(settings) as hasty:
-        yield hasty
+async def worker_client(client: Redis, settings: Settings) -> AsyncIterator[Redis]:
+    """A client with the timeouts of a worker, on the Redis that `client` has emptied."""
+    async with create_redis(settings) as worker_client:
+        yield worker_client
+
+
+@pytest.fixture
+def real_redis(redis: dev_services.Redis) -> dev_services.Redis:
+    """A Redis server that can be suspended and configured, unlike fakeredis."""
+    if redis.program == "fakeredis":
+        pytest.skip("fakeredis runs in this process")
+    return redis
 
 
 async def eventually(look: Callable[[], bool], seconds: float = 30) -> None:

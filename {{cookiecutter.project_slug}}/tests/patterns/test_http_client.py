@@ -1,58 +1,50 @@
-"""Calls over a real socket: bounded, tried again only where that is safe, and sent nowhere else."""
+"""The HTTP client over a real socket: bounded, retried only where safe, never redirected."""
 
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from threading import Thread
 
 import pytest
 
-from app.patterns import http_client as clients
+from app.patterns import http_client
 from app.patterns.circuit_breaker import CircuitBreaker, CircuitOpenError
 from app.patterns.http_client import UpstreamClient, UpstreamError, UpstreamResponse
 from app.telemetry.context import request_context
+from scripts.quiet_http import QuietHandler
 
 KEY = {"Idempotency-Key": "a"}
-#: Of an upstream that answers: on a busy machine that may take a while.
+#: Time limit of a response on a busy machine.
 PATIENT_SECONDS = 30.0
 
 
+class Handler(QuietHandler):
+    server: "Upstream"
+
+    def do_POST(self) -> None:  # noqa: N802 - http.server names it
+        self.body = self.read_body()
+        self.server.requests.append(self)
+        self.server.respond(self)
+
+    do_GET = do_POST  # noqa: N815 - http.server names it
+
+
+Respond = Callable[[Handler], None]
+
+
 class Upstream(ThreadingHTTPServer):
-    """Answers with what `answer` says; keeps the requests."""
+    """A server that responds as a test requires, and keeps its requests."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        self.answer: Callable[[BaseHTTPRequestHandler], None] = lambda request: reply(request, 200)
-        self.requests: list[BaseHTTPRequestHandler] = []
+        self.requests: list[Handler] = []
+        self.respond: Respond = lambda request: respond(request, 200)
         super().__init__(("127.0.0.1", 0), Handler)
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def handle_one_request(self) -> None:
-        try:
-            super().handle_one_request()
-        except OSError:  # the client has left
-            self.close_connection = True
-
-    def do_POST(self) -> None:
-        upstream: Upstream = self.server  # type: ignore[assignment]
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        upstream.requests.append(self)
-        upstream.answer(self)
-
-    do_GET = do_POST  # noqa: N815 - http.server names it
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def reply(
-    request: BaseHTTPRequestHandler, status: int, body: bytes = b"{}", **headers: str
-) -> None:
+def respond(request: Handler, status: int, body: bytes = b"{}", **headers: str) -> None:
     request.send_response(status)
     for name, value in {"Content-Length": str(len(body)), **headers}.items():
         request.send_header(name, value)
@@ -72,69 +64,73 @@ def upstream() -> Iterator[Upstream]:
 async def client(
     upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[UpstreamClient]:
-    monkeypatch.setattr(clients, "ATTEMPT_SECONDS", PATIENT_SECONDS)
-    monkeypatch.setattr(clients, "DEADLINE_SECONDS", PATIENT_SECONDS)
-    client = UpstreamClient(
-        "test", f"http://127.0.0.1:{upstream.server_port}/base", CircuitBreaker("test", 10)
-    )
+    monkeypatch.setattr(http_client, "ATTEMPT_SECONDS", PATIENT_SECONDS)
+    monkeypatch.setattr(http_client, "DEADLINE_SECONDS", PATIENT_SECONDS)
+    url = f"http://127.0.0.1:{upstream.server_port}/base"
+    client = UpstreamClient("test", url, CircuitBreaker("test", 10))
     yield client
     await client.http.aclose()
 
 
-async def test_a_call_carries_its_content_its_fields_and_the_id_of_the_request(
+async def test_request_carries_content_headers_and_request_id(
     upstream: Upstream, client: UpstreamClient
 ) -> None:
     token = request_context.set({"request_id": "r-1"})
-    assert await client.request("POST", "/charges", KEY, json={"a": 1}) == UpstreamResponse(
-        200, b"{}"
-    )
+    response = await client.request("POST", "/charges", KEY, json={"a": 1})
+    assert response == UpstreamResponse(200, b"{}")
     request_context.reset(token)
     (request,) = upstream.requests
-    assert (request.path, request.body) == ("/base/charges", b'{"a":1}')  # type: ignore[attr-defined]
-    assert (request.headers["X-Request-ID"], request.headers["Idempotency-Key"]) == ("r-1", "a")
+    assert request.path == "/base/charges"
+    assert request.body == b'{"a":1}'
+    assert request.headers["X-Request-ID"] == "r-1"
+    assert request.headers["Idempotency-Key"] == "a"
 
 
 @pytest.mark.parametrize(
-    ("method", "headers", "tries"),
+    ("method", "headers", "attempts"),
     [("POST", {}, 1), ("POST", KEY, 3), ("GET", {}, 3)],
     ids=["unsafe", "key", "safe"],
 )
 @pytest.mark.parametrize("status", [429, 500, 503])
-async def test_only_what_may_be_done_twice_is_tried_again(
+async def test_only_idempotent_requests_are_retried(
     upstream: Upstream,
     client: UpstreamClient,
     method: str,
     headers: dict[str, str],
-    tries: int,
+    attempts: int,
     status: int,
 ) -> None:
-    upstream.answer = lambda request: reply(request, status)
+    upstream.respond = lambda request: respond(request, status)
     with pytest.raises(UpstreamError, match=str(status)):
         await client.request(method, "/", headers)
-    assert len(upstream.requests) == tries
+    assert len(upstream.requests) == attempts
 
 
-async def test_an_upstream_that_recovers_costs_a_try(
+async def test_retry_succeeds_when_the_upstream_recovers(
     upstream: Upstream, client: UpstreamClient
 ) -> None:
-    upstream.answer = lambda request: reply(request, 503 if len(upstream.requests) == 1 else 201)
+    def recover(request: Handler) -> None:
+        is_first = len(upstream.requests) == 1
+        respond(request, 503 if is_first else 201)
+
+    upstream.respond = recover
     assert (await client.request("POST", "/", KEY)).status == 201
 
 
 @pytest.mark.parametrize("status", [302, 307, 400, 404, 422])
-async def test_an_answer_that_is_no_outage_is_returned_and_no_redirect_followed(
+async def test_redirects_and_client_errors_are_returned(
     upstream: Upstream, client: UpstreamClient, status: int
 ) -> None:
-    upstream.answer = lambda request: reply(request, status, Location="/elsewhere")
+    upstream.respond = lambda request: respond(request, status, Location="/elsewhere")
     assert (await client.request("POST", "/", KEY)).status == status
     assert len(upstream.requests) == 1
 
 
-def hang(_: BaseHTTPRequestHandler) -> None:
+def hang(_: Handler) -> None:
     time.sleep(2 * PATIENT_SECONDS)
 
 
-def drip(request: BaseHTTPRequestHandler) -> None:
+def drip(request: Handler) -> None:
     request.send_response(200)
     request.send_header("Content-Length", "1000")
     request.end_headers()
@@ -143,35 +139,30 @@ def drip(request: BaseHTTPRequestHandler) -> None:
         time.sleep(0.1)
 
 
-def cut(request: BaseHTTPRequestHandler) -> None:
-    request.connection.shutdown(socket.SHUT_RDWR)  # to close it would wait for the handler's files
+def cut(request: Handler) -> None:
+    # close() would wait for the files of the handler.
+    request.connection.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.parametrize("answer", [hang, drip, cut])
-async def test_an_upstream_that_does_not_finish_costs_bounded_time_and_counts_as_down(
-    upstream: Upstream,
-    client: UpstreamClient,
-    answer: Callable[[BaseHTTPRequestHandler], None],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("behavior", [hang, drip, cut])
+async def test_unfinished_response_is_a_failure_after_bounded_time(
+    upstream: Upstream, client: UpstreamClient, behavior: Respond, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clients, "ATTEMPT_SECONDS", 0.3)
-    upstream.answer = answer
+    monkeypatch.setattr(http_client, "ATTEMPT_SECONDS", 0.3)
+    upstream.respond = behavior
     start = time.monotonic()
     with pytest.raises(UpstreamError):
         await client.request("POST", "/", KEY)
     assert time.monotonic() - start < PATIENT_SECONDS / 2
-    assert client.breaker.failed == 3
+    assert client.breaker.failures == 3
 
 
-@pytest.mark.parametrize("answer", [hang, drip])
-async def test_all_tries_together_cost_bounded_time(
-    upstream: Upstream,
-    client: UpstreamClient,
-    answer: Callable[[BaseHTTPRequestHandler], None],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("behavior", [hang, drip])
+async def test_all_attempts_together_take_bounded_time(
+    upstream: Upstream, client: UpstreamClient, behavior: Respond, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clients, "DEADLINE_SECONDS", 0.5)
-    upstream.answer = answer
+    monkeypatch.setattr(http_client, "DEADLINE_SECONDS", 0.5)
+    upstream.respond = behavior
     start = time.monotonic()
     with pytest.raises(UpstreamError, match="in time"):
         await client.request("POST", "/", KEY)
@@ -181,41 +172,37 @@ async def test_all_tries_together_cost_bounded_time(
 async def test_cookies_of_the_upstream_are_not_kept(
     upstream: Upstream, client: UpstreamClient
 ) -> None:
-    def set_a_cookie(request: BaseHTTPRequestHandler) -> None:
-        request.send_response(200)
-        request.send_header("Set-Cookie", "session=1; Path=/")
-        request.send_header("Content-Length", "0")
-        request.end_headers()
+    def set_cookie(request: Handler) -> None:
+        respond(request, 200, b"", **{"Set-Cookie": "session=1; Path=/"})
 
-    upstream.answer = set_a_cookie
+    upstream.respond = set_cookie
     for _ in range(2):
         await client.request("GET", "/", {})
     assert len(upstream.requests) == 2
     assert not any("Cookie" in request.headers for request in upstream.requests)
 
 
-async def test_an_answer_that_is_too_large_is_not_read(
+async def test_oversized_response_is_not_read(
     upstream: Upstream, client: UpstreamClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clients, "MAX_RESPONSE_BYTES", 1000)
-    upstream.answer = lambda request: reply(request, 200, bytes(1001))
+    monkeypatch.setattr(http_client, "MAX_RESPONSE_BYTES", 1000)
+    upstream.respond = lambda request: respond(request, 200, bytes(1001))
     with pytest.raises(UpstreamError, match="TooLarge"):
         await client.request("POST", "/", {})
-    upstream.answer = lambda request: reply(request, 200, bytes(1000))
+    upstream.respond = lambda request: respond(request, 200, bytes(1000))
     assert (await client.request("POST", "/", {})).body == bytes(1000)
 
 
-async def test_an_upstream_that_is_left_alone_is_not_called(
-    upstream: Upstream, client: UpstreamClient
-) -> None:
-    client.breaker.failures = 2
-    upstream.answer = lambda request: reply(request, 503)
-    with pytest.raises(CircuitOpenError):  # after the second of three tries
+async def test_open_circuit_stops_the_retries(upstream: Upstream, client: UpstreamClient) -> None:
+    """The circuit opens after the second of three attempts."""
+    client.breaker.max_failures = 2
+    upstream.respond = lambda request: respond(request, 503)
+    with pytest.raises(CircuitOpenError):
         await client.request("POST", "/", KEY)
     assert len(upstream.requests) == 2
 
 
-async def test_the_proxy_of_the_environment_is_not_asked(
+async def test_proxy_of_the_environment_is_not_used(
     upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{upstream.server_port}")

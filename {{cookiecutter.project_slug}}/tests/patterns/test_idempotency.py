@@ -1,4 +1,4 @@
-"""A key has its effect once, whoever sends it, however often, and whatever fails meanwhile."""
+"""Idempotency keys: one effect per key, under concurrency, repetition and failures."""
 
 import asyncio
 from collections import Counter
@@ -6,50 +6,47 @@ from collections import Counter
 import httpx
 import pytest
 from fastapi import FastAPI
-from hypothesis import HealthCheck, given
-from hypothesis import settings as how
-from hypothesis import strategies as some
+from hypothesis import HealthCheck, given, strategies
+from hypothesis import settings as hypothesis_settings
 
-from app.patterns.idempotency import (
-    IdempotencyError,
-    IdempotencyKey,
-    StoredResponse,
-    delete_expired,
-    once,
-)
+from app.patterns import idempotency
+from app.patterns.idempotency import IdempotencyError, IdempotencyKey, StoredResponse
 from app.settings import Settings
 from app.storage.postgres import Connection, Database
 from app.web import problems
 
 
 class Effects:
-    """What was done for each key: a row in the database, and an answer that nobody else gets."""
+    """Requests with an effect: a row in the database, and a response that is unique."""
 
     def __init__(self, database: Database) -> None:
-        self.database, self.tries = database, 0
+        self.database = database
+        self.attempts = 0
 
     async def request(
         self, key: str, content: bytes = b"", fails: bool = False, scope: str = "test"
     ) -> httpx.Response:
-        async def work(connection: Connection) -> StoredResponse:
-            self.tries += 1
-            await connection.execute("insert into effects values ($1)", f"{scope} {key}")
-            await asyncio.sleep(0)
-            if fails:
-                raise KeyError(key)
-            return StoredResponse(201, {"Location": f"/{self.tries}"}, b"%d" % self.tries)
+        async with self.database.acquire() as connection, connection.transaction():
+            response = await idempotency.replay(connection, scope, key, content)
+            if response is None:
+                response = await self._apply(connection, f"{scope} {key}", fails)
+                await idempotency.remember(connection, scope, key, content, response)
+        rendered = response.render()
+        headers = dict(rendered.headers)
+        return httpx.Response(rendered.status_code, headers=headers, content=bytes(rendered.body))
 
-        async with self.database.acquire() as connection:
-            answer = await once(connection, scope, key, content, work)
-        return httpx.Response(
-            answer.status_code, headers=dict(answer.headers), content=bytes(answer.body)
-        )
+    async def _apply(self, connection: Connection, name: str, fails: bool) -> StoredResponse:
+        self.attempts += 1
+        await connection.execute("insert into effects values ($1)", name)
+        await asyncio.sleep(0)
+        if fails:
+            raise KeyError(name)
+        return StoredResponse(201, {"Location": f"/{self.attempts}"}, b"%d" % self.attempts)
 
     async def count(self) -> Counter[str]:
         async with self.database.acquire() as connection:
-            return Counter(
-                row["name"] for row in await connection.fetch("select name from effects")
-            )
+            rows = await connection.fetch("select name from effects")
+        return Counter(row["name"] for row in rows)
 
     async def clear(self) -> None:
         async with self.database.acquire() as connection:
@@ -64,29 +61,33 @@ async def effects(database: Database) -> Effects:
     return effects
 
 
-async def test_a_second_request_gets_the_first_answer_and_has_no_effect(effects: Effects) -> None:
-    first, second = await effects.request("a"), await effects.request("a")
-    assert (first.status_code, first.content, first.headers["location"]) == (201, b"1", "/1")
-    assert (second.status_code, second.content, second.headers["location"]) == (201, b"1", "/1")
+async def test_repeated_request_gets_the_stored_response(effects: Effects) -> None:
+    first = await effects.request("a")
+    second = await effects.request("a")
+    for response in (first, second):
+        assert response.status_code == 201
+        assert response.content == b"1"
+        assert response.headers["location"] == "/1"
+        assert response.headers["content-type"] == "application/json"
     assert second.headers["idempotent-replayed"] == "true"
     assert "idempotent-replayed" not in first.headers
     assert await effects.count() == {"test a": 1}
 
 
-async def test_another_content_with_the_same_key_is_refused(effects: Effects) -> None:
+async def test_key_of_different_content_is_rejected_with_422(effects: Effects) -> None:
     await effects.request("a", b"1")
-    with pytest.raises(IdempotencyError) as refused:
+    with pytest.raises(IdempotencyError) as rejected:
         await effects.request("a", b"2")
-    assert refused.value.status_code == 422
+    assert rejected.value.status_code == 422
 
 
-async def test_a_key_is_known_in_its_scope_alone(effects: Effects) -> None:
+async def test_key_is_unique_within_its_scope_only(effects: Effects) -> None:
     await effects.request("a", scope="one")
     await effects.request("a", scope="other")
     assert await effects.count() == {"one a": 1, "other a": 1}
 
 
-async def test_what_failed_left_nothing_and_is_done_by_the_next_request(effects: Effects) -> None:
+async def test_failed_request_stores_nothing(effects: Effects) -> None:
     with pytest.raises(KeyError):
         await effects.request("a", fails=True)
     assert await effects.count() == {}
@@ -94,86 +95,103 @@ async def test_what_failed_left_nothing_and_is_done_by_the_next_request(effects:
     assert await effects.count() == {"test a": 1}
 
 
-async def test_of_many_at_once_one_has_the_effect_and_the_others_are_told_to_wait(
-    effects: Effects,
-) -> None:
-    answers = await asyncio.gather(
-        *(effects.request("a") for _ in range(50)), return_exceptions=True
-    )
+async def test_keys_outside_a_transaction_are_rejected(database: Database) -> None:
+    response = StoredResponse(201, {}, b"")
+    async with database.acquire() as connection:
+        with pytest.raises(RuntimeError, match="transaction"):
+            await idempotency.replay(connection, "test", "a", b"")
+        with pytest.raises(RuntimeError, match="transaction"):
+            await idempotency.remember(connection, "test", "a", b"", response)
+
+
+async def test_concurrent_requests_with_one_key_run_once(effects: Effects) -> None:
+    """The others get the stored response, or 409 while the first one is in progress."""
+    requests = [effects.request("a") for _ in range(50)]
+    results = await asyncio.gather(*requests, return_exceptions=True)
     statuses = [
-        answer.status_code
-        for answer in answers
-        if isinstance(answer, httpx.Response | IdempotencyError)
+        result.status_code
+        for result in results
+        if isinstance(result, httpx.Response | IdempotencyError)
     ]
     assert len(statuses) == 50
     assert set(statuses) <= {201, 409}
-    assert all(
-        error.headers == {"Retry-After": "1"}
-        for error in answers
-        if isinstance(error, IdempotencyError)
-    )
-    assert effects.tries == 1
+    errors = [result for result in results if isinstance(result, IdempotencyError)]
+    assert all(error.headers == {"Retry-After": "1"} for error in errors)
+    assert effects.attempts == 1
     assert await effects.count() == {"test a": 1}
 
 
-REQUESTS = some.lists(
-    some.tuples(some.sampled_from("abc"), some.sampled_from([b"1", b"2"]), some.booleans()),
-    max_size=24,
+#: A key, a content, and whether the request fails.
+REQUEST = strategies.tuples(
+    strategies.sampled_from("abc"), strategies.sampled_from([b"1", b"2"]), strategies.booleans()
 )
+#: Concurrent requests.
+WAVE = strategies.lists(REQUEST, max_size=24)
 
 
-@given(waves=some.lists(REQUESTS, max_size=3))
-@how(
+@given(waves=strategies.lists(WAVE, max_size=3))
+@hypothesis_settings(
     max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_any_mixture_at_once_has_each_effect_once_and_each_answer_is_that_of_its_effect(
+def test_any_mix_of_requests_has_one_effect_per_key(
     settings: Settings, waves: list[list[tuple[str, bytes, bool]]]
 ) -> None:
-    async def run() -> None:
-        async with Database(settings, 11) as database:
-            effects, done = Effects(database), dict[str, tuple[bytes, bytes]]()
-            await effects.clear()
-            for wave in waves:
-                answers = await asyncio.gather(
-                    *(effects.request(*each) for each in wave), return_exceptions=True
-                )
-                for (key, content, _), answer in zip(wave, answers, strict=True):
-                    if isinstance(answer, httpx.Response):
-                        assert done.setdefault(key, (content, answer.content)) == (
-                            content,
-                            answer.content,
-                        )
-                for (key, content, fails), answer in zip(wave, answers, strict=True):
-                    if isinstance(answer, IdempotencyError):
-                        assert answer.status_code == 409 or (
-                            answer.status_code == 422 and done[key][0] != content
-                        )
-                    elif isinstance(answer, BaseException):
-                        assert isinstance(answer, KeyError)
-                        assert fails
-            assert await effects.count() == {f"test {key}": 1 for key in done}
-
-    asyncio.run(run())
+    """Each response is that of the effect; each error has a cause in the requests."""
+    asyncio.run(run_waves(settings, waves))
 
 
-async def test_old_keys_are_purged_in_batches_and_young_ones_stay(
-    effects: Effects, database: Database
+async def run_waves(settings: Settings, waves: list[list[tuple[str, bytes, bool]]]) -> None:
+    async with Database(settings, 11) as database:
+        effects = Effects(database)
+        await effects.clear()
+        done: dict[str, tuple[bytes, bytes]] = {}
+        for wave in waves:
+            requests = [effects.request(*each) for each in wave]
+            results = await asyncio.gather(*requests, return_exceptions=True)
+            check_wave(wave, results, done)
+        assert await effects.count() == {f"test {key}": 1 for key in done}
+
+
+def check_wave(
+    wave: list[tuple[str, bytes, bool]],
+    results: list[httpx.Response | BaseException],
+    done: dict[str, tuple[bytes, bytes]],
 ) -> None:
+    """Check the results of concurrent requests.
+
+    `done` has the content and the response of each key that was used.
+    """
+    for (key, content, _), result in zip(wave, results, strict=True):
+        if isinstance(result, httpx.Response):
+            effect = (content, result.content)
+            assert done.setdefault(key, effect) == effect
+    for (key, content, fails), result in zip(wave, results, strict=True):
+        if isinstance(result, IdempotencyError):
+            is_of_another_request = key in done and done[key][0] != content
+            assert result.status_code in {409, 422}
+            assert result.status_code == 409 or is_of_another_request
+        elif isinstance(result, BaseException):
+            assert isinstance(result, KeyError)
+            assert fails
+
+
+async def test_expired_keys_are_deleted_in_batches(effects: Effects, database: Database) -> None:
     for key in "abcd":
         await effects.request(key)
     async with database.acquire() as connection:
-        await connection.execute(
-            "update idempotency_keys set created_at = now() - interval '25 h' where key <> 'd'"
-        )
-        assert [await delete_expired(connection, 2) for _ in range(3)] == [2, 1, 0]
+        await connection.execute("""
+            update idempotency_keys set created_at = now() - interval '25 h' where key <> 'd'
+        """)
+        deleted = [await idempotency.delete_expired(connection, 2) for _ in range(3)]
+        assert deleted == [2, 1, 0]
         assert await connection.fetchval("select string_agg(key, '') from idempotency_keys") == "d"
 
 
 @pytest.mark.parametrize(
-    ("field", "key"),
+    ("header", "key"),
     [
         ("a", "a"),
         ('"a"', "a"),
@@ -186,12 +204,11 @@ async def test_old_keys_are_purged_in_batches_and_young_ones_stay(
         ("x" * 256, None),
         ("caf\u00e9", None),
         ("a\tb", None),
-        ("a\nb", None),  # stands for two fields
+        ("a\nb", None),
     ],
 )
-async def test_a_key_has_1_to_255_printable_characters_with_or_without_quotes(
-    field: str | None, key: str | None
-) -> None:
+async def test_key_has_1_to_255_printable_characters(header: str | None, key: str | None) -> None:
+    """Quotes are optional. A line break stands for two headers."""
     app = FastAPI()
     problems.install_handlers(app)
 
@@ -199,14 +216,13 @@ async def test_a_key_has_1_to_255_printable_characters_with_or_without_quotes(
     async def route(key: IdempotencyKey) -> str:
         return key
 
-    fields = [] if field is None else field.encode("latin-1").split(b"\n")
-    headers = [(b"Idempotency-Key", each) for each in fields]
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app), base_url="http://test"
-    ) as client:
-        answer = await client.post("/", headers=headers)
+    values = [] if header is None else header.encode("latin-1").split(b"\n")
+    headers = [(b"Idempotency-Key", value) for value in values]
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        response = await client.post("/", headers=headers)
     if key is None:
-        assert answer.status_code == 400
-        assert "Idempotency-Key" in answer.json()["detail"]
+        assert response.status_code == 400
+        assert "Idempotency-Key" in response.json()["detail"]
     else:
-        assert answer.json() == key
+        assert response.json() == key

@@ -1,4 +1,4 @@
-"""A message is handled by one consumer of its group, again if that one dies or fails, and parked if it is poison."""
+"""Streams: a message is handled by one consumer, redelivered on failure, or dead-lettered."""
 
 import asyncio
 import contextlib
@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
 from app.patterns import stream_consumer, stream_group
 from app.patterns.stream_consumer import StreamConsumer
 from app.patterns.stream_group import Message, StreamGroup
-from app.patterns.stream_handler import MAX_FAULTS, PoisonError, RetryLaterError, StreamHandler
+from app.patterns.stream_handler import MAX_FAILURES, PoisonError, RetryLaterError, StreamHandler
 from scripts import dev_services
 from tests.patterns.conftest import entries, eventually
 from tests.service_process import frozen
@@ -21,35 +22,37 @@ Work = Callable[[Message], Awaitable[None]]
 
 
 class Handler(StreamHandler):
-    """Does what the test says, and remembers what came."""
+    """A handler that does the work of a test, and counts its calls."""
 
     def __init__(self, client: Redis, work: Work | None = None) -> None:
         super().__init__(StreamGroup(client, "events", "group"))
-        self.work, self.begun, self.given_up = work, 0, 0
+        self.work = work
         self.seen: Counter[str] = Counter()
-        self.under_way = self.most_under_way = 0
+        self.running = 0
+        self.max_running = 0
+        self.missing_groups = 0
+        self.poison_messages = 0
 
     async def handle(self, message: Message) -> None:
         self.seen[message.fields[b"name"].decode()] += 1
-        self.under_way += 1
-        self.most_under_way = max(self.most_under_way, self.under_way)
+        self.running += 1
+        self.max_running = max(self.max_running, self.running)
         try:
             await (self.work(message) if self.work else asyncio.sleep(0.01))
         finally:
-            self.under_way -= 1
+            self.running -= 1
 
-    async def on_group_created(self) -> None:
-        self.begun += 1
+    async def on_group_missing(self) -> None:
+        self.missing_groups += 1
 
-    async def on_dead_letter(self, message: Message) -> None:
-        self.given_up += 1
+    async def on_poison(self, message: Message) -> None:
+        self.poison_messages += 1
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        stream_group, "RECLAIM_SECONDS", 60.0
-    )  # what is slow on a busy machine is not yet dead
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a busy machine a slow consumer is not yet dead.
+    monkeypatch.setattr(stream_group, "RECLAIM_SECONDS", 60.0)
     monkeypatch.setattr(stream_group, "SCAN_SECONDS", 0.05)
     monkeypatch.setattr(stream_consumer, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(stream_consumer, "POLL_SECONDS", 0.02)
@@ -58,7 +61,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def reclaiming(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what has failed, or whose consumer is dead."""
+    """Redeliver failed messages, and those of dead consumers, after a short time."""
     monkeypatch.setattr(stream_group, "RECLAIM_SECONDS", 0.4)
 
 
@@ -72,13 +75,19 @@ async def pending(client: Redis) -> int:
     return int(groups[0]["pending"]) if groups else 0
 
 
+def handled(outcome: str) -> float:
+    """Return the number of messages with this outcome so far."""
+    labels = {"stream": "events", "outcome": outcome}
+    return REGISTRY.get_sample_value("stream_messages_handled_total", labels) or 0.0
+
+
 @contextlib.asynccontextmanager
 async def consuming(
-    handler: StreamHandler, concurrency: int = 4, grace: float = 5
+    handler: StreamHandler, concurrency: int = 4, grace_seconds: float = 5
 ) -> AsyncIterator[StreamConsumer]:
-    """Run a consumer, and end it in order."""
+    """Run a consumer during the block, then shut it down."""
     consumer = StreamConsumer(handler, concurrency)
-    running = asyncio.create_task(consumer.run(grace))
+    running = asyncio.create_task(consumer.run(grace_seconds))
     try:
         yield consumer
     finally:
@@ -86,25 +95,25 @@ async def consuming(
         await running
 
 
-async def test_every_message_is_handled_once_and_as_many_at_a_time_as_there_is_room_for(
-    client: Redis,
-) -> None:
+async def test_messages_are_handled_once_up_to_the_concurrency(client: Redis) -> None:
     handler = Handler(client)
     names = [str(number) for number in range(50)]
+    done = handled("done")
     await send(client, *names)
     async with consuming(handler):
         await eventually(lambda: len(handler.seen) == 50)
         await asyncio.sleep(0.1)
     assert handler.seen == Counter(names)
-    assert handler.most_under_way == 4
+    assert handler.max_running == 4
     assert await pending(client) == 0
+    assert handled("done") == done + 50
 
 
 async def test_consumers_of_a_group_share_the_messages(client: Redis) -> None:
-    async def together(_: Message) -> None:
+    async def wait_for_both(_: Message) -> None:
         await eventually(lambda: all(handler.seen for handler in handlers))
 
-    handlers = [Handler(client, together), Handler(client, together)]
+    handlers = [Handler(client, wait_for_both), Handler(client, wait_for_both)]
     names = [str(number) for number in range(50)]
     await send(client, *names)
     async with consuming(handlers[0]), consuming(handlers[1]):
@@ -113,23 +122,22 @@ async def test_consumers_of_a_group_share_the_messages(client: Redis) -> None:
 
 
 @pytest.mark.usefixtures("reclaiming")
-async def test_what_a_dead_consumer_left_is_taken_again(client: Redis) -> None:
-    group = StreamGroup(client, "events", "group")
-    await group.create()
+async def test_message_of_a_dead_consumer_is_reclaimed(client: Redis) -> None:
+    dead_consumer = StreamGroup(client, "events", "group")
+    await dead_consumer.create()
     await send(client, "left")
-    assert len(await group.read(1)) == 1  # it dies now
+    assert len(await dead_consumer.read(1)) == 1
     handler = Handler(client)
     async with consuming(handler):
         await eventually(lambda: handler.seen["left"] == 1)
     assert await pending(client) == 0
 
 
-async def test_what_takes_long_is_left_to_the_one_that_handles_it(
+async def test_message_in_progress_is_not_reclaimed(
     client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        stream_group, "RECLAIM_SECONDS", 2.0
-    )  # 20 beats, of which a busy machine may miss some
+    # 20 heartbeats, of which a busy machine may miss some.
+    monkeypatch.setattr(stream_group, "RECLAIM_SECONDS", 2.0)
 
     async def long(_: Message) -> None:
         await asyncio.sleep(1.5 * stream_group.RECLAIM_SECONDS)
@@ -137,90 +145,99 @@ async def test_what_takes_long_is_left_to_the_one_that_handles_it(
     handlers = [Handler(client, long), Handler(client, long)]
     await send(client, "long")
     async with consuming(handlers[0]) as first:
-        first.sources = [
-            first.group.read
-        ]  # to find its own message idle would set the idle time back too
-        await eventually(lambda: handlers[0].under_way == 1)
+        # To reclaim its own message would reset the idle time as well.
+        first.sources = [first.group.read]
+        await eventually(lambda: handlers[0].running == 1)
         async with consuming(handlers[1]):
-            await eventually(lambda: not any(handler.under_way for handler in handlers))
+            await eventually(lambda: not any(handler.running for handler in handlers))
     assert handlers[0].seen + handlers[1].seen == {"long": 1}
 
 
-async def test_poison_is_parked_with_its_reason_and_holds_nobody_up(client: Redis) -> None:
-    async def poisonous(message: Message) -> None:
+async def test_poison_message_is_dead_lettered_and_blocks_no_other(client: Redis) -> None:
+    async def reject_bad(message: Message) -> None:
         if message.fields[b"name"] == b"bad":
             raise PoisonError("it is bad")
 
-    handler = Handler(client, poisonous)
+    handler = Handler(client, reject_bad)
+    dead_lettered = handled("dead_lettered")
     await send(client, "bad", "good")
     async with consuming(handler, 1):
         await eventually(lambda: handler.seen == {"bad": 1, "good": 1})
     (fields,) = await entries(client, "events.dead")
-    assert (fields[b"name"], fields[b"reason"]) == (b"bad", b"it is bad")
-    assert handler.given_up == 1
+    assert fields[b"name"] == b"bad"
+    assert fields[b"reason"] == b"it is bad"
+    assert handler.poison_messages == 1
     assert await pending(client) == 0
+    assert handled("dead_lettered") == dead_lettered + 1
 
 
 @pytest.mark.usefixtures("reclaiming")
-async def test_what_fails_comes_again_and_is_parked_when_it_fails_too_often(client: Redis) -> None:
-    async def failing(message: Message) -> None:
+async def test_message_that_keeps_failing_is_dead_lettered(client: Redis) -> None:
+    """It is no poison: the bug behind it can be fixed."""
+
+    async def fail(message: Message) -> None:
         if message.fields[b"name"] == b"bug" or handler.seen["blip"] == 1:
             raise KeyError
 
-    handler = Handler(client, failing)
+    handler = Handler(client, fail)
+    failed = handled("failed")
     await send(client, "bug", "blip")
     async with consuming(handler):
-        await eventually(lambda: handler.seen["bug"] >= MAX_FAULTS and handler.seen["blip"] >= 2)
+        await eventually(lambda: handler.seen["bug"] >= MAX_FAILURES and handler.seen["blip"] >= 2)
         await asyncio.sleep(0.2)
-    assert handler.given_up == 0  # a fault of ours can be mended
+    assert handler.poison_messages == 0
     (fields,) = await entries(client, "events.dead")
-    assert fields[b"reason"] == b"failed 5 times, at last with KeyError"
+    assert fields[b"reason"] == b"failed 5 times, most recently with KeyError"
     assert await pending(client) == 0
-    assert handler.faults == {}
+    assert handler.failures == {}
+    # One of "blip", and all but the last of "bug".
+    assert handled("failed") == failed + MAX_FAILURES
 
 
 @pytest.mark.usefixtures("reclaiming")
-async def test_an_outage_is_no_fault_of_the_message(client: Redis) -> None:
-    async def away(_: Message) -> None:
+async def test_outages_do_not_count_as_failures(client: Redis) -> None:
+    async def unavailable(_: Message) -> None:
         raise RetryLaterError
 
-    handler = Handler(client, away)
+    handler = Handler(client, unavailable)
+    later = handled("later")
     await send(client, "innocent")
     async with consuming(handler):
-        await eventually(lambda: handler.seen["innocent"] > MAX_FAULTS)
+        await eventually(lambda: handler.seen["innocent"] > MAX_FAILURES)
     assert not await client.exists("events.dead")
     assert await pending(client) == 1
+    assert handled("later") >= later + MAX_FAILURES
 
 
-async def test_a_redis_that_lost_its_memory_is_noticed(client: Redis) -> None:
+async def test_group_is_created_again_after_redis_lost_its_data(client: Redis) -> None:
     handler = Handler(client)
     async with consuming(handler):
-        await eventually(lambda: handler.begun == 1)
+        await eventually(lambda: handler.missing_groups == 1)
         await send(client, "before")
         await eventually(lambda: handler.seen["before"] == 1)
         await client.flushall()
-        await eventually(lambda: handler.begun == 2)
+        await eventually(lambda: handler.missing_groups == 2)
         await send(client, "after")
         await eventually(lambda: handler.seen["after"] == 1)
 
 
 @pytest.mark.usefixtures("reclaiming")
-async def test_the_end_waits_for_what_is_under_way_and_leaves_the_rest_to_others(
-    client: Redis,
-) -> None:
-    is_ending = asyncio.Event()
+async def test_shutdown_finishes_messages_within_the_grace_period(client: Redis) -> None:
+    """A longer one is left to another consumer, and so is one that was not started."""
+    is_stopping = asyncio.Event()
 
     async def work(message: Message) -> None:
-        await is_ending.wait()
+        await is_stopping.wait()
         await asyncio.sleep(0.1 if message.fields[b"name"] == b"short" else 60)
 
     handler = Handler(client, work)
     await send(client, "short", "long")
-    async with consuming(handler, 2, grace=2) as consumer:
-        await eventually(lambda: handler.under_way == 2)
-        await send(client, "later")  # for which there is no room, or it might be taken yet
+    async with consuming(handler, 2, grace_seconds=2) as consumer:
+        await eventually(lambda: handler.running == 2)
+        # Without room for it, or it could still be started.
+        await send(client, "later")
         consumer.is_stopping = True
-        is_ending.set()
+        is_stopping.set()
     assert handler.seen == {"short": 1, "long": 1}
     assert await pending(client) == 1
     other = Handler(client)
@@ -229,43 +246,45 @@ async def test_the_end_waits_for_what_is_under_way_and_leaves_the_rest_to_others
 
 
 @pytest.mark.usefixtures("reclaiming")
-async def test_a_frozen_redis_is_told_in_one_line_and_loses_nothing(
-    client: Redis, hasty: Redis, redis: dev_services.Redis, caplog: pytest.LogCaptureFixture
+async def test_hung_redis_is_logged_once_and_loses_no_message(
+    client: Redis,
+    worker_client: Redis,
+    real_redis: dev_services.Redis,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    if redis.program == "fakeredis":
-        pytest.skip("the imitation of Redis runs in this process, and cannot be frozen")
+    failure = "cannot read stream"
+    recovery = "stream reads resumed"
 
-    def told() -> list[str]:
-        return [
-            record.message.split(":")[0] for record in caplog.records if record.name == "app.stream"
-        ]
+    def logged() -> list[str]:
+        records = [record for record in caplog.records if record.name == "app.stream"]
+        return [record.message.split(":")[0] for record in records]
 
-    handler = Handler(hasty)
+    handler = Handler(worker_client)
     async with consuming(handler):
-        await eventually(lambda: "events had no group group, and has one now" in told())
+        await eventually(lambda: "consumer group created" in logged())
         await send(client, "before")
-        caplog.clear()  # of a Redis that was slow for a moment
-        with frozen(redis.pid):
-            await eventually(lambda: told() == ["no messages"])
-            await asyncio.sleep(1)  # more tries
+        caplog.clear()  # Redis may have been slow for a moment
+        with frozen(real_redis.pid):
+            await eventually(lambda: logged() == [failure])
+            await asyncio.sleep(1)  # for more attempts
         await send(client, "after")
         await eventually(lambda: len(handler.seen) == 2)
-        await eventually(lambda: told() == ["no messages", "messages are taken again"])
+        await eventually(lambda: logged() == [failure, recovery])
 
 
-async def test_a_group_that_cannot_be_made_is_told_in_one_line_and_not_tried_all_the_time(
-    client: Redis, redis: dev_services.Redis, caplog: pytest.LogCaptureFixture
+@pytest.mark.usefixtures("real_redis")
+async def test_failing_group_creation_is_logged_once_and_backs_off(
+    client: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if redis.program == "fakeredis":
-        pytest.skip("the imitation of Redis has no limit of memory")
+    """Redis rejects the creation for want of memory, of which fakeredis has no limit."""
     await client.config_set("maxmemory", 1)
     handler = Handler(client)
     try:
         async with consuming(handler):
             start = time.monotonic()
             await asyncio.sleep(1)
-            await eventually(lambda: handler.begun > 1)
-            assert handler.begun < 5 + 10 * (time.monotonic() - start)
+            await eventually(lambda: handler.missing_groups > 1)
+            assert handler.missing_groups < 5 + 10 * (time.monotonic() - start)
     finally:
         await client.config_set("maxmemory", 0)
     (line,) = [record.message for record in caplog.records if record.name == "app.stream"]
@@ -273,19 +292,18 @@ async def test_a_group_that_cannot_be_made_is_told_in_one_line_and_not_tried_all
 
 
 @pytest.mark.usefixtures("reclaiming")
-async def test_a_dead_letter_that_redis_refuses_is_not_lost(client: Redis) -> None:
-    async def refuse(_: Message) -> None:
+async def test_rejected_dead_letter_is_retried(client: Redis) -> None:
+    async def reject(_: Message) -> None:
         raise PoisonError("it is poison")
 
     await client.set("events.dead", "of another type")
     await send(client, "bad")
-    handler = Handler(client, refuse)
+    handler = Handler(client, reject)
     async with consuming(handler):
-        await eventually(lambda: handler.given_up > 1)
+        await eventually(lambda: handler.poison_messages > 1)
         await client.delete("events.dead")
         async with asyncio.timeout(30):
             while not await client.exists("events.dead"):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-    assert [fields[b"reason"] for fields in await entries(client, "events.dead")] == [
-        b"it is poison"
-    ]
+    dead_letters = await entries(client, "events.dead")
+    assert [fields[b"reason"] for fields in dead_letters] == [b"it is poison"]

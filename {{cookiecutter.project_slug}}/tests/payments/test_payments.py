@@ -1,4 +1,4 @@
-"""A payment is taken, stored and looked up; nonsense is refused without an echo."""
+"""Payments over HTTP: created, read and listed; invalid input is rejected without an echo."""
 
 from uuid import uuid4
 
@@ -11,54 +11,72 @@ from app.settings import Settings
 from app.storage import redis
 from tests.conftest import InProcess
 
-GOOD = {"amount": 1250, "currency": "EUR", "reference": "order-1"}
+VALID = {"amount": 1250, "currency": "EUR", "reference": "order-1"}
+PROBLEM = "application/problem+json"
 
 
 async def post(
-    client: httpx.AsyncClient, key: str | None = None, /, **change: object
+    client: httpx.AsyncClient, key: str | None = None, /, **changes: object
 ) -> httpx.Response:
-    """Send a payment, with a new key unless one is given."""
-    return await client.post(
-        "/payments", json=GOOD | change, headers={"Idempotency-Key": key or str(uuid4())}
-    )
+    """Create a payment, with a new key unless one is given."""
+    headers = {"Idempotency-Key": key or str(uuid4())}
+    return await client.post("/payments", json=VALID | changes, headers=headers)
 
 
-async def test_a_payment_is_stored_and_found_again(client: httpx.AsyncClient) -> None:
+async def test_created_payment_is_found_at_its_location(client: httpx.AsyncClient) -> None:
     created = await post(client)
     assert created.status_code == 201
     payment = created.json()
     assert created.headers["location"] == f"/payments/{payment['payment_id']}"
-    assert {name: payment[name] for name in GOOD} == GOOD
+    assert {name: payment[name] for name in VALID} == VALID
     assert payment["status"] == "pending"
     found = await client.get(created.headers["location"])
-    assert (found.status_code, found.json()) == (200, payment)
-    assert created.headers["cache-control"] == found.headers["cache-control"] == "no-store"
+    assert found.status_code == 200
+    assert found.json() == payment
+    assert created.headers["cache-control"] == "no-store"
+    assert found.headers["cache-control"] == "no-store"
 
 
-async def test_an_unknown_payment_is_404(client: httpx.AsyncClient) -> None:
-    answer = await client.get(f"/payments/{uuid4()}")
-    assert (answer.status_code, answer.json()["detail"]) == (404, "There is no such payment.")
+async def test_location_includes_the_root_path(settings: Settings) -> None:
+    """A repeated request gets the same one."""
+    service = InProcess(create_app(settings))
+    transport = httpx.ASGITransport(service, root_path="/api")
+    key = str(uuid4())
+    async with (
+        service,
+        httpx.AsyncClient(transport=transport, base_url="http://test/api") as client,
+    ):
+        first = await post(client, key)
+        second = await post(client, key)
+    location = f"/api/payments/{first.json()['payment_id']}"
+    assert first.headers["location"] == location
+    assert second.headers["location"] == location
+
+
+async def test_unknown_payment_is_404(client: httpx.AsyncClient) -> None:
+    response = await client.get(f"/payments/{uuid4()}")
+    assert response.status_code == 404
+    assert response.json()["detail"] == "The payment does not exist."
 
 
 @pytest.mark.parametrize(
     ("amount", "status"), [(1, 201), (2**63 - 1, 201), (2**63, 422), (0, 422), (-1, 422)]
 )
-async def test_an_amount_is_positive_and_fits_a_bigint(
+async def test_amount_must_be_positive_and_fit_a_bigint(
     client: httpx.AsyncClient, amount: int, status: int
 ) -> None:
-    assert (await post(client, amount=amount)).status_code == status
+    response = await post(client, amount=amount)
+    assert response.status_code == status
 
 
 @pytest.mark.parametrize("reference", ["a", "x" * 64, "café 東京 💶", "'; drop table payments; --"])
-async def test_a_reference_comes_back_as_it_was_sent(
-    client: httpx.AsyncClient, reference: str
-) -> None:
-    answer = await post(client, reference=reference)
-    assert answer.json()["reference"] == reference
+async def test_reference_is_returned_unchanged(client: httpx.AsyncClient, reference: str) -> None:
+    response = await post(client, reference=reference)
+    assert response.json()["reference"] == reference
 
 
 @pytest.mark.parametrize(
-    ("change", "pointer"),
+    ("changes", "pointer"),
     [
         ({"amount": 12.5}, "#/amount"),
         ({"amount": "1250"}, "#/amount"),
@@ -73,122 +91,128 @@ async def test_a_reference_comes_back_as_it_was_sent(
         ({"card": "4111111111111111"}, "#"),
     ],
 )
-async def test_nonsense_is_refused_without_an_echo(
-    client: httpx.AsyncClient, change: dict[str, object], pointer: str
+async def test_invalid_payment_is_rejected_without_an_echo(
+    client: httpx.AsyncClient, changes: dict[str, object], pointer: str
 ) -> None:
-    answer = await post(client, **change)
-    assert answer.status_code == 422
-    assert [fault["pointer"] for fault in answer.json()["errors"]] == [pointer]
-    assert "41111111" not in answer.text
+    response = await post(client, **changes)
+    assert response.status_code == 422
+    assert [error["pointer"] for error in response.json()["errors"]] == [pointer]
+    assert "41111111" not in response.text
 
 
-async def test_a_payment_id_that_is_no_uuid_is_refused(client: httpx.AsyncClient) -> None:
-    answer = await client.get("/payments/4111111111111111")
-    assert (answer.status_code, answer.json()["errors"]) == (
-        422,
-        [{"detail": "Input should be a valid UUID", "pointer": "path/payment_id"}],
-    )
+async def test_invalid_payment_id_is_rejected(client: httpx.AsyncClient) -> None:
+    response = await client.get("/payments/4111111111111111")
+    assert response.status_code == 422
+    assert response.json()["errors"] == [
+        {"detail": "Input should be a valid UUID", "pointer": "path/payment_id"}
+    ]
 
 
-async def test_a_payment_that_is_sent_again_is_the_same_payment(client: httpx.AsyncClient) -> None:
-    first, second = await post(client, "again"), await post(client, "again")
-    assert (first.status_code, first.content) == (second.status_code, second.content)
-    assert first.headers["location"] == second.headers["location"]
+async def test_repeated_request_gets_the_same_payment(client: httpx.AsyncClient) -> None:
+    first = await post(client, "again")
+    second = await post(client, "again")
+    assert first.status_code == second.status_code
+    assert first.content == second.content
+    for name in ("location", "cache-control", "content-type"):
+        assert first.headers[name] == second.headers[name]
+    assert "idempotent-replayed" not in first.headers
     assert second.headers["idempotent-replayed"] == "true"
     other = await post(client, "again", amount=1)
-    assert (other.status_code, other.headers["content-type"]) == (422, "application/problem+json")
-    assert (await client.post("/payments", json=GOOD)).status_code == 400
+    assert other.status_code == 422
+    assert other.headers["content-type"] == PROBLEM
+    without_key = await client.post("/payments", json=VALID)
+    assert without_key.status_code == 400
 
 
-async def test_a_payment_that_is_written_in_another_way_is_the_same_payment(
+async def test_equal_json_in_another_notation_is_the_same_request(
     client: httpx.AsyncClient,
 ) -> None:
-    one, other = (
+    contents = (
         '{"amount":1,"currency":"EUR","reference":"a"}',
         '{ "reference": "\\u0061", "currency": "EUR", "amount": 1 }',
     )
-    fields = {"Idempotency-Key": str(uuid4()), "Content-Type": "application/json"}
-    answers = [
-        await client.post("/payments", content=content, headers=fields) for content in (one, other)
+    headers = {"Idempotency-Key": str(uuid4()), "Content-Type": "application/json"}
+    responses = [
+        await client.post("/payments", content=content, headers=headers) for content in contents
     ]
-    assert [answer.status_code for answer in answers] == [201, 201]
-    assert answers[0].json() == answers[1].json()
+    assert [response.status_code for response in responses] == [201, 201]
+    assert responses[0].json() == responses[1].json()
 
 
-async def test_pages_show_every_payment_once_the_newest_first_while_new_ones_come(
-    client: httpx.AsyncClient,
-) -> None:
-    sent = [(await post(client)).json()["payment_id"] for _ in range(7)]
+async def test_pages_list_each_payment_once_newest_first(client: httpx.AsyncClient) -> None:
+    """New payments between two pages change nothing."""
+    sent = []
+    for _ in range(7):
+        response = await post(client)
+        sent.append(response.json()["payment_id"])
     found: list[str] = []
     path = "/payments?limit=3"
     while path:
-        answer = (await client.get(path)).json()
-        assert len(answer["items"]) <= 3
-        found += [item["payment_id"] for item in answer["items"]]
+        page = (await client.get(path)).json()
+        assert len(page["items"]) <= 3
+        found += [item["payment_id"] for item in page["items"]]
         await post(client)
-        path = (
-            f"/payments?limit=3&cursor={answer['next_cursor']}"
-            if answer["next_cursor"] and set(sent) - set(found)
-            else ""
-        )
+        is_complete = set(sent) <= set(found)
+        cursor = page["next_cursor"]
+        path = f"/payments?limit=3&cursor={cursor}" if cursor and not is_complete else ""
     assert [payment_id for payment_id in found if payment_id in sent] == sent[::-1]
     assert len(found) == len(set(found))
 
 
-async def test_a_page_has_50_payments_unless_told_otherwise_and_100_at_most(
-    client: httpx.AsyncClient,
-) -> None:
+async def test_page_has_50_payments_by_default(client: httpx.AsyncClient) -> None:
     for _ in range(51):
         await post(client)
     page = (await client.get("/payments")).json()
-    assert (len(page["items"]), bool(page["next_cursor"])) == (50, True)
-    for wrong in (
-        "limit=0",
-        "limit=101",
-        "limit=x",
-        "cursor=",
-        "cursor=" + "x" * 45,
-        "cursor=" + "0" * 44,
-    ):
-        assert (await client.get(f"/payments?{wrong}")).status_code == 422, wrong
-    assert (await client.get("/payments?cursor=" + "0" * 45)).json() == {
-        "items": [],
-        "next_cursor": None,
-    }
-    assert (await client.get("/payments?cursor=" + "f" * 45)).status_code == 200
+    assert len(page["items"]) == 50
+    assert page["next_cursor"]
 
 
-async def test_a_caller_that_sends_too_many_is_told_when_to_come_again(
+@pytest.mark.parametrize(
+    "query",
+    ["limit=0", "limit=101", "limit=x", "cursor=", "cursor=" + "x" * 45, "cursor=" + "0" * 44],
+)
+async def test_invalid_limit_or_cursor_is_rejected(client: httpx.AsyncClient, query: str) -> None:
+    response = await client.get(f"/payments?{query}")
+    assert response.status_code == 422
+
+
+async def test_extreme_cursors_are_valid(client: httpx.AsyncClient) -> None:
+    oldest = await client.get("/payments?cursor=" + "0" * 45)
+    assert oldest.json() == {"items": [], "next_cursor": None}
+    newest = await client.get("/payments?cursor=" + "f" * 45)
+    assert newest.status_code == 200
+
+
+async def test_caller_over_the_rate_limit_gets_429(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module, name in ((rate_limit, "BUDGET_SECONDS"), (redis, "TIMEOUT_SECONDS")):
-        monkeypatch.setattr(
-            module, name, 10.0
-        )  # a Redis that is slow on a busy machine would let everybody through
-    async with InProcess(
-        create_app(settings.model_copy(update={"rate_limit_per_minute": 2}))
-    ) as client:
-        client.headers["X-Forwarded-For"] = "203.0.113.8"  # whose window begins here
+    """Even for an invalid request. Other callers are not affected."""
+    # A Redis that is slow on a busy machine would let every request pass.
+    monkeypatch.setattr(rate_limit, "BUDGET_SECONDS", 10.0)
+    monkeypatch.setattr(redis, "TIMEOUT_SECONDS", 10.0)
+    app = create_app(settings.model_copy(update={"rate_limit_per_minute": 2}))
+    async with InProcess(app) as client:
+        # An address of this test alone, so that its window begins here.
+        client.headers["X-Forwarded-For"] = "203.0.113.8"
         statuses = [(await post(client)).status_code for _ in range(3)]
-        refused = await client.post("/payments", content="nonsense")
-        other = await client.post(
-            "/payments", content="nonsense", headers={"X-Forwarded-For": "203.0.113.9"}
-        )
-    assert statuses[-1] == refused.status_code == 429
+        rejected = await client.post("/payments", content="nonsense")
+        other_caller = {"X-Forwarded-For": "203.0.113.9"}
+        other = await client.post("/payments", content="nonsense", headers=other_caller)
+    assert statuses[-1] == rejected.status_code == 429
     assert other.status_code == 400
-    assert 0 < int(refused.headers["retry-after"]) <= 60
-    assert refused.headers["ratelimit-policy"] == '"payments";q=2;w=60'
+    assert 0 < int(rejected.headers["retry-after"]) <= 60
+    assert rejected.headers["ratelimit-policy"] == '"payments";q=2;w=60'
 
 
-async def test_a_method_that_is_not_served_is_told_all_that_are(client: httpx.AsyncClient) -> None:
-    for path, methods in (
-        ("/payments", {"GET", "POST"}),
-        (f"/payments/{uuid4()}", {"GET"}),
-        ("/", {"GET"}),
-    ):
-        answer = await client.delete(path)
-        assert (answer.status_code, answer.headers["content-type"]) == (
-            405,
-            "application/problem+json",
-        )
-        assert set(answer.headers["allow"].split(", ")) == methods
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [("/payments", {"GET", "POST"}), (f"/payments/{uuid4()}", {"GET"}), ("/", {"GET"})],
+    ids=["list", "one", "root"],
+)
+async def test_unsupported_method_gets_the_allowed_ones(
+    client: httpx.AsyncClient, path: str, methods: set[str]
+) -> None:
+    response = await client.delete(path)
+    assert response.status_code == 405
+    assert response.headers["content-type"] == PROBLEM
+    assert set(response.headers["allow"].split(", ")) == methods

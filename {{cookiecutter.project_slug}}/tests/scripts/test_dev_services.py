@@ -1,7 +1,8 @@
-"""The throw-away Postgres and Redis: started where nobody named others, and gone afterwards."""
+"""The temporary Postgres and Redis: started if none is configured, then deleted."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from scripts import compose_secrets
+from scripts.dev_services import free_port, is_listening
 from tests.service_process import PROJECT, eventually
 
 RUN = [sys.executable, "-m", "scripts.dev_services"]
@@ -24,30 +26,30 @@ def run(*command: str, **variables: str) -> str:
     return done.stdout.decode().strip()
 
 
-def test_urls_of_the_environment_win() -> None:
-    named = {"DATABASE_URL": "postgresql://a", "REDIS_URL": "redis://b", "WEB_CONCURRENCY": ""}
-    assert run(*SHOW, **named) == "postgresql://a redis://b unset"
+def test_urls_in_the_environment_are_used() -> None:
+    variables = {"DATABASE_URL": "postgresql://a", "REDIS_URL": "redis://b", "WEB_CONCURRENCY": ""}
+    assert run(*SHOW, **variables) == "postgresql://a redis://b unset"
 
 
-def test_urls_of_secret_files_win(tmp_path: Path) -> None:
+def test_urls_in_secret_files_are_used(tmp_path: Path) -> None:
     for name in ("DATABASE_URL", "REDIS_URL"):
         (tmp_path / name).write_text("x")
     assert run(*SHOW, SECRETS_DIR=str(tmp_path)).split() == ["unset"]
 
 
-def test_the_exit_code_is_that_of_the_command() -> None:
-    named = {"DATABASE_URL": "postgresql://a", "REDIS_URL": "redis://b"}
+def test_the_exit_code_of_the_command_is_returned() -> None:
+    variables = {"DATABASE_URL": "postgresql://a", "REDIS_URL": "redis://b"}
     done = subprocess.run(
-        [*RUN, "sh", "-c", "exit 7"], cwd=PROJECT, env=os.environ | named, check=False
+        [*RUN, "sh", "-c", "exit 7"], cwd=PROJECT, env=os.environ | variables, check=False
     )
     assert done.returncode == 7
 
 
 @pytest.mark.parametrize("seconds", [0.2, 0.5, 0.8])
-def test_ctrl_c_while_it_starts_leaves_nothing(seconds: float) -> None:
+def test_ctrl_c_during_the_start_leaves_no_files(seconds: float) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
+        directory = Path(name)
+        directory.chmod(0o755)
         process = subprocess.Popen(
             [*RUN, "sleep", "60"],
             cwd=PROJECT,
@@ -55,19 +57,17 @@ def test_ctrl_c_while_it_starts_leaves_nothing(seconds: float) -> None:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        eventually(lambda: list(folder.iterdir()))
+        eventually(lambda: list(directory.iterdir()))
         time.sleep(seconds)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=90)
         assert process.returncode != 0
         assert b"Traceback" not in errors
-        assert list(folder.iterdir()) == []
+        assert list(directory.iterdir()) == []
 
 
-@pytest.mark.skipif(
-    os.geteuid() != 0, reason="only root has folders that the server's user may not enter"
-)
-def test_a_folder_that_the_server_may_not_enter_is_one_clear_line(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts Postgres as another user")
+def test_inaccessible_temporary_directory_is_one_clear_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [*RUN, "true"],
         cwd=PROJECT,
@@ -76,18 +76,28 @@ def test_a_folder_that_the_server_may_not_enter_is_one_clear_line(tmp_path: Path
         check=False,
     )
     assert done.returncode == 1
-    assert b"set TMPDIR to a folder that everybody may enter" in done.stderr
+    assert b"set TMPDIR to a directory that all users may enter" in done.stderr
     assert b"Traceback" not in done.stderr
 
 
-def test_secrets_of_compose_are_made_once_and_agree(tmp_path: Path) -> None:
-    folder = tmp_path / ".secrets"
-    compose_secrets.make(folder)
-    texts = {path.name: path.read_text() for path in folder.iterdir()}
-    assert len(texts["postgres_password"]) >= 24
-    assert (
-        texts["database_url"] == f"postgresql://app:{texts['postgres_password']}@postgres:5432/app"
-    )
-    assert folder.stat().st_mode & 0o777 == 0o700
-    compose_secrets.make(folder)
-    assert {path.name: path.read_text() for path in folder.iterdir()} == texts
+def test_free_port_can_be_listened_on() -> None:
+    port = free_port()
+    assert not is_listening(port)
+    with socket.create_server(("127.0.0.1", port)):
+        assert is_listening(port)
+
+
+def test_compose_secrets_are_created_once_and_match(tmp_path: Path) -> None:
+    directory = tmp_path / ".secrets"
+    compose_secrets.create_secrets(directory)
+    texts = read_files(directory)
+    password = texts["postgres_password"]
+    assert len(password) >= 24
+    assert texts["database_url"] == f"postgresql://app:{password}@postgres:5432/app"
+    assert directory.stat().st_mode & 0o777 == 0o700
+    compose_secrets.create_secrets(directory)
+    assert read_files(directory) == texts
+
+
+def read_files(directory: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in directory.iterdir()}

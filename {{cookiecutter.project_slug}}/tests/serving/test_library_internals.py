@@ -1,8 +1,9 @@
-"""The internals of others that we lean on. A test that fails here after an upgrade says what to read again."""
+"""Library internals that the service relies on; a failure identifies code to review."""
 
 import hashlib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -23,20 +24,27 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from uvicorn.server import Server, ServerState
 from uvicorn_worker import UvicornWorker
 
-#: What we replace, or what our own code runs in the middle of: whatever changes there is to be read.
-READ_AGAIN = {
-    Arbiter.stop: ("master.py announces the end before it", "7138b6afd9c4"),
-    Arbiter.reload: ("master.py replaces it", "fec344d2f774"),
-    Arbiter.manage_workers: ("master.py raises `_num_workers` around it", "518f2dd040ef"),
-    Arbiter.spawn_worker: ("master.py starts successors with it", "6abc0d90b0b9"),
+from app.serving.arbiter import ServiceArbiter
+
+Function = Callable[..., Any]
+
+#: Functions that the service overrides, or that call its code: why, and the hash of the source.
+REVIEWED: dict[Function, tuple[str, str]] = {
+    # gunicorn
+    Arbiter.stop: ("arbiter.py announces the shutdown before it", "7138b6afd9c4"),
+    Arbiter.reload: ("arbiter.py replaces it", "fec344d2f774"),
+    Arbiter.manage_workers: ("arbiter.py raises `_num_workers` around it", "518f2dd040ef"),
+    Arbiter.spawn_worker: ("arbiter.py starts replacements with it", "6abc0d90b0b9"),
     Arbiter.murder_workers: (
-        "it sends SIGABRT, at which worker.py's stacks are written",
+        "it sends SIGABRT, at which gunicorn_worker.py has the stacks written",
         "3f8fbfdf473f",
     ),
     Worker.init_process: ("it calls init_signals and run, in this order", "114caccd7a0e"),
-    UvicornWorker.__init__: ("worker.py changes the config that it makes", "d51a1f9f91fd"),
-    UvicornWorker._serve: ("worker.py replaces it", "eb799ef03d63"),
-    UvicornWorker.init_signals: ("worker.py adds to it", "0c611981788f"),
+    # uvicorn_worker
+    UvicornWorker.__init__: ("gunicorn_worker.py changes its config", "d51a1f9f91fd"),
+    UvicornWorker._serve: ("gunicorn_worker.py replaces it", "eb799ef03d63"),
+    UvicornWorker.init_signals: ("gunicorn_worker.py adds to it", "0c611981788f"),
+    # uvicorn: the server
     Server.serve: ("server.py replaces it", "112ef41af521"),
     Server._serve: (
         "it calls startup, on_tick and shutdown, which server.py replaces",
@@ -48,87 +56,100 @@ READ_AGAIN = {
         "9b33c5056299",
     ),
     Server._wait_tasks_to_complete: ("it waits for connections, then for tasks", "17209be1e991"),
+    LifespanOn.main: ("it fills the state that each request copies", "699f9a37e3f8"),
+    # uvicorn: HTTP
     HttpToolsProtocol.data_received: (
-        "protocol.py counts the bytes of a head around it",
+        "http_protocol.py counts the bytes of headers around it",
         "010a7ae59a5d",
     ),
     HttpToolsProtocol.on_message_begin: (
-        "protocol.py knows a new head by its new scope",
+        "http_protocol.py detects a new request by its new scope",
         "96d377fdc7c2",
     ),
     HttpToolsProtocol.on_headers_complete: (
-        "protocol.py changes the cycle that it makes",
+        "http_protocol.py changes the cycle that it makes",
         "1ea8589acfad",
     ),
-    HttpToolsProtocol.on_response_complete: ("answering.py replaces it", "64e254f28e38"),
-    HttpToolsProtocol.connection_lost: ("answering.py adds to it", "c91a4c9bf2e2"),
     HttpToolsProtocol.on_header: (
-        "protocol.py replaces the list that it appends to",
+        "http_protocol.py replaces the list that it appends to",
         "65d62c044f61",
     ),
-    HttpToolsProtocol.on_body: ("it knows whose body it is by `cycle`", "dba9c32aeba3"),
-    HttpToolsProtocol.shutdown: ("it closes what is idle, and lets answers finish", "d7351fa33f00"),
-    RequestResponseCycle.__init__: ("protocol.py makes one for a refusal", "4d2f220910c3"),
+    HttpToolsProtocol.on_body: ("it adds the body to the newest `cycle`", "dba9c32aeba3"),
+    HttpToolsProtocol.on_response_complete: ("http_response.py replaces it", "64e254f28e38"),
+    HttpToolsProtocol.connection_lost: ("http_response.py adds to it", "c91a4c9bf2e2"),
+    HttpToolsProtocol.shutdown: (
+        "it closes idle connections, and lets responses finish",
+        "d7351fa33f00",
+    ),
+    RequestResponseCycle.__init__: ("http_protocol.py makes one for a rejection", "4d2f220910c3"),
     RequestResponseCycle.send: (
-        "answering.py takes its writes, and holds the head",
+        "it writes to http_response.py, which keeps the headers",
         "abdd8601b326",
     ),
-    RequestResponseCycle.receive: ("protocol.py wakes it when a body is refused", "8124ae006be7"),
-    WebSocketsSansIOProtocol.shutdown: ("it closes with 1012", "e8ace796ada6"),
-    LifespanOn.main: (
-        "it fills the state that protocol.py reads the settings from",
-        "699f9a37e3f8",
+    RequestResponseCycle.receive: (
+        "http_protocol.py wakes it when a body is rejected",
+        "8124ae006be7",
     ),
-    Histogram.observe: ("metrics.py adds to its sum and buckets", "38beca3be1d1"),
-    MultiProcessCollector.collect: ("metrics_server.py reads the folder with it", "86fc50ce2593"),
-    FastAPI.build_middleware_stack: ("main.py takes its outermost layer off", "11dddac6c1b6"),
+    # uvicorn: WebSocket
+    WebSocketsSansIOProtocol.shutdown: ("it closes with 1012", "e8ace796ada6"),
+    # prometheus_client
+    Histogram.observe: ("http_metrics.py adds to its sum and buckets", "38beca3be1d1"),
+    MultiProcessCollector.collect: ("multiprocess.py merges files as it does", "86fc50ce2593"),
+    # FastAPI
+    FastAPI.build_middleware_stack: ("main.py removes its outermost middleware", "11dddac6c1b6"),
+    # asyncpg
     vars(asyncpg.Connection)["_cancel_current_command"]: (
-        "outage.py bounds the wait that it begins",
+        "postgres_errors.py bounds the wait that it begins",
         "c96c8240531a",
     ),
+    # redis-py
     BlockingConnectionPool.get_connection_count: (
-        "metrics.py takes idle and used, in this order",
+        "process_metrics.py reads idle and used, in this order",
         "fc3e24e630af",
     ),
 }
 
 
-def fingerprint(function: Callable[..., Any]) -> str:
+def fingerprint(function: Function) -> str:
     """Return a short hash of a function's source."""
     return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
 
 
-@pytest.mark.parametrize("function", READ_AGAIN, ids=lambda function: function.__qualname__)
-def test_what_we_lean_on_is_as_we_read_it(function: Callable[..., Any]) -> None:
-    why, expected = READ_AGAIN[function]
-    message = f"{function.__module__}.{function.__qualname__} changed: {why}. Read both, then write the new hash here"
-    assert fingerprint(function) == expected, message
+def name_of(function: Function) -> str:
+    return function.__qualname__
 
 
-def test_the_master_can_be_ours() -> None:
+@pytest.mark.parametrize("function", REVIEWED, ids=name_of)
+def test_library_internals_are_unchanged(function: Function) -> None:
+    reason, expected = REVIEWED[function]
+    changed = f"{function.__module__}.{function.__qualname__} changed: {reason}."
+    assert fingerprint(function) == expected, f"{changed} Review both, then update the hash here."
+
+
+def test_arbiter_class_can_be_replaced() -> None:
     arbiter = Arbiter.__new__(Arbiter)
-    from app.serving.arbiter import ServiceArbiter
-
     arbiter.__class__ = ServiceArbiter
     assert arbiter.handle_usr2.__func__ is ServiceArbiter.handle_usr2
-    assert (Arbiter.WORKERS, Arbiter.WORKER_BOOT_ERROR) == ({}, 3)
+    assert Arbiter.WORKERS == {}
+    assert Arbiter.WORKER_BOOT_ERROR == 3
 
 
-def test_a_server_has_what_ours_uses() -> None:
+def test_server_has_the_expected_attributes() -> None:
     state = ServerState()
-    assert (state.total_requests, state.connections, state.tasks, state.default_headers) == (
-        0,
-        set(),
-        set(),
-        [],
-    )
+    assert state.total_requests == 0
+    assert state.connections == set()
+    assert state.tasks == set()
+    assert state.default_headers == []
     server = Server(Config("app.main:app"))
-    assert (server.started, server.should_exit) == (False, False)
+    assert server.started is False
+    assert server.should_exit is False
+    assert isinstance(server.server_state, ServerState)
     assert "self.servers" in inspect.getsource(Server.startup)
     assert "self.lifespan" in inspect.getsource(Server._serve)
 
 
-def test_the_outermost_layer_is_the_one_that_main_takes_off() -> None:
+def test_outermost_middleware_is_server_error_middleware() -> None:
+    """Below it, each layer has the next one in `app`, down to the router."""
     stack = FastAPI().build_middleware_stack()
     assert isinstance(stack, ServerErrorMiddleware)
     layer: Any = stack
@@ -137,24 +158,26 @@ def test_the_outermost_layer_is_the_one_that_main_takes_off() -> None:
     assert isinstance(layer, Router)
 
 
-def test_a_histogram_has_a_sum_and_buckets_that_are_not_cumulated() -> None:
+def test_histogram_buckets_are_not_cumulative() -> None:
     registry = CollectorRegistry()
-    child = Histogram("h", "", ["a"], buckets=(1, 2), registry=registry).labels("b")
+    histogram = Histogram("h", "", ["a"], buckets=(1, 2), registry=registry)
+    child = histogram.labels("b")
     child._sum.inc(3)
     child._buckets[1].inc(2)
-    samples = {
-        f"{s.name}{s.labels.get('le', '')}": s.value
-        for metric in registry.collect()
-        for s in metric.samples
-    }
+    values = {}
+    for metric in registry.collect():
+        for sample in metric.samples:
+            values[sample.name + sample.labels.get("le", "")] = sample.value
     expected = {"h_bucket1.0": 0, "h_bucket2.0": 2, "h_bucket+Inf": 2, "h_count": 2, "h_sum": 3}
-    assert expected.items() <= samples.items()
+    assert expected.items() <= values.items()
 
 
-def test_files_of_values_can_be_read_and_added_to(tmp_path: Any) -> None:
-    file = MmapedDict(str(tmp_path / "counter_1.db"))
+def test_metric_files_can_be_read_and_updated(tmp_path: Path) -> None:
+    path = str(tmp_path / "counter_1.db")
+    file = MmapedDict(path)
     file.write_value("key", 2.0, 0.0)
     assert file.read_value("key")[0] == 2
     file.close()
-    ((key, value, _, _),) = MmapedDict.read_all_values_from_file(str(tmp_path / "counter_1.db"))
-    assert (key, value) == ("key", 2)
+    ((key, value, _, _),) = MmapedDict.read_all_values_from_file(path)
+    assert key == "key"
+    assert value == 2

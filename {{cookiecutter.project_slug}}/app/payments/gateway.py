@@ -1,0 +1,109 @@
+"""The card gateway: charges payments, and attributes failures to one or to all."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from uuid import UUID
+
+from app.patterns.circuit_breaker import CircuitBreaker, CircuitOpenError
+from app.patterns.http_client import UpstreamClient, UpstreamError
+from app.patterns.stream_handler import PoisonError, RetryLaterError
+from app.payments.schemas import Payment
+
+#: Statuses with which a gateway declines a payment for good. Any other 4xx may be a bug of ours,
+#: which can be fixed.
+DECLINED_STATUSES = {402, 422}
+#: Consecutive failures that open the circuit, or as many as there are concurrent charges.
+MIN_FAILURES = 5
+#: Failing payments that a process remembers.
+MAX_REMEMBERED = 10_000
+
+
+class FailureAttribution:
+    """Attributes a failed charge to its payment or to the gateway.
+
+    It is the payment's own failure if another payment was charged since this one failed before.
+    Otherwise the gateway may be failing for every payment.
+    """
+
+    def __init__(self) -> None:
+        #: The last success of any payment, by `time.monotonic()`.
+        self.charged_at = 0.0
+        #: The last failure of each payment that was not charged since.
+        self.failed_at: dict[UUID, float] = {}
+
+    def seconds_since_success(self) -> float:
+        """Return the seconds since any payment was charged; a large number if none was."""
+        return time.monotonic() - self.charged_at
+
+    def record_success(self, payment_id: UUID) -> None:
+        """Note that a payment was charged."""
+        self.charged_at = time.monotonic()
+        self.failed_at.pop(payment_id, None)
+
+    def record_failure(self, payment_id: UUID) -> bool:
+        """Note that a payment was not charged; return whether that is its own failure."""
+        # Payments that other consumers have charged stay here, hence the limit.
+        if len(self.failed_at) > MAX_REMEMBERED:
+            self.failed_at.clear()
+        now = time.monotonic()
+        failed_before_at = self.failed_at.get(payment_id, now)
+        self.failed_at[payment_id] = now
+        return self.charged_at >= failed_before_at
+
+
+class CardGateway:
+    """Charges payments, each once."""
+
+    def __init__(self, client: UpstreamClient) -> None:
+        self.client = client
+        self.failures = FailureAttribution()
+
+    async def charge(self, payment: Payment) -> None:
+        """Charge a payment. Its idempotency key makes repeated calls charge it once.
+
+        Raises `PoisonError` if the gateway declines it, `UpstreamError` if the failure is the
+        payment's own, and `RetryLaterError` if the gateway may be failing for every payment.
+        """
+        try:
+            await self._call(payment)
+        except CircuitOpenError as error:
+            await asyncio.sleep(error.retry_in)  # no other charge would get through either
+            raise RetryLaterError from error
+        except UpstreamError as error:
+            if self.failures.record_failure(payment.payment_id):
+                raise
+            raise RetryLaterError from error
+        self.failures.record_success(payment.payment_id)
+
+    async def _call(self, payment: Payment) -> None:
+        key = str(payment.payment_id)
+        headers = {"Idempotency-Key": key, "Content-Type": "application/json"}
+        content = payment.model_dump_json()
+        response = await self.client.request("POST", "charges", headers, content=content)
+        if response.status in DECLINED_STATUSES:
+            msg = f"declined by the gateway: {response.status}"
+            raise PoisonError(msg)
+        if not 200 <= response.status < 300:
+            await self._pause_like_the_breaker()
+            raise UpstreamError("gateway", response.status)
+
+    async def _pause_like_the_breaker(self) -> None:
+        """Pause unless other payments are being charged.
+
+        The gateway may reject every payment, for example because of an expired credential. The
+        circuit breaker does not open then, since it counts such a response as a success.
+        """
+        seconds = self.client.breaker.reset_seconds
+        if self.failures.seconds_since_success() > seconds:
+            await asyncio.sleep(seconds)
+
+
+@contextlib.asynccontextmanager
+async def open_gateway(url: str, concurrency: int) -> AsyncIterator[CardGateway]:
+    """Yield a gateway for `concurrency` charges at once, then close its connections."""
+    breaker = CircuitBreaker("gateway", max(MIN_FAILURES, concurrency))
+    client = UpstreamClient("gateway", url, breaker, concurrency)
+    async with contextlib.aclosing(client.http):
+        yield CardGateway(client)
