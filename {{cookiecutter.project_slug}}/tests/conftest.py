@@ -1,4 +1,4 @@
-"""Fixtures: a real Postgres and Redis for the session, the app in-process, and the service as a process."""
+"""Fixtures: Postgres, Redis, settings, and a client of the application."""
 
 import os
 import subprocess
@@ -15,11 +15,11 @@ from starlette.types import Receive, Scope, Send
 from app.settings import Settings
 from scripts import dev_services
 
-for name in (
-    Settings.model_fields
-):  # whoever runs the tests may have settings of the service in their environment
+# Settings of the service in the developer's environment must not reach the tests.
+for name in Settings.model_fields:
     os.environ.pop(name.upper(), None)
 
+# It reads the settings when it is imported.
 from app.main import create_app
 
 PROJECT = Path(__file__).parent.parent
@@ -27,49 +27,54 @@ PROJECT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
+    """The event loop of asynchronous tests and fixtures: asyncio's own."""
     return "asyncio"
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[dev_services.Postgres]:
+    """A Postgres server, empty at first."""
     with dev_services.postgres() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def redis() -> Iterator[dev_services.Redis]:
+    """A Redis server, empty at first."""
     with dev_services.redis() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def database_url(postgres: dev_services.Postgres) -> str:
-    """A database with the migrations applied."""
-    run = [sys.executable, "-m", "alembic", "upgrade", "head"]
-    subprocess.run(
-        run,
-        check=True,
-        cwd=PROJECT,
-        env=os.environ | {"DATABASE_URL": postgres.url},
-        stdout=subprocess.PIPE,
-    )
+    """The URL of a database with the migrations applied."""
+    command = [sys.executable, "-m", "alembic", "upgrade", "head"]
+    environment = os.environ | {"DATABASE_URL": postgres.url}
+    subprocess.run(command, check=True, cwd=PROJECT, env=environment, stdout=subprocess.PIPE)
     return postgres.url
 
 
 @pytest.fixture
 def settings(database_url: str, redis: dev_services.Redis) -> Settings:
+    """Settings for the servers of this session; access lines are written at once.
+
+    Two timeouts are longer than the defaults: while other tests run, a connect can last over 1 s.
+    """
     return Settings(
         database_url=SecretStr(database_url),
         redis_url=SecretStr(redis.url),
         log_format="json",
         access_log_flush_ms=0,
-        readiness_timeout_seconds=10,  # connecting may take over a second where other tests run beside this one
+        readiness_timeout_seconds=10,
         database_acquire_timeout_seconds=10,
     )
 
 
 class InProcess:
-    """An ASGI app for httpx, with the state that a server would take from the lifespan."""
+    """An application for httpx, without a server.
+
+    It runs the lifespan, and passes its state on to each request.
+    """
 
     def __init__(self, app: FastAPI) -> None:
         self.app = app
@@ -88,5 +93,6 @@ class InProcess:
 
 @pytest.fixture
 async def client(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application, in this process."""
     async with InProcess(create_app(settings)) as client:
         yield client

@@ -1,21 +1,24 @@
-"""Migrations run over the service's own DATABASE_URL, once, whoever starts them."""
+"""Migrations use the service's `DATABASE_URL`, and concurrent runs are safe."""
 
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import pytest
 
 from scripts.dev_services import Postgres, free_port, postgres
 from tests.service_process import PROJECT
 
+TIMEOUT_SECONDS = 60
 
-def alembic(url: str, *command: str) -> subprocess.Popen[bytes]:
-    run = [sys.executable, "-m", "alembic", *(command or ("upgrade", "head"))]
+
+def start_alembic(url: str, *command: str) -> subprocess.Popen[bytes]:
+    """Start an alembic command on a database: `upgrade head` unless given."""
     return subprocess.Popen(
-        run,
+        [sys.executable, "-m", "alembic", *(command or ("upgrade", "head"))],
         cwd=PROJECT,
         env=os.environ | {"DATABASE_URL": url},
         stdout=subprocess.PIPE,
@@ -24,41 +27,46 @@ def alembic(url: str, *command: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.fixture(scope="module")
-def fresh() -> Iterator[Postgres]:
+def empty_server() -> Iterator[Postgres]:
+    """A Postgres of its own, without the tables of the other tests."""
     with postgres() as server:
         yield server
 
 
-def test_two_at_once_are_safe_and_a_third_changes_nothing(fresh: Postgres) -> None:
-    runs = [alembic(fresh.url) for _ in range(2)]
-    outputs = [run.communicate(timeout=60) for run in runs]
+def test_concurrent_runs_are_safe_and_a_repeat_changes_nothing(empty_server: Postgres) -> None:
+    runs = [start_alembic(empty_server.url) for _ in range(2)]
+    outputs = [run.communicate(timeout=TIMEOUT_SECONDS) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
-    again = alembic(fresh.url)
-    output, _ = again.communicate(timeout=60)
-    assert again.returncode == 0
+    repeat = start_alembic(empty_server.url)
+    output, _ = repeat.communicate(timeout=TIMEOUT_SECONDS)
+    assert repeat.returncode == 0
     assert b"Running upgrade" not in output
 
 
-def test_every_migration_can_be_taken_back(fresh: Postgres) -> None:
+def test_every_migration_can_be_downgraded(empty_server: Postgres) -> None:
     for command in (("upgrade", "head"), ("downgrade", "base"), ("upgrade", "head")):
-        run = alembic(fresh.url, *command)
-        assert run.communicate(timeout=60)
-        assert run.returncode == 0
+        run = start_alembic(empty_server.url, *command)
+        outputs = run.communicate(timeout=TIMEOUT_SECONDS)
+        assert run.returncode == 0, outputs
 
 
-@pytest.mark.parametrize("wrong", ["away", "password", "database"])
-def test_a_database_that_cannot_be_reached_is_one_clear_line(fresh: Postgres, wrong: str) -> None:
+@pytest.mark.parametrize("problem", ["port", "password", "database"])
+def test_failed_connection_is_one_log_line_without_the_password(
+    empty_server: Postgres, problem: str
+) -> None:
+    server = empty_server.url.rpartition("/")[0]
     urls = {
-        "away": f"postgresql://app:hunter2@127.0.0.1:{free_port()}/app",
-        "password": f"postgresql://app:hunter2@127.0.0.1:{fresh.port}/postgres",
-        "database": fresh.url.replace("/postgres", "/hunter2")[: fresh.url.rindex("/")]
-        + "/nothere",
+        "port": f"postgresql://app:hunter2@127.0.0.1:{free_port()}/app",
+        "password": f"postgresql://app:hunter2@127.0.0.1:{empty_server.port}/postgres",
+        "database": f"{server}/missing",
     }
-    run = alembic(urls[wrong])
-    output, errors = run.communicate(timeout=60)
+    password = urlsplit(urls[problem]).password
+    assert password
+    run = start_alembic(urls[problem])
+    output, errors = run.communicate(timeout=TIMEOUT_SECONDS)
     assert run.returncode != 0
-    assert json.loads(output)["message"].startswith(
-        "the database of DATABASE_URL cannot be reached"
-    )
+    line = json.loads(output)
+    assert line["logger"] == "app.migrations"
+    assert line["message"].startswith("the database of DATABASE_URL cannot be reached")
     assert errors == b""
-    assert b"hunter2" not in output + errors
+    assert password.encode() not in output

@@ -1,4 +1,7 @@
-"""Settings come from the environment and from secret files; a wrong one ends the start with one clear line."""
+"""Settings from the environment and from secret files; errors stop the start.
+
+The error is one line with the setting and its requirement.
+"""
 
 import os
 import re
@@ -15,8 +18,8 @@ from tests.service_process import PROJECT
 EXAMPLE = (PROJECT / ".env.example").read_text()
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
-    """Return the line with which the start ends."""
+def load_error(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
+    """Load invalid settings; return the line of the error, without its prefix."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as error:
@@ -27,21 +30,23 @@ def refusal(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
     return line.removeprefix("configuration error: ")
 
 
-def test_env_example_lists_every_setting_once_with_its_default() -> None:
-    listed = re.findall(r"^#?([A-Z_]+)=(.*)$", EXAMPLE, re.MULTILINE)
-    assert sorted(name for name, _ in listed) == sorted(
-        name.upper() for name in Settings.model_fields
-    )
+# Documentation
 
 
-def test_env_example_as_it_stands_changes_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_example_lists_every_setting_once() -> None:
+    listed = re.findall(r"^#?([A-Z_]+)=.*$", EXAMPLE, re.MULTILINE)
+    assert sorted(listed) == sorted(name.upper() for name in Settings.model_fields)
+
+
+def test_env_example_contains_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     defaults = Settings()
     for name, value in re.findall(r"^([A-Z_]+)=(.*)$", EXAMPLE, re.MULTILINE):
         monkeypatch.setenv(name, value)
     assert Settings() == defaults
 
 
-def test_env_example_comments_out_just_what_has_no_default_or_is_a_secret() -> None:
+def test_env_example_comments_out_secrets_and_missing_defaults() -> None:
+    """Settings whose default depends on another one are commented out too."""
     commented = set(re.findall(r"^#([A-Z_]+)=", EXAMPLE, re.MULTILINE))
     computed = {"BIND", "DOCS_ENABLED"}
     empty = {name.upper() for name, value in Settings() if value in (None, "", ())}
@@ -51,31 +56,33 @@ def test_env_example_comments_out_just_what_has_no_default_or_is_a_secret() -> N
 
 def test_readme_lists_every_setting() -> None:
     readme = (PROJECT / "README.md").read_text()
-    assert [name for name in Settings.model_fields if f"`{name.upper()}`" not in readme] == []
+    missing = [name for name in Settings.model_fields if f"`{name.upper()}`" not in readme]
+    assert missing == []
 
 
-def test_an_empty_value_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+# Values from the environment
+
+
+def test_empty_value_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEB_CONCURRENCY", "")
     monkeypatch.setenv("LOG_LEVEL", "")
     assert Settings() == Settings(log_level="info", web_concurrency=None)
 
 
-def test_words_may_be_in_upper_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "ENVIRONMENT": "Staging",
-        "LOG_FORMAT": "JSON",
-        "LOG_LEVEL": "DEBUG",
-    }.items():
-        monkeypatch.setenv(name, value)
-    assert (Settings().environment, Settings().log_format, Settings().log_level) == (
-        "staging",
-        "json",
-        "debug",
-    )
+def test_enumerations_ignore_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENVIRONMENT", "Staging")
+    monkeypatch.setenv("LOG_FORMAT", "JSON")
+    monkeypatch.setenv("LOG_LEVEL", "DEBUG")
+    settings = Settings()
+    assert settings.environment == "staging"
+    assert settings.log_format == "json"
+    assert settings.log_level == "debug"
 
 
 @pytest.mark.parametrize(("port", "bind"), [("", "127.0.0.1:8000"), ("8080", "0.0.0.0:8080")])
-def test_bind_follows_port(monkeypatch: pytest.MonkeyPatch, port: str, bind: str) -> None:
+def test_default_of_bind_depends_on_port(
+    monkeypatch: pytest.MonkeyPatch, port: str, bind: str
+) -> None:
     monkeypatch.setenv("PORT", port)
     assert Settings().bind == bind
 
@@ -83,45 +90,54 @@ def test_bind_follows_port(monkeypatch: pytest.MonkeyPatch, port: str, bind: str
 @pytest.mark.parametrize(
     ("environment", "enabled"), [("development", True), ("staging", False), ("production", False)]
 )
-def test_docs_are_on_in_development_only(
+def test_docs_are_enabled_only_in_development(
     monkeypatch: pytest.MonkeyPatch, environment: str, enabled: bool
 ) -> None:
     monkeypatch.setenv("ENVIRONMENT", environment)
     assert Settings().docs_enabled is enabled
 
 
+def test_settings_are_immutable() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().log_level = "debug"
+
+
+# Invalid values
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "takes"),
+    ("name", "value", "requirement"),
     [
         ("ENVIRONMENT", "prod", "'development', 'staging' or 'production'"),
         ("LOG_FORMAT", "xml", "'auto', 'json' or 'console'"),
         ("WEB_CONCURRENCY", "0", "greater than 0"),
         ("WEB_CONCURRENCY", "two", "a valid integer"),
         ("PORT", "70000", "less than or equal to 65535"),
-        ("BIND", "8000", "host:port"),
-        ("BIND", "http://x:1", "host:port"),
-        ("METRICS_BIND", "localhost", "host:port"),
-        ("BIND", "127.0.0.1:99999", "host:port"),
-        ("BIND", "127.0.0.1:0", "host:port"),
-        ("SERVICE_NAME", "My Service", "a name without spaces"),
+        ("BIND", "8000", "must be host:port"),
+        ("BIND", "http://x:1", "must be host:port"),
+        ("METRICS_BIND", "localhost", "must be host:port"),
+        ("BIND", "127.0.0.1:99999", "must be host:port"),
+        ("BIND", "127.0.0.1:0", "must be host:port"),
+        ("SERVICE_NAME", "My Service", "must be a name without spaces"),
         ("WORKERS_PER_CORE", "inf", "finite"),
         ("FORWARDED_ALLOW_IPS", "10.0.0.0/8,nonsense", "should match pattern"),
         ("READINESS_REQUIRED", "mysql", "'postgres' or 'redis'"),
-        ("ROOT_PATH", "api/", "a path such as /api"),
+        ("ROOT_PATH", "api/", "must be a path without a slash at its end, for example /api"),
         ("DATABASE_COMMAND_TIMEOUT_SECONDS", "-1", "greater than 0"),
         ("DOCS_ENABLED", "perhaps", "a valid boolean"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_it_takes(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, takes: str
+def test_invalid_value_is_reported_with_its_requirement(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, requirement: str
 ) -> None:
-    line = refusal(monkeypatch, **{name: value})
+    line = load_error(monkeypatch, **{name: value})
     assert line.startswith(f"{name}={value}: ")
-    assert takes in line
+    assert requirement in line
 
 
-def test_several_faults_stand_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = refusal(monkeypatch, LOG_LEVEL="loud", PORT="x")
+def test_several_errors_are_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default that depends on an invalid setting, such as `BIND`, is no error."""
+    line = load_error(monkeypatch, LOG_LEVEL="loud", PORT="x")
     assert "LOG_LEVEL=loud" in line
     assert "PORT=x" in line
     assert "BIND" not in line
@@ -138,84 +154,80 @@ def test_several_faults_stand_in_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         ("REDIS_URL", "redis://:hunter2@cache:99999/0"),
     ],
 )
-def test_a_wrong_secret_is_named_and_not_shown(
+def test_invalid_secret_is_not_shown(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    line = refusal(monkeypatch, **{name: value})
-    assert line.startswith(f"{name}: takes ")
+    line = load_error(monkeypatch, **{name: value})
+    assert line.startswith(f"{name}: must be ")
     assert "hunter2" not in line
 
 
-def test_what_is_shown_of_a_wrong_value_has_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = refusal(monkeypatch, METRICS_BIND="http://app:hunter2@nowhere")
-    assert line.startswith("METRICS_BIND=nowhere: takes ")
+def test_invalid_value_is_shown_without_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = load_error(monkeypatch, METRICS_BIND="http://app:hunter2@nowhere")
+    assert line.startswith("METRICS_BIND=nowhere: must be ")
 
 
-def test_a_forged_value_stays_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "\\n" in refusal(monkeypatch, LOG_LEVEL="a\nb" + "c" * 1000)
+def test_line_break_in_a_value_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could forge a line of the log."""
+    assert "\\n" in load_error(monkeypatch, LOG_LEVEL="a\nb" + "c" * 1000)
 
 
-def test_a_secret_file_sets_its_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+# Secret files
+
+
+def test_secret_file_sets_its_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "DATABASE_URL").write_text("postgresql://app:pw@db/app\n")
     monkeypatch.setenv("SECRETS_DIR", str(tmp_path))
-    assert load_settings().database_url.get_secret_value() == "postgresql://app:pw@db/app"
-    assert "pw" not in repr(load_settings())
+    settings = load_settings()
+    assert settings.database_url.get_secret_value() == "postgresql://app:pw@db/app"
+    assert "pw" not in repr(settings)
 
 
-def test_an_empty_secret_file_counts_as_unset(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_empty_secret_file_counts_as_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "REDIS_URL").write_text("\n")
     monkeypatch.setenv("SECRETS_DIR", str(tmp_path))
     monkeypatch.setenv("REDIS_URL", "redis://b")
     assert load_settings().redis_url.get_secret_value() == "redis://b"
 
 
-def test_a_secret_that_is_a_folder_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "REDIS_URL").mkdir()
-    assert "redis_url" in refusal(monkeypatch, SECRETS_DIR=str(tmp_path)).lower()
-
-
-def test_the_same_setting_as_file_and_in_the_environment_is_refused(
+def test_setting_in_file_and_environment_is_rejected(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "redis_url").write_text("redis://a")
-    line = refusal(monkeypatch, SECRETS_DIR=str(tmp_path), REDIS_URL="redis://b")
-    assert line.startswith("REDIS_URL: stands in SECRETS_DIR and in the environment")
+    line = load_error(monkeypatch, SECRETS_DIR=str(tmp_path), REDIS_URL="redis://b")
+    assert line == "REDIS_URL: is set in both SECRETS_DIR and the environment; remove one"
 
 
-def test_a_secrets_folder_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refusal(monkeypatch, SECRETS_DIR="/does/not/exist").startswith(
-        "SECRETS_DIR=/does/not/exist: "
-    )
+def test_missing_secrets_directory_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = load_error(monkeypatch, SECRETS_DIR="/does/not/exist")
+    assert line.startswith("SECRETS_DIR=/does/not/exist: ")
 
 
-def test_a_secret_file_that_is_no_text_is_refused(
+def test_directory_in_place_of_a_secret_file_is_rejected(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    (tmp_path / "REDIS_URL").mkdir()
+    assert "redis_url" in load_error(monkeypatch, SECRETS_DIR=str(tmp_path)).lower()
+
+
+def test_binary_secret_file_is_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "REDIS_URL").write_bytes(b"\xff\xfe")
-    assert "redis_url" in refusal(monkeypatch, SECRETS_DIR=str(tmp_path))
+    assert "redis_url" in load_error(monkeypatch, SECRETS_DIR=str(tmp_path))
 
 
-def test_settings_are_frozen() -> None:
-    with pytest.raises(ValueError, match="frozen"):
-        Settings().log_level = "debug"
+# Processes
 
 
 @pytest.mark.parametrize(
     "command",
     [["-m", "gunicorn"], ["-m", "app.sizing"], ["-m", "app.settings"], ["-c", "import app.main"]],
 )
-def test_every_entry_point_ends_with_the_line_alone(command: list[str]) -> None:
+def test_every_entry_point_fails_with_one_line(command: list[str]) -> None:
     environment = os.environ | {"REDIS_URL": "nonsense:hunter2"}
     done = subprocess.run(
         [sys.executable, *command], cwd=PROJECT, env=environment, capture_output=True, check=False
     )
+    expected = "configuration error: REDIS_URL: must be redis://:password@host:port/0\n"
     assert done.returncode != 0
-    assert (
-        done.stderr.decode()
-        == "configuration error: REDIS_URL: takes redis://:password@host:port/0\n"
-    )
+    assert done.stderr.decode() == expected
     assert done.stdout == b""

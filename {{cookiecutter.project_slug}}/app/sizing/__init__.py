@@ -1,1 +1,1 @@
-"""How many workers and connections fit here, and whether the settings agree."""
+"""The workers and connections of a pod, and checks that its settings agree."""

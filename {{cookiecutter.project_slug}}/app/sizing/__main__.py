@@ -1,4 +1,4 @@
-"""`python -m app.sizing` explains what this machine runs, and names settings that do not agree with each other."""
+"""`python -m app.sizing` shows the plan for this machine, and any conflicts."""
 
 import argparse
 import math
@@ -10,58 +10,91 @@ from app.sizing.checks import REPLICAS, check_settings
 from app.sizing.plan import plan_workers
 from app.sizing.resources import MEGABYTE, Resources, detect_resources
 
+DESCRIPTION = (
+    "Show the workers and connections that this service would run here, and the settings that "
+    "conflict. The exit code is 1 if any do."
+)
+#: The options that replace a setting.
 OVERRIDES = {
-    "--workers": "web_concurrency",
-    "--timeout": "worker_timeout_seconds",
-    "--graceful-timeout": "graceful_timeout_seconds",
-    "--drain": "drain_seconds",
-    "--grace": "termination_grace_seconds",
-    "--max-requests": "max_requests",
-    "--postgres-max-connections": "postgres_max_connections",
+    "--workers": "WEB_CONCURRENCY",
+    "--timeout": "WORKER_TIMEOUT_SECONDS",
+    "--graceful-timeout": "GRACEFUL_TIMEOUT_SECONDS",
+    "--drain": "DRAIN_SECONDS",
+    "--grace": "TERMINATION_GRACE_SECONDS",
+    "--max-requests": "MAX_REQUESTS",
+    "--postgres-max-connections": "POSTGRES_MAX_CONNECTIONS",
 }
 
 
 def main() -> int:
-    """Explain the plan on stdout; return 1 if something is incoherent."""
-    found_here = detect_resources()
-    about = "Explain how many workers and connections this service runs here, and what is incoherent (exit 1)."
-    parser = argparse.ArgumentParser(prog="python -m app.sizing", description=about)
+    """Show the plan on stdout; return 1 if settings conflict."""
+    detected = detect_resources()
+    options = _parser(detected).parse_args()
+    for name in OVERRIDES.values():
+        value = getattr(options, name)
+        if value is not None:
+            os.environ[name] = value
+    settings = load_settings()
+    resources = _override(detected, options.cpus, options.memory_mb)
+    plan = plan_workers(settings, resources)
+    problems = check_settings(settings, resources, plan.workers, options.replicas)
+
+    size = f"{resources.cpus:g} CPUs, {resources.megabytes} MB"
+    per_pod = settings.database_max_connections
+    lines = [
+        f"{size}, up to {options.replicas} pods",
+        f"workers      {plan.workers}: {plan.explanation}",
+        f"connections  {per_pod} per pod, {plan.connections_per_worker} per worker",
+    ]
+    lines += [f"WARNING      {problem}" for problem in problems]
+    if not problems:
+        lines.append("no warnings: the settings agree with each other")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 1 if problems else 0
+
+
+def _parser(detected: Resources) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m app.sizing", description=DESCRIPTION)
+    cpus = f"number of CPUs (detected: {detected.cpus:g})"
+    parser.add_argument("--cpus", type=_number, metavar="N", help=cpus)
+    memory = f"memory in MB (detected: {detected.megabytes})"
+    parser.add_argument("--memory-mb", type=_whole_number, metavar="N", help=memory)
+    replicas = f"maximum number of pods of a release (default: {REPLICAS})"
     parser.add_argument(
-        "--cpus", type=float, default=found_here.cpus, help="CPUs (found: %(default)g)"
-    )
-    parser.add_argument(
-        "--memory-mb", type=int, default=found_here.megabytes, help="memory (found: %(default)s)"
-    )
-    parser.add_argument(
-        "--replicas",
-        type=int,
-        default=REPLICAS,
-        help="most pods of a release (default: %(default)s)",
+        "--replicas", type=_whole_number, default=REPLICAS, metavar="N", help=replicas
     )
     for option, name in OVERRIDES.items():
-        parser.add_argument(option, dest=name.upper(), help=f"another {name.upper()}")
-    options = vars(parser.parse_args())
-    for name in ("cpus", "memory_mb", "replicas"):
-        if not 0 < options[name] < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {options[name]}: takes a number over 0")
-    os.environ.update(
-        {name: value for name, value in options.items() if name.isupper() and value is not None}
-    )
-    settings, machine = load_settings(), Resources(options["cpus"], options["memory_mb"] * MEGABYTE)
-    if machine[:2] == (found_here.cpus, found_here.megabytes * MEGABYTE):
-        machine = found_here
-    decided = plan_workers(settings, machine)
-    found = check_settings(settings, machine, decided.workers, options["replicas"])
-    sys.stdout.write(
-        f"{machine.cpus:g} CPUs, {machine.megabytes} MB, up to {options['replicas']} pods\n"
-        f"workers      {decided.workers}: {decided.explanation}\n"
-        f"connections  {settings.database_max_connections} for the pod, {decided.connections_per_worker} per worker\n"
-        + (
-            "".join(f"WARNING      {text}\n" for text in found)
-            or "no warnings: the settings agree with each other\n"
-        )
-    )
-    return 1 if found else 0
+        parser.add_argument(option, dest=name, metavar="N", help=f"value of {name}")
+    return parser
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        msg = f"{text}: must be a number greater than 0"
+        raise argparse.ArgumentTypeError(msg)
+    return number
+
+
+def _whole_number(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        msg = f"{text}: must be a whole number greater than 0"
+        raise argparse.ArgumentTypeError(msg)
+    return int(text)
+
+
+def _override(detected: Resources, cpus: float | None, memory_mb: int | None) -> Resources:
+    """Return the resources, with those that are given in place of those detected."""
+    resources = detected
+    if cpus is not None:
+        resources = resources._replace(cpus=cpus, cpu_source="given")
+    if memory_mb is not None:
+        memory_bytes = memory_mb * MEGABYTE
+        resources = resources._replace(memory_bytes=memory_bytes, memory_source="given")
+    return resources
 
 
 if __name__ == "__main__":

@@ -1,80 +1,181 @@
-"""Which settings do not agree with each other, or with the CPUs and the memory."""
+"""Checks that settings agree with each other and with the pod's resources."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 from app.settings import Settings
-from app.sizing.plan import BASE_MEMORY_MB, USABLE_MEMORY, workers_by_memory
+from app.sizing.plan import BASE_MEMORY_MB, MIN_CONNECTIONS, USABLE_MEMORY, workers_by_memory
 from app.sizing.resources import Resources
 
-BLOCKING_STEP_SECONDS = (
-    30  # how long one may last: a cold import on a throttled CPU, a large document
-)
-CLOSING_MARGIN_SECONDS = 2  # of the graceful timeout, for lifespan shutdown
-GRACE_MARGIN_SECONDS = 10  # between gunicorn's own end and the kubelet's SIGKILL
-REPLICAS, SURGE = 10, 1  # most pods of one release; a rollout runs two sets and the surge
-OTHER_CONNECTIONS = 4  # three that Postgres reserves for its superuser, one for the migration
+#: Maximum duration of a blocking step: a cold import on a throttled CPU, a large document.
+BLOCKING_STEP_SECONDS = 30
+#: Part of the graceful timeout that the lifespan shutdown needs.
+CLOSING_MARGIN_SECONDS = 2
+#: Time between gunicorn's own shutdown and the kubelet's SIGKILL.
+GRACE_MARGIN_SECONDS = 10
+#: Maximum number of pods of one release. A rollout runs those of two releases, and the surge.
+REPLICAS = 10
+SURGE = 1
+#: Three connections that Postgres reserves for its superuser, one of the migration.
+OTHER_CONNECTIONS = 4
 
 
-def check_settings(s: Settings, machine: Resources, workers: int, replicas: int) -> list[str]:
-    """Return one sentence for each incoherence of these settings, with its remedy; none for the defaults."""
-    by_cpu = max(1, math.ceil(machine.cpus * s.workers_per_core))
-    memory, carried = workers * s.worker_memory_mb + BASE_MEMORY_MB, workers_by_memory(s, machine)
-    grace = s.graceful_timeout_seconds + GRACE_MARGIN_SECONDS
-    graceful = (
-        math.ceil(s.drain_seconds + s.retire_seconds + s.request_timeout_seconds)
-        + CLOSING_MARGIN_SECONDS
+class Pod(NamedTuple):
+    """A pod that is checked; up to `replicas` of them are one release."""
+
+    settings: Settings
+    resources: Resources
+    workers: int
+    replicas: int
+
+
+Check = Callable[[Pod], str | None]
+CHECKS: list[Check] = []
+
+
+def check_settings(
+    settings: Settings, resources: Resources, workers: int, replicas: int
+) -> list[str]:
+    """Return one sentence, with the remedy, for each conflict; none for the defaults."""
+    pod = Pod(settings, resources, workers, replicas)
+    problems = [check(pod) for check in CHECKS]
+    return [problem for problem in problems if problem]
+
+
+def check(function: Check) -> Check:
+    """Add a check, which returns its problem or None."""
+    CHECKS.append(function)
+    return function
+
+
+@check
+def workers_fit_the_cpus(pod: Pod) -> str | None:
+    """Limit the workers to the CPUs, rounded up."""
+    cpus = pod.resources.cpus
+    useful = max(1, math.ceil(cpus * pod.settings.workers_per_core))
+    if pod.workers <= useful:
+        return None
+    return (
+        f"{pod.workers} workers on {cpus:g} CPUs have no more throughput than {useful}: "
+        f"set WEB_CONCURRENCY={useful}"
     )
-    answer = s.database_acquire_timeout_seconds + s.database_command_timeout_seconds
-    budget = s.database_max_connections
-    connections = (2 * replicas + SURGE) * budget + OTHER_CONNECTIONS
-    rules = [
-        (
-            workers > by_cpu,
-            f"{workers} workers on {machine.cpus:g} CPUs only take turns: set WEB_CONCURRENCY={by_cpu}",
-        ),
-        (
-            memory > machine.megabytes * USABLE_MEMORY,
-            f"{workers} workers need {memory} MB, more than {USABLE_MEMORY:.0%} of {machine.megabytes} MB: raise the "
-            f"memory limit{f', or set WEB_CONCURRENCY={carried}' if carried < workers else ''}",
-        ),
-        (
-            s.worker_timeout_seconds < BLOCKING_STEP_SECONDS,
-            f"WORKER_TIMEOUT_SECONDS={s.worker_timeout_seconds} is off, or shorter than one blocking step may last: "
-            f"set it to {BLOCKING_STEP_SECONDS}",
-        ),
-        (
-            graceful > s.graceful_timeout_seconds,
-            f"DRAIN_SECONDS={s.drain_seconds:g} + RETIRE_SECONDS={s.retire_seconds:g} + REQUEST_TIMEOUT_SECONDS="
-            f"{s.request_timeout_seconds:g} + {CLOSING_MARGIN_SECONDS} are over GRACEFUL_TIMEOUT_SECONDS="
-            f"{s.graceful_timeout_seconds}, so the last requests are cut off: set it to {graceful}",
-        ),
-        (
-            answer >= s.request_timeout_seconds,
-            f"DATABASE_ACQUIRE_TIMEOUT_SECONDS + DATABASE_COMMAND_TIMEOUT_SECONDS = {answer:g} do not fit into "
-            f"REQUEST_TIMEOUT_SECONDS={s.request_timeout_seconds:g}, so an outage is 504 and not 503: lower them",
-        ),
-        (
-            grace > s.termination_grace_seconds,
-            f"GRACEFUL_TIMEOUT_SECONDS={s.graceful_timeout_seconds} + {GRACE_MARGIN_SECONDS} is over the termination "
-            f"grace of {s.termination_grace_seconds} s, so SIGKILL comes first: set TERMINATION_GRACE_SECONDS={grace}",
-        ),
-        (
-            s.max_requests == 0,
-            "MAX_REQUESTS=0 switches recycling off, so leaks grow for ever: set it to 20000",
-        ),
-        (
-            s.max_requests > 0 and s.max_requests_jitter == 0,
-            "MAX_REQUESTS_JITTER=0 recycles all workers at once: set it to a tenth of MAX_REQUESTS",
-        ),
-        (
-            budget < 2 * workers,
-            f"DATABASE_MAX_CONNECTIONS={budget} is under two for each of {workers} workers, one to serve and one for "
-            f"readiness: set it to {2 * workers}, or MAX_WORKERS={max(1, budget // 2)}",
-        ),
-        (
-            connections > s.postgres_max_connections,
-            f"(2 x {replicas} replicas + {SURGE}) x {budget} + {OTHER_CONNECTIONS} = {connections} connections exceed "
-            f"POSTGRES_MAX_CONNECTIONS={s.postgres_max_connections}: lower DATABASE_MAX_CONNECTIONS, or use PgBouncer",
-        ),
-    ]
-    return [text for broken, text in rules if broken]
+
+
+@check
+def workers_fit_the_memory(pod: Pod) -> str | None:
+    """Limit the workers to the memory, with a reserve for peaks."""
+    needed_mb = pod.workers * pod.settings.worker_memory_mb + BASE_MEMORY_MB
+    limit_mb = pod.resources.megabytes
+    if needed_mb <= limit_mb * USABLE_MEMORY:
+        return None
+    by_memory = workers_by_memory(pod.settings, pod.resources)
+    fewer_workers = f", or set WEB_CONCURRENCY={by_memory}" if by_memory < pod.workers else ""
+    return (
+        f"{pod.workers} workers need {needed_mb} MB, more than {USABLE_MEMORY:.0%} of "
+        f"{limit_mb} MB: raise the memory limit{fewer_workers}"
+    )
+
+
+@check
+def worker_timeout_exceeds_a_blocking_step(pod: Pod) -> str | None:
+    """Replace stuck workers, but not those that execute one blocking step."""
+    timeout = pod.settings.worker_timeout_seconds
+    if timeout >= BLOCKING_STEP_SECONDS:
+        return None
+    if timeout == 0:
+        effect = "disables the timeout, so a stuck worker is never replaced"
+    else:
+        effect = "is shorter than a blocking step may be, so busy workers are killed"
+    return f"WORKER_TIMEOUT_SECONDS={timeout} {effect}: set it to {BLOCKING_STEP_SECONDS}"
+
+
+@check
+def graceful_timeout_covers_the_shutdown(pod: Pod) -> str | None:
+    """Leave the last request its time, after the drain and the retirement."""
+    settings = pod.settings
+    steps = settings.drain_seconds + settings.retire_seconds + settings.request_timeout_seconds
+    needed = math.ceil(steps) + CLOSING_MARGIN_SECONDS
+    if needed <= settings.graceful_timeout_seconds:
+        return None
+    return (
+        f"DRAIN_SECONDS={settings.drain_seconds:g} + RETIRE_SECONDS={settings.retire_seconds:g} + "
+        f"REQUEST_TIMEOUT_SECONDS={settings.request_timeout_seconds:g} + {CLOSING_MARGIN_SECONDS} "
+        f"exceed GRACEFUL_TIMEOUT_SECONDS={settings.graceful_timeout_seconds}, "
+        f"so the last requests are cut off: set it to {needed}"
+    )
+
+
+@check
+def database_timeouts_fit_into_the_request_timeout(pod: Pod) -> str | None:
+    """Respond 503 to an outage of Postgres, before the request times out."""
+    settings = pod.settings
+    longest = settings.database_acquire_timeout_seconds + settings.database_command_timeout_seconds
+    if longest < settings.request_timeout_seconds:
+        return None
+    return (
+        f"DATABASE_ACQUIRE_TIMEOUT_SECONDS + DATABASE_COMMAND_TIMEOUT_SECONDS = {longest:g} must "
+        f"be less than REQUEST_TIMEOUT_SECONDS={settings.request_timeout_seconds:g}, "
+        "or an outage causes a 504 and not a 503: lower them"
+    )
+
+
+@check
+def termination_grace_exceeds_the_graceful_timeout(pod: Pod) -> str | None:
+    """Finish before the kubelet's SIGKILL."""
+    graceful_timeout = pod.settings.graceful_timeout_seconds
+    needed = graceful_timeout + GRACE_MARGIN_SECONDS
+    if needed <= pod.settings.termination_grace_seconds:
+        return None
+    return (
+        f"GRACEFUL_TIMEOUT_SECONDS={graceful_timeout} + {GRACE_MARGIN_SECONDS} exceed the "
+        f"termination grace period of {pod.settings.termination_grace_seconds} s, "
+        f"so SIGKILL comes first: set TERMINATION_GRACE_SECONDS={needed}"
+    )
+
+
+@check
+def workers_are_recycled(pod: Pod) -> str | None:
+    """Limit the effect of a memory leak."""
+    if pod.settings.max_requests > 0:
+        return None
+    return "MAX_REQUESTS=0 disables recycling, so memory leaks grow without limit: set it to 20000"
+
+
+@check
+def workers_are_recycled_one_by_one(pod: Pod) -> str | None:
+    """Spread out the recycling of workers that started together."""
+    if pod.settings.max_requests == 0 or pod.settings.max_requests_jitter > 0:
+        return None
+    return "MAX_REQUESTS_JITTER=0 recycles all workers at once: set it to a tenth of MAX_REQUESTS"
+
+
+@check
+def workers_have_enough_connections(pod: Pod) -> str | None:
+    """Give each worker a connection for requests and one for the readiness probe."""
+    connections = pod.settings.database_max_connections
+    needed = MIN_CONNECTIONS * pod.workers
+    if connections >= needed:
+        return None
+    max_workers = max(1, connections // MIN_CONNECTIONS)
+    return (
+        f"DATABASE_MAX_CONNECTIONS={connections} is less than two for each of {pod.workers} "
+        f"workers, one for requests and one for the readiness probe: set it to {needed}, "
+        f"or MAX_WORKERS={max_workers}"
+    )
+
+
+@check
+def postgres_has_enough_connections(pod: Pod) -> str | None:
+    """Limit the connections of all pods during a rollout to those of the server."""
+    per_pod = pod.settings.database_max_connections
+    available = pod.settings.postgres_max_connections
+    pods = 2 * pod.replicas + SURGE
+    connections = pods * per_pod + OTHER_CONNECTIONS
+    if connections <= available:
+        return None
+    return (
+        f"(2 x {pod.replicas} replicas + {SURGE}) x {per_pod} + {OTHER_CONNECTIONS} = "
+        f"{connections} connections exceed POSTGRES_MAX_CONNECTIONS={available}: "
+        "lower DATABASE_MAX_CONNECTIONS, or use PgBouncer"
+    )

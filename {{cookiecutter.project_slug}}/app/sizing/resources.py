@@ -1,4 +1,7 @@
-"""The CPUs and the memory that this process may use: the host's, or less where a control group says so."""
+"""The CPUs and the memory that this process may use.
+
+Those of the host, or less in a control group.
+"""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +12,7 @@ MEGABYTE = 1 << 20
 
 
 class Resources(NamedTuple):
-    """CPUs, fractions included, and memory in bytes; with where each was read."""
+    """CPUs, fractions included, and memory in bytes; with the source of each."""
 
     cpus: float
     memory_bytes: int
@@ -23,51 +26,81 @@ class Resources(NamedTuple):
 
 
 def detect_resources(root: Path = Path("/")) -> Resources:
-    """Read the limits below `root`: cgroup v1 and v2, every ancestor, since any of them may hold the limit.
+    """Return the lowest limits: of the host, and of the control groups below `root`.
 
-    `os.cpu_count()` and psutil know nothing of quotas: both say 2 in a container with 0.5 CPU and 256 MB.
+    Reads cgroup v1 and v2, and every ancestor, since any of them may have the limit.
+    `os.cpu_count()` and psutil ignore quotas: both report 2 CPUs in a container with 0.5 CPU.
     """
-    affinity = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    cpus = [(float(affinity), "the host's CPUs")]
-    memory = [(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "the host's memory")]
+    cpu_limits = [(float(_host_cpus()), "the host's CPUs")]
+    memory_limits = [(_host_memory_bytes(), "the host's memory")]
     for group in _groups(root):
-        v1 = f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
-        for text, source in (
-            (_read(group / "cpu.max"), "cgroup v2 cpu.max"),
-            (v1, "cgroup v1 cpu.cfs_quota_us"),
-        ):
-            quota, _, period = text.partition(" ")
-            cpus += (
-                [(int(quota) / int(period), source)] if quota.isdigit() and period.isdigit() else []
-            )
-        for text, source in (
-            (_read(group / "memory.max"), "cgroup v2 memory.max"),
-            (_read(group / "memory.limit_in_bytes"), "cgroup v1 memory.limit_in_bytes"),
-        ):
-            memory += [(int(text), source)] if text.isdigit() else []
-    (count, cpu_source), (size, memory_source) = min(cpus), min(memory)
-    return Resources(count, size, cpu_source, memory_source)
+        cpu_limit = _cpu_limit(group)
+        if cpu_limit is not None:
+            cpu_limits.append(cpu_limit)
+        memory_limit = _memory_limit(group)
+        if memory_limit is not None:
+            memory_limits.append(memory_limit)
+    cpus, cpu_source = min(cpu_limits)
+    memory_bytes, memory_source = min(memory_limits)
+    return Resources(cpus, memory_bytes, cpu_source, memory_source)
+
+
+def _host_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _host_memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Yield the folder of each control group of this process and of its ancestors, for v2 and each v1 controller."""
+    """Yield the directories of this process's control groups and their ancestors.
+
+    For v2, and for each v1 controller. In a cgroup namespace, /proc shows the path on the host and
+    the mount does not have it; the mount itself, its last ancestor, has the limit then.
+    """
     mounts = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        for mount in (
-            mounts / controllers,
-            *(mounts / name for name in controllers.split(",")),
-            mounts / "unified",
-        ):
-            folder = mount / path.lstrip(
-                "/"
-            )  # below a namespace /proc shows the host's path, but not the mount
-            yield from (group for group in (folder, *folder.parents) if group.is_relative_to(mount))
+        for name in (controllers, *controllers.split(","), "unified"):
+            mount = mounts / name
+            group = mount / path.lstrip("/")
+            for directory in (group, *group.parents):
+                if directory.is_relative_to(mount):
+                    yield directory
+
+
+def _cpu_limit(group: Path) -> tuple[float, str] | None:
+    """Return the CPU limit of a control group and its source, or None."""
+    quota, _, period = _read(group / "cpu.max").partition(" ")
+    source = "cgroup v2 cpu.max"
+    if not quota:
+        quota = _read(group / "cpu.cfs_quota_us")
+        period = _read(group / "cpu.cfs_period_us")
+        source = "cgroup v1 cpu.cfs_quota_us"
+    # No limit is "max" in v2, -1 in v1.
+    if quota.isdigit() and period.isdigit():
+        return int(quota) / int(period), source
+    return None
+
+
+def _memory_limit(group: Path) -> tuple[int, str] | None:
+    """Return the memory limit of a control group in bytes and its source, or None."""
+    limit = _read(group / "memory.max")
+    source = "cgroup v2 memory.max"
+    if not limit:
+        limit = _read(group / "memory.limit_in_bytes")
+        source = "cgroup v1 memory.limit_in_bytes"
+    # No limit is "max" in v2, and a number larger than any memory in v1.
+    if limit.isdigit():
+        return int(limit), source
+    return None
 
 
 def _read(path: Path) -> str:
+    """Return the text of a file, empty if there is none."""
     try:
         return path.read_text().strip()
     except OSError:

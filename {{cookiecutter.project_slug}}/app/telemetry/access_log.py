@@ -1,4 +1,7 @@
-"""Access lines: collected, and written together, since one write(2) for each costs more than making it."""
+"""Access lines: collected, and written together.
+
+A write(2) for each line costs more than to make the line.
+"""
 
 import asyncio
 import logging
@@ -13,28 +16,35 @@ import orjson
 from app.settings import Settings
 from app.telemetry import logs
 
-#: A pipe takes up to so many bytes whole, so that lines of several processes do not mix (POSIX, PIPE_BUF).
+#: Maximum size of a write that a pipe accepts whole, so that lines of several processes do not mix
+#: (POSIX, PIPE_BUF).
 CHUNK_BYTES = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
-#: What may wait for a reader that does not read; beyond it lines are dropped, and counted.
+#: Limit for chunks that wait for a slow reader. Beyond it, lines are dropped and counted.
 MAX_PENDING_BYTES = 1 << 20
-#: For which the end waits for a reader, at each part.
+#: Pause before pending chunks are written again, at least.
+MIN_RETRY_SECONDS = 0.1
+#: Time limit at shutdown for the reader, per chunk.
 CLOSE_MS = 500
 
 
 class AccessLog:
-    """Writes one line for each request, within `ACCESS_LOG_FLUSH_MS`."""
+    """Writes one line for each request, within `ACCESS_LOG_FLUSH_MS`.
+
+    Lines are collected in `chunk`. A full chunk becomes `pending`, and is written when stdout
+    accepts it: a reader that stalls must not stall the service.
+    """
 
     def __init__(self, settings: Settings, dropped: Callable[[int], None]) -> None:
-        """Take what is to be told the number of lines that were dropped."""
+        """`dropped` is called with the number of lines that were dropped."""
         self.logger = logging.getLogger("access")
         self.is_enabled = self.logger.isEnabledFor(logging.INFO)
         self.writes_json = logs.uses_json(settings)
         self.delay_seconds = settings.access_log_flush_ms / 1000
         self.dropped = dropped
-        constant: dict[str, Any] = {"level": "info", "logger": "access", "message": "request"}
-        constant |= {"service": settings.service_name, "pid": os.getpid()}
-        self.constant = b'Z",' + orjson.dumps(constant)[1:-1] + b","
-        self.second, self.head = 0, b""  # the start of a line changes once a second
+        # A line is: its time down to the second, the milliseconds, constant keys, the fields.
+        self.second = 0
+        self.time_prefix = b""
+        self.constant_keys = _constant_keys(settings)
         self.chunk = bytearray()
         self.pending: list[bytes] = []
         self.pending_bytes = 0
@@ -43,7 +53,10 @@ class AccessLog:
         self.stdout.register(1, select.POLLOUT)
 
     def write(self, fields: dict[str, Any]) -> None:
-        """Write a line with these fields, which must be what JSON knows; at once with a delay of 0."""
+        """Write a line with these fields, at once if the delay is 0.
+
+        Their values must be JSON types.
+        """
         if not self.is_enabled:
             return
         if not self.writes_json:
@@ -52,14 +65,11 @@ class AccessLog:
         now = time.time()
         second = int(now)
         if second != self.second:
-            self.second = second
-            self.head = time.strftime(
-                '{"timestamp":"%Y-%m-%dT%H:%M:%S.', time.gmtime(second)
-            ).encode()
+            self._start_second(second)
         line = b"%b%03d%b%b\n" % (
-            self.head,
+            self.time_prefix,
             (now - second) * 1000,
-            self.constant,
+            self.constant_keys,
             orjson.dumps(fields)[1:],
         )
         if len(self.chunk) + len(line) > CHUNK_BYTES:
@@ -70,8 +80,34 @@ class AccessLog:
         elif self.timer is None:
             self.timer = asyncio.get_running_loop().call_later(self.delay_seconds, self.flush)
 
+    def flush(self) -> None:
+        """Write all lines, as far as stdout accepts them."""
+        self.timer = None
+        if self.chunk:
+            self._seal_chunk()
+        else:
+            self._write_pending()
+        if self.pending:
+            delay_seconds = max(self.delay_seconds, MIN_RETRY_SECONDS)
+            self.timer = asyncio.get_running_loop().call_later(delay_seconds, self.flush)
+
+    def close(self) -> None:
+        """Write the remaining lines; drop and count those that stdout does not accept."""
+        self.flush()
+        while self.pending and self.stdout.poll(CLOSE_MS):
+            self._write_pending()
+        for chunk in self.pending:
+            self.dropped(chunk.count(b"\n"))
+        self.pending.clear()
+
+    def _start_second(self, second: int) -> None:
+        """Render the time of the lines of this second, once for all of them."""
+        self.second = second
+        template = '{"timestamp":"%Y-%m-%dT%H:%M:%S.'
+        self.time_prefix = time.strftime(template, time.gmtime(second)).encode()
+
     def _seal_chunk(self) -> None:
-        """Pass on what is full. A reader that does not read must not stop the service."""
+        """Move the chunk to the pending ones, or drop it at their limit; then write them."""
         if self.pending_bytes < MAX_PENDING_BYTES:
             self.pending.append(bytes(self.chunk))
             self.pending_bytes += len(self.chunk)
@@ -81,35 +117,28 @@ class AccessLog:
         self._write_pending()
 
     def _write_pending(self) -> None:
+        """Write the pending chunks until stdout would block."""
         written = 0
         for chunk in self.pending:
             if not self.stdout.poll(0):
                 break
             try:
                 logs.write_stdout(chunk)
-            except OSError:  # nobody will ever read it
+            except OSError:  # the reader is gone
                 self.dropped(chunk.count(b"\n"))
             written += 1
             self.pending_bytes -= len(chunk)
         del self.pending[:written]
 
-    def flush(self) -> None:
-        """Write all lines, as far as somebody reads them."""
-        self.timer = None
-        if self.chunk:
-            self._seal_chunk()
-        else:
-            self._write_pending()
-        if self.pending:
-            self.timer = asyncio.get_running_loop().call_later(
-                max(self.delay_seconds, 0.1), self.flush
-            )
 
-    def close(self) -> None:
-        """Write what is left, as long as it is read; what is not is dropped, and counted."""
-        self.flush()
-        while self.pending and self.stdout.poll(CLOSE_MS):
-            self._write_pending()
-        for chunk in self.pending:
-            self.dropped(chunk.count(b"\n"))
-        self.pending.clear()
+def _constant_keys(settings: Settings) -> bytes:
+    """Return the part between the milliseconds and the fields."""
+    keys: dict[str, Any] = {
+        "level": "info",
+        "logger": "access",
+        "message": "request",
+        "service": settings.service_name,
+        "pid": os.getpid(),
+    }
+    without_braces = orjson.dumps(keys)[1:-1]
+    return b'Z",' + without_braces + b","

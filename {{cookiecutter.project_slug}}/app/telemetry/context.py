@@ -1,11 +1,15 @@
-"""The IDs of the request that is being served: in every log line, in every problem, in every call of another service."""
+"""The IDs of the current request.
+
+They are in every log line, in every problem, and in every call of another service.
+"""
 
 from contextvars import ContextVar
 
-#: What every line written during a request carries: `request_id`, and the ids of the trace if there is one.
+#: The keys that every log line of a request has: `request_id`, and the IDs of the trace if any.
 request_context: ContextVar[dict[str, str] | None] = ContextVar("request_context", default=None)
 
 
 def request_id() -> str:
-    """Return the ID of the request that is being served, or an empty text outside of one."""
-    return (request_context.get() or {}).get("request_id", "")
+    """Return the ID of the current request, or an empty string outside of one."""
+    context = request_context.get() or {}
+    return context.get("request_id", "")

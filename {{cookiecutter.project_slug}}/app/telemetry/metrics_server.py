@@ -1,7 +1,7 @@
-"""The metrics process: it adds up what all workers, dead and alive, have counted, on each scrape.
+"""The metrics process: it serves the sum of all workers, running and dead.
 
-Each worker writes its values to files in `PROMETHEUS_MULTIPROC_DIR`; this process, forked from the master, reads them.
-So a scrape costs no worker any time, and no public route shows them.
+Each worker writes its values to files in `PROMETHEUS_MULTIPROC_DIR`; this process, forked from the
+master, reads them. So a scrape costs the workers no time, and no public route shows the metrics.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from wsgiref.simple_server import WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -22,86 +22,114 @@ from app.setting_types import HostPort
 from app.settings import fail
 from app.telemetry.multiprocess import WorkersCollector, claim_directory
 
+#: How often the process checks that its parent is still running.
+PARENT_CHECK_SECONDS = 1.0
+#: The master's signals. A terminal or an init sends them to every process; this one ignores them.
+IGNORED_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+#: The signal with which `MetricsProcess.stop` ends the process.
+STOP_SIGNAL = signal.SIGALRM
 
-def _listen(address: HostPort, directory: Path) -> WSGIServer:
-    """Return a server of `GET /metrics` on `host:port`. Raises `OSError` if it cannot listen there."""
-    registry = CollectorRegistry()
-    registry.register(WorkersCollector(directory))
-    metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
-
-    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        status, text = "404 Not Found", b"metrics are at /metrics\n"
-        if environ["PATH_INFO"] == "/metrics":
-            try:
-                return metrics(environ, start_response)
-            except Exception:  # wsgiref would print the traceback, which is no line of the log
-                logging.getLogger("app.metrics").exception("a scrape failed")
-                status, text = "500 Internal Server Error", b"the scrape failed; the log says why\n"
-        start_response(status, [("Content-Type", "text/plain")])
-        return [text]
-
-    kind: type[WSGIServer] = type(
-        "Server", (ThreadingWSGIServer,), {"address_family": address.family}
-    )
-    return make_server(address.host, address.port, app, kind, _SilentHandler)
+WSGIApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
+logger = logging.getLogger("app.metrics")
 
 
 class MetricsProcess:
-    """Serves `GET /metrics` on `host:port` from a process that is forked from this one."""
+    """Serves `GET /metrics` on `host:port` from a child process."""
 
     def __init__(self, address: HostPort, directory: Path) -> None:
-        """Listen, and take the directory. Raises `SystemExit` with one line that names the setting in the way."""
+        """Listen on the address, and claim the directory.
+
+        Raises `SystemExit` with one line that identifies the setting, if one of the two fails.
+        """
         try:
             self.server = _listen(address, directory)
         except OSError as error:
             fail("METRICS_BIND", address, f"cannot listen there: {error.strerror}")
         try:
             self.owner = claim_directory(directory)
+        except BlockingIOError:
+            problem = "another instance uses it; set another directory"
+            fail("PROMETHEUS_MULTIPROC_DIR", directory, problem)
         except OSError as error:
-            why = (
-                "another instance uses it" if isinstance(error, BlockingIOError) else error.strerror
-            )
-            fail("PROMETHEUS_MULTIPROC_DIR", directory, f"{why}; set another directory")
+            problem = f"{error.strerror}; set another directory"
+            fail("PROMETHEUS_MULTIPROC_DIR", directory, problem)
         self.pid = 0
 
     def ensure(self, inherited: Iterable[Any] = ()) -> None:
-        """Start it, unless it runs. It closes the sockets that it has inherited, and ends with its parent."""
+        """Start the process unless it is running. It closes the `inherited` sockets."""
         if self._is_running():
             return
         parent = os.getpid()
         self.pid = os.fork()
-        if self.pid:
-            return
-        for listener in inherited:
-            listener.close()
-        # Signals are the master's, and a terminal or an init sends them to all: nobody sends this one.
-        for number in (
-            signal.SIGTERM,
-            signal.SIGINT,
-            signal.SIGHUP,
-            signal.SIGQUIT,
-            signal.SIGUSR1,
-            signal.SIGUSR2,
-        ):
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(0)
-
-    def _is_running(self) -> bool:
-        try:
-            if self.pid:
-                os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        return self.pid != 0
+        if self.pid == 0:
+            for listener in inherited:
+                listener.close()
+            self._serve(parent)
 
     def stop(self) -> None:
-        """End it, and free its address."""
+        """End the process, and release its address and its directory."""
         self.server.socket.close()
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self.pid, signal.SIGALRM)
+            os.kill(self.pid, STOP_SIGNAL)
             os.waitpid(self.pid, 0)
         self.owner.close()
+
+    def _is_running(self) -> bool:
+        if self.pid == 0:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _serve(self, parent: int) -> NoReturn:
+        """Serve, in the child, until it is stopped or its parent has ended."""
+        for number in IGNORED_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(STOP_SIGNAL, _exit)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        while os.getppid() == parent:
+            time.sleep(PARENT_CHECK_SECONDS)
+        os._exit(0)
+
+
+def _exit(*_: object) -> NoReturn:
+    """End a forked process without the master's `atexit` handlers."""
+    os._exit(0)
+
+
+def _listen(address: HostPort, directory: Path) -> WSGIServer:
+    """Return a server of `GET /metrics`. Raises `OSError` if it cannot listen there."""
+
+    class Server(ThreadingWSGIServer):
+        address_family = address.family
+
+    return make_server(address.host, address.port, _wsgi_app(directory), Server, _SilentHandler)
+
+
+def _wsgi_app(directory: Path) -> WSGIApp:
+    registry = CollectorRegistry()
+    registry.register(WorkersCollector(directory))
+    metrics: WSGIApp = make_wsgi_app(registry)
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        plain_text = [("Content-Type", "text/plain")]
+        if environ["PATH_INFO"] != "/metrics":
+            start_response("404 Not Found", plain_text)
+            return [b"metrics are at /metrics\n"]
+        try:
+            return metrics(environ, start_response)
+        except Exception:  # wsgiref would print the traceback, which is not a line of JSON
+            logger.exception("metrics scrape failed")
+            start_response("500 Internal Server Error", plain_text)
+            return [b"metrics scrape failed; see the log\n"]
+
+    return app

@@ -1,4 +1,7 @@
-"""The directory where workers keep their counts: owned by one instance, emptied of the dead, read on each scrape."""
+"""The directory of the workers' metrics files.
+
+One instance owns it, the counts of dead workers are archived in it, and each scrape reads it.
+"""
 
 import contextlib
 import fcntl
@@ -15,18 +18,17 @@ from prometheus_client.registry import Collector
 
 from app.telemetry.http_metrics import FLUSH_SECONDS
 
+#: Wait of a scrape for the counts that workers have not flushed yet.
+SCRAPE_DELAY_SECONDS = 1.5 * FLUSH_SECONDS
 
-@contextlib.contextmanager
-def _locked(directory: Path, operation: int) -> Iterator[None]:
-    with (directory / ".lock").open("a") as file:
-        fcntl.flock(file, operation)
-        yield
+logger = logging.getLogger("app.metrics")
 
 
 def claim_directory(directory: Path) -> IO[str]:
-    """Make the directory and empty it of an earlier run's files. Keep what this returns: it keeps other instances out.
+    """Create the directory, delete the files of an earlier run, return a lock.
 
-    Raises `OSError` if the directory cannot be used, or is another instance's: the two would erase each other's counts.
+    Keep the lock open: it keeps other instances out, which would delete the counts of this one.
+    Raises `OSError` if the directory cannot be used, `BlockingIOError` if another instance has it.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     owner = (directory / ".owner").open("a")
@@ -41,34 +43,61 @@ def claim_directory(directory: Path) -> IO[str]:
 
 
 def archive_worker(directory: Path, pid: int) -> None:
-    """Add a dead worker's counts to the archive and delete its files; what a killed one left half-written is lost.
+    """Add the counts of a dead worker to the archive, and delete its files.
 
-    prometheus_client keeps the files of the dead for ever: after 1,000 recycled workers a scrape takes 1.5 s.
+    prometheus_client keeps the files of dead workers: after 1,000 recycled workers a scrape takes
+    1.5 s. A file that a killed worker left half-written is lost, with a log line.
     """
     with _locked(directory, fcntl.LOCK_EX):
         for file in directory.glob(f"*_{pid}.db"):
-            kind, values = file.name.split("_")[0], []
+            kind = file.name.split("_")[0]
+            is_gauge = kind == "gauge"  # the value of a gauge ends with its process
             try:
-                values = list(MmapedDict.read_all_values_from_file(str(file)))
+                counts = _read_counts(file)
             except Exception:
-                logging.getLogger("app.metrics").exception("the counts in %s are lost", file.name)
-            if values and kind != "gauge":  # a gauge ends with its process
-                archive = MmapedDict(str(directory / f"{kind}_archive.db"))
-                for key, value, _, _ in values:
-                    archive.write_value(key, archive.read_value(key)[0] + value, 0.0)
-                archive.close()
+                logger.exception("metrics lost, cannot read %s", file.name)
+                counts = {}
+            if counts and not is_gauge:
+                _add_counts(directory / f"{kind}_archive.db", counts)
             file.unlink()
 
 
 class WorkersCollector(Collector):
-    """Collects the values of all workers, dead and alive."""
+    """Collects the values of all workers, running and dead."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def collect(self) -> Iterable[Metric]:  # noqa: D102
-        time.sleep(1.5 * FLUSH_SECONDS)  # what was answered before the scrape is in it
+        # Every response before the scrape is counted in it.
+        time.sleep(SCRAPE_DELAY_SECONDS)
         with _locked(self.directory, fcntl.LOCK_SH):
-            # A worker makes a file, and gives it its size a moment later: prometheus_client fails in between.
+            # A worker creates a file empty; prometheus_client fails until it has its size.
             files = [str(file) for file in self.directory.glob("*.db") if file.stat().st_size]
             return list(MultiProcessCollector.merge(files))
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, operation: int) -> Iterator[None]:
+    """Exclude scrapes while a worker is archived: it would be counted twice."""
+    with (directory / ".lock").open("a") as file:
+        fcntl.flock(file, operation)
+        yield
+
+
+def _read_counts(file: Path) -> dict[str, float]:
+    """Return the values of a file by key: metric and labels as JSON.
+
+    Raises `RuntimeError`, among others, if the file is damaged.
+    """
+    values = MmapedDict.read_all_values_from_file(str(file))
+    return {key: value for key, value, _, _ in values}
+
+
+def _add_counts(file: Path, counts: dict[str, float]) -> None:
+    """Add counts to those of an archive, which need not exist yet."""
+    archive = MmapedDict(str(file))
+    for key, count in counts.items():
+        total = archive.read_value(key)[0] + count
+        archive.write_value(key, total, 0.0)
+    archive.close()

@@ -1,4 +1,4 @@
-"""The pod is sized from the environment and from the limits of its control groups."""
+"""The size of a pod: detected resources, the plan, conflicting settings."""
 
 import subprocess
 import sys
@@ -14,82 +14,87 @@ from app.sizing.resources import Resources, detect_resources
 from tests.service_process import PROJECT
 
 MB = 1 << 20
+CGROUPS = "sys/fs/cgroup"
 
 
-def tree(root: Path, **files: str) -> Path:
-    """Write files below a root; `__` in a name stands for a slash."""
+def write_files(root: Path, files: dict[str, str]) -> None:
+    """Write files below a root; their names are paths."""
     for name, text in files.items():
-        path = root / name.replace("__", "/").replace("_dot_", ".")
+        path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return root
 
 
 def test_cgroup_v2_limits_are_read(tmp_path: Path) -> None:
-    group = "sys__fs__cgroup__pod"
-    tree(
-        tmp_path,
-        proc__self__cgroup="0::/pod\n",
-        **{f"{group}__cpu_dot_max": "50000 100000", f"{group}__memory_dot_max": str(256 * MB)},
-    )
-    machine = detect_resources(tmp_path)
-    assert (machine.cpus, machine.memory_bytes) == (0.5, 256 * MB)
-    assert (machine.cpu_source, machine.memory_source) == (
-        "cgroup v2 cpu.max",
-        "cgroup v2 memory.max",
-    )
+    files = {
+        "proc/self/cgroup": "0::/pod\n",
+        f"{CGROUPS}/pod/cpu.max": "50000 100000",
+        f"{CGROUPS}/pod/memory.max": str(256 * MB),
+    }
+    write_files(tmp_path, files)
+    resources = detect_resources(tmp_path)
+    assert resources.cpus == 0.5
+    assert resources.memory_bytes == 256 * MB
+    assert resources.cpu_source == "cgroup v2 cpu.max"
+    assert resources.memory_source == "cgroup v2 memory.max"
 
 
-def test_the_strictest_ancestor_counts(tmp_path: Path) -> None:
-    top = "sys__fs__cgroup__slice"
-    tree(
-        tmp_path,
-        proc__self__cgroup="0::/slice/pod\n",
-        **{f"{top}__cpu_dot_max": "25000 100000", f"{top}__pod__cpu_dot_max": "max 100000"},
-    )
+def test_lowest_limit_of_the_ancestors_is_used(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/slice/pod\n",
+        f"{CGROUPS}/slice/cpu.max": "25000 100000",
+        f"{CGROUPS}/slice/pod/cpu.max": "max 100000",
+    }
+    write_files(tmp_path, files)
     assert detect_resources(tmp_path).cpus == 0.25
 
 
-def test_in_a_cgroup_namespace_the_mount_itself_is_read(tmp_path: Path) -> None:
-    tree(
-        tmp_path,
-        proc__self__cgroup="0::/../../host/path\n",
-        sys__fs__cgroup__cpu_dot_max="10000 100000",
-    )
+def test_cgroup_namespace_uses_the_limit_of_the_mount(tmp_path: Path) -> None:
+    """/proc then shows the path on the host, which the mount does not have."""
+    files = {"proc/self/cgroup": "0::/../../host/path\n", f"{CGROUPS}/cpu.max": "10000 100000"}
+    write_files(tmp_path, files)
     assert detect_resources(tmp_path).cpus == 0.1
 
 
 def test_cgroup_v1_limits_are_read(tmp_path: Path) -> None:
-    cpu, memory = "sys__fs__cgroup__cpu,cpuacct__pod", "sys__fs__cgroup__memory__pod"
-    tree(
-        tmp_path,
-        proc__self__cgroup="4:memory:/pod\n3:cpu,cpuacct:/pod\n",
-        **{
-            f"{cpu}__cpu_dot_cfs_quota_us": "150000",
-            f"{cpu}__cpu_dot_cfs_period_us": "100000",
-            f"{memory}__memory_dot_limit_in_bytes": str(512 * MB),
-        },
-    )
-    machine = detect_resources(tmp_path)
-    assert (machine.cpus, machine.memory_bytes) == (
-        min(1.5, detect_resources(Path("/nowhere")).cpus),
-        512 * MB,
-    )
+    files = {
+        "proc/self/cgroup": "4:memory:/pod\n3:cpu,cpuacct:/pod\n",
+        f"{CGROUPS}/cpu,cpuacct/pod/cpu.cfs_quota_us": "150000",
+        f"{CGROUPS}/cpu,cpuacct/pod/cpu.cfs_period_us": "100000",
+        f"{CGROUPS}/memory/pod/memory.limit_in_bytes": str(512 * MB),
+    }
+    write_files(tmp_path, files)
+    resources = detect_resources(tmp_path)
+    host = detect_resources(Path("/nowhere"))
+    assert resources.cpus == min(1.5, host.cpus)
+    assert resources.memory_bytes == 512 * MB
+    assert resources.memory_source == "cgroup v1 memory.limit_in_bytes"
 
 
-def test_no_limit_means_the_host(tmp_path: Path) -> None:
-    cpu, memory = "sys__fs__cgroup__cpu", "sys__fs__cgroup__memory"
-    tree(
-        tmp_path,
-        proc__self__cgroup="4:memory:/\n3:cpu:/\n",
-        **{
-            f"{cpu}__cpu_dot_cfs_quota_us": "-1",
-            f"{cpu}__cpu_dot_cfs_period_us": "100000",
-            f"{memory}__memory_dot_limit_in_bytes": str((1 << 63) - 4096),
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "proc/self/cgroup": "4:memory:/\n3:cpu:/\n",
+            f"{CGROUPS}/cpu/cpu.cfs_quota_us": "-1",
+            f"{CGROUPS}/cpu/cpu.cfs_period_us": "100000",
+            f"{CGROUPS}/memory/memory.limit_in_bytes": str((1 << 63) - 4096),
         },
-    )
-    machine = detect_resources(tmp_path)
-    assert (machine.cpu_source, machine.memory_source) == ("the host's CPUs", "the host's memory")
+        {
+            "proc/self/cgroup": "0::/pod\n",
+            f"{CGROUPS}/pod/cpu.max": "max 100000",
+            f"{CGROUPS}/pod/memory.max": "max",
+        },
+    ],
+    ids=["v1", "v2"],
+)
+def test_resources_of_the_host_are_used_without_limits(
+    tmp_path: Path, files: dict[str, str]
+) -> None:
+    write_files(tmp_path, files)
+    resources = detect_resources(tmp_path)
+    assert resources.cpu_source == "the host's CPUs"
+    assert resources.memory_source == "the host's memory"
 
 
 @pytest.mark.parametrize(
@@ -108,24 +113,30 @@ def test_no_limit_means_the_host(tmp_path: Path) -> None:
         (8, 512, {"worker_memory_mb": 60}, 5),
     ],
 )
-def test_workers(cpus: float, megabytes: int, settings: dict[str, Any], workers: int) -> None:
-    assert plan_workers(Settings(**settings), Resources(cpus, megabytes * MB)).workers == workers
+def test_number_of_workers(
+    cpus: float, megabytes: int, settings: dict[str, Any], workers: int
+) -> None:
+    resources = Resources(cpus, megabytes * MB)
+    assert plan_workers(Settings(**settings), resources).workers == workers
 
 
-def test_the_budget_is_divided_by_the_workers() -> None:
-    machine = Resources(4, 8192 * MB)
-    assert plan_workers(Settings(), machine).connections_per_worker == 2
-    assert plan_workers(Settings(database_max_connections=20), machine).connections_per_worker == 5
-    assert plan_workers(Settings(database_max_connections=1), machine).connections_per_worker == 2
+@pytest.mark.parametrize(
+    ("settings", "connections"),
+    [({}, 2), ({"database_max_connections": 20}, 5), ({"database_max_connections": 1}, 2)],
+)
+def test_connections_are_divided_among_the_workers(
+    settings: dict[str, Any], connections: int
+) -> None:
+    resources = Resources(4, 8192 * MB)
+    assert plan_workers(Settings(**settings), resources).connections_per_worker == connections
 
 
 @pytest.mark.parametrize("cpus", [0.5, 1, 2, 4])
-def test_the_defaults_are_coherent(cpus: float) -> None:
-    machine = Resources(cpus, 2048 * MB)
-    assert (
-        check_settings(Settings(), machine, plan_workers(Settings(), machine).workers, replicas=10)
-        == []
-    )
+def test_defaults_pass_every_check(cpus: float) -> None:
+    settings = Settings()
+    resources = Resources(cpus, 2048 * MB)
+    workers = plan_workers(settings, resources).workers
+    assert check_settings(settings, resources, workers, replicas=10) == []
 
 
 @pytest.mark.parametrize(
@@ -135,31 +146,35 @@ def test_the_defaults_are_coherent(cpus: float) -> None:
         ({"worker_memory_mb": 900}, "2 workers need 1880 MB"),
         ({"worker_memory_mb": 2000, "web_concurrency": 1}, "raise the memory limit"),
         ({"worker_timeout_seconds": 0}, "WORKER_TIMEOUT_SECONDS=0"),
+        ({"worker_timeout_seconds": 29}, "WORKER_TIMEOUT_SECONDS=29"),
         (
             {"request_timeout_seconds": 34},
-            "are over GRACEFUL_TIMEOUT_SECONDS=50, so the last requests are cut off",
+            "exceed GRACEFUL_TIMEOUT_SECONDS=50, so the last requests are cut off",
         ),
         (
             {"database_command_timeout_seconds": 29},
-            "= 30 do not fit into REQUEST_TIMEOUT_SECONDS=30",
+            "= 30 must be less than REQUEST_TIMEOUT_SECONDS=30",
         ),
         ({"termination_grace_seconds": 59}, "SIGKILL comes first"),
         ({"max_requests": 0}, "MAX_REQUESTS=0"),
         ({"max_requests_jitter": 0}, "MAX_REQUESTS_JITTER=0"),
-        ({"database_max_connections": 3}, "under two for each of 2 workers"),
+        ({"database_max_connections": 3}, "less than two for each of 2 workers"),
         (
             {"postgres_max_connections": 171},
             "= 172 connections exceed POSTGRES_MAX_CONNECTIONS=171",
         ),
     ],
 )
-def test_each_incoherence_is_named(settings: dict[str, Any], words: str) -> None:
-    chosen, machine = Settings(**settings), Resources(2, 2048 * MB)
-    found = check_settings(chosen, machine, chosen.web_concurrency or 2, replicas=10)
-    assert [text for text in found if words in text] == found[:1]
+def test_each_conflict_is_reported(settings: dict[str, Any], words: str) -> None:
+    conflicting = Settings(**settings)
+    resources = Resources(2, 2048 * MB)
+    workers = conflicting.web_concurrency or 2
+    (problem,) = check_settings(conflicting, resources, workers, replicas=10)
+    assert words in problem
 
 
 def doctor(*options: str) -> tuple[int, str]:
+    """Run `python -m app.sizing`; return its exit code and its output."""
     command = [sys.executable, "-m", "app.sizing", *options]
     done = subprocess.run(
         command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
@@ -167,15 +182,19 @@ def doctor(*options: str) -> tuple[int, str]:
     return done.returncode, done.stdout.decode()
 
 
-def test_the_doctor_explains_its_plan() -> None:
+def test_doctor_explains_the_plan() -> None:
     code, text = doctor("--cpus", "2", "--memory-mb", "2048")
     assert code == 0
+    assert "2 CPUs, 2048 MB, up to 10 pods" in text
     assert "workers      2: 2 CPUs (given) x WORKERS_PER_CORE=1" in text
     assert "no warnings" in text
 
 
-def test_the_doctor_names_all_faults_of_a_plan() -> None:
-    options = "--workers 17 --timeout 10 --max-requests 0 --graceful-timeout 60 --grace 30 --cpus 2 --memory-mb 2048"
+def test_doctor_reports_all_conflicts() -> None:
+    options = (
+        "--workers 17 --timeout 10 --max-requests 0 --graceful-timeout 60 --grace 30 "
+        "--cpus 2 --memory-mb 2048"
+    )
     code, text = doctor(*options.split())
     assert code == 1
     for words in (
@@ -188,9 +207,17 @@ def test_the_doctor_names_all_faults_of_a_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [("--cpus", "nan"), ("--workers", "0"), ("--timeout", "soon"), ("--memory-mb", "0")]
+    "options",
+    [
+        ("--cpus", "nan"),
+        ("--cpus", "many"),
+        ("--workers", "0"),
+        ("--timeout", "soon"),
+        ("--memory-mb", "0"),
+        ("--replicas", "1.5"),
+    ],
 )
-def test_the_doctor_refuses_nonsense_in_one_line(options: tuple[str, str]) -> None:
+def test_doctor_rejects_invalid_options_in_one_line(options: tuple[str, str]) -> None:
     code, text = doctor(*options)
     assert code in {1, 2}
     assert "Traceback" not in text

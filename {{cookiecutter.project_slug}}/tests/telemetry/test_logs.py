@@ -1,4 +1,4 @@
-"""Every line is one JSON object, whatever is logged; on a terminal lines are for people."""
+"""Log lines: one JSON object each for any content, and plain text on a terminal."""
 
 import json
 import logging
@@ -15,45 +15,10 @@ from app.telemetry import logs
 from app.telemetry.access_log import AccessLog
 from app.telemetry.context import request_context
 
-Read = Callable[[], list[dict[str, object]]]
+ReadLines = Callable[[], list[dict[str, object]]]
 
-
-@pytest.fixture
-def lines(capfd: pytest.CaptureFixture[str]) -> Iterator[Read]:
-    """Configure logging as the service does, put everything back, and return a reader of the lines."""
-    root, hooks = logging.getLogger(), (sys.excepthook, threading.excepthook, sys.unraisablehook)
-    handlers, level = root.handlers[:], root.level
-    logs.configure(Settings(log_format="json", service_name="orders"))
-    yield lambda: [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    logging.captureWarnings(capture=False)
-    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
-    root.handlers, root.level = handlers, level
-
-
-def test_a_line_has_the_agreed_keys(lines: Read) -> None:
-    logging.getLogger("some.library").warning("disk %s", "full", extra={"free_bytes": 0})
-    (line,) = lines()
-    assert str(line.pop("timestamp")).endswith("Z")
-    assert isinstance(line.pop("pid"), int)
-    expected = {
-        "level": "warning",
-        "logger": "some.library",
-        "message": "disk full",
-        "service": "orders",
-        "free_bytes": 0,
-    }
-    assert line == expected
-
-
-def test_an_exception_is_an_object(lines: Read) -> None:
-    try:
-        raise ValueError("a\nb")
-    except ValueError:
-        logging.getLogger("app").exception("failed")
-    exception = lines()[0]["exception"]
-    assert isinstance(exception, dict)
-    assert (exception["type"], exception["message"]) == ("ValueError", "a\nb")
-    assert exception["traceback"].startswith("Traceback")
+CIRCULAR: list[object] = []
+CIRCULAR.append(CIRCULAR)
 
 
 class Unprintable:
@@ -61,37 +26,82 @@ class Unprintable:
         raise RuntimeError
 
 
-CIRCLE: list[object] = []
-CIRCLE.append(CIRCLE)
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
 
 
-def test_fields_of_a_caller_do_not_pass_for_our_own(lines: Read) -> None:
+@pytest.fixture
+def lines(capfd: pytest.CaptureFixture[str]) -> Iterator[ReadLines]:
+    """Configure logging as the service does, and return a reader of its lines.
+
+    Restores the logging of the test run afterwards.
+    """
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    level = root.level
+    hooks = (sys.excepthook, threading.excepthook, sys.unraisablehook)
+    logs.configure(Settings(log_format="json", service_name="orders"))
+    yield lambda: [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    logging.captureWarnings(capture=False)
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+    root.handlers = handlers
+    root.level = level
+
+
+def test_line_has_the_documented_keys(lines: ReadLines) -> None:
+    logging.getLogger("some.library").warning("disk %s", "full", extra={"free_bytes": 0})
+    (line,) = lines()
+    assert str(line.pop("timestamp")).endswith("Z")
+    assert isinstance(line.pop("pid"), int)
+    assert line == {
+        "level": "warning",
+        "logger": "some.library",
+        "message": "disk full",
+        "service": "orders",
+        "free_bytes": 0,
+    }
+
+
+def test_exception_is_an_object(lines: ReadLines) -> None:
+    try:
+        raise ValueError("a\nb")
+    except ValueError:
+        logging.getLogger("app").exception("failed")
+    exception = lines()[0]["exception"]
+    assert isinstance(exception, dict)
+    assert exception["type"] == "ValueError"
+    assert exception["message"] == "a\nb"
+    assert exception["traceback"].startswith("Traceback")
+
+
+def test_extra_cannot_override_reserved_keys(lines: ReadLines) -> None:
     names = ("level", "logger", "service", "pid", "timestamp", "seconds", "request_id")
     logging.getLogger("app").info("odd", extra=dict.fromkeys(names, "forged"))
     (line,) = lines()
-    assert (line["level"], line["logger"], line["service"]) == ("info", "app", "orders")
-    assert line["extra_level"] == line["seconds"] == "forged"
+    assert line["level"] == "info"
+    assert line["logger"] == "app"
+    assert line["service"] == "orders"
+    assert line["extra_level"] == "forged"
+    assert line["seconds"] == "forged"
     assert "request_id" not in line
 
 
-def test_an_exception_that_cannot_be_printed_is_a_line_all_the_same(lines: Read) -> None:
-    class EvilError(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError
-
+def test_unprintable_exception_is_logged(lines: ReadLines) -> None:
     try:
-        raise EvilError
-    except EvilError:
+        raise UnprintableError
+    except UnprintableError:
         logging.getLogger("app").exception("failed", stack_info=True)
     (line,) = lines()
-    assert "EvilError that cannot be printed" in str(line["exception"])
+    assert "UnprintableError that cannot be printed" in str(line["exception"])
     assert "Stack" in str(line["stack"])
 
 
 @pytest.mark.parametrize(
-    "value", [Unprintable(), CIRCLE, "\udcff", 2**70, object(), {1: b"x"}, float("nan"), "\x00\r\n"]
+    "value",
+    [Unprintable(), CIRCULAR, "\udcff", 2**70, object(), {1: b"x"}, float("nan"), "\x00\r\n"],
 )
-def test_whatever_is_logged_is_one_line_of_json(lines: Read, value: object) -> None:
+def test_any_value_is_logged_as_one_json_line(lines: ReadLines, value: object) -> None:
     logging.getLogger("app").info("odd", extra={"value": value})
     assert len(lines()) == 1
 
@@ -106,7 +116,7 @@ def test_whatever_is_logged_is_one_line_of_json(lines: Read, value: object) -> N
         "quote: a://b:x'hunter2@c",
     ],
 )
-def test_the_password_of_a_url_is_hidden(lines: Read, text: str) -> None:
+def test_password_of_a_url_is_redacted(lines: ReadLines, text: str) -> None:
     try:
         raise OSError(text)
     except OSError:
@@ -116,7 +126,7 @@ def test_the_password_of_a_url_is_hidden(lines: Read, text: str) -> None:
     assert ":***@" in line
 
 
-def test_a_line_of_a_request_carries_its_id(lines: Read) -> None:
+def test_line_of_a_request_has_its_request_id(lines: ReadLines) -> None:
     token = request_context.set({"request_id": "abc"})
     logging.getLogger("app").info("inside")
     request_context.reset(token)
@@ -124,7 +134,7 @@ def test_a_line_of_a_request_carries_its_id(lines: Read) -> None:
     assert [line.get("request_id") for line in lines()] == ["abc", None]
 
 
-def test_uncaught_exceptions_and_warnings_are_lines_too(lines: Read) -> None:
+def test_uncaught_exceptions_and_warnings_are_logged(lines: ReadLines) -> None:
     error = RuntimeError("boom")
     sys.excepthook(RuntimeError, error, None)
     threading.excepthook(threading.ExceptHookArgs((RuntimeError, error, None, None)))
@@ -135,36 +145,35 @@ def test_uncaught_exceptions_and_warnings_are_lines_too(lines: Read) -> None:
     assert levels == ["critical", "critical", "warning"]
 
 
-def test_a_handler_that_cannot_write_does_not_stop_the_service(
-    lines: Read, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_failed_write_is_reported_on_stderr_and_not_raised(
+    lines: ReadLines, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def full(_: int, __: bytes) -> int:
+    def write(_: int, __: bytes) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.write", full)
+    monkeypatch.setattr("os.write", write)
     logging.getLogger("app").info("lost")
     assert "No space left" in capfd.readouterr().err
 
 
-def test_on_a_terminal_lines_are_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_plain_text_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.isatty", lambda _: True)
-    settings = Settings()
-    assert not logs.uses_json(settings)
+    assert not logs.uses_json(Settings())
     assert logs.uses_json(Settings(log_format="json"))
     formatter = logs.ConsoleFormatter("%(levelname)s %(name)s: %(message)s")
-    record = logging.makeLogRecord(
-        {"name": "app", "levelname": "INFO", "msg": "redis://a:pw@b", "reason": "x"}
-    )
+    values = {"name": "app", "levelname": "INFO", "msg": "redis://a:pw@b", "reason": "x"}
+    record = logging.makeLogRecord(values)
     assert formatter.format(record) == "INFO app: redis://a:***@b reason=x\n"
 
 
-async def test_a_reader_that_is_gone_costs_lines_and_no_request(settings: Settings) -> None:
+async def test_closed_stdout_drops_access_lines_but_no_requests(settings: Settings) -> None:
+    """A write to a pipe without a reader fails: the line is dropped and counted."""
     dropped: list[int] = []
-    reading, writing = os.pipe()
-    os.close(reading)
+    reading_end, writing_end = os.pipe()
+    os.close(reading_end)
     stdout = os.dup(1)
     try:
-        os.dup2(writing, 1)
+        os.dup2(writing_end, 1)
         AccessLog(settings, dropped.append).write({"path": "/"})
     finally:
         os.dup2(stdout, 1)

@@ -1,4 +1,4 @@
-"""Probes: cheap, bounded, and about this process; readiness alone looks at dependencies."""
+"""The probes. Only readiness checks the dependencies, with a bounded delay."""
 
 import asyncio
 import logging
@@ -15,11 +15,24 @@ from app.web.health import Health
 from tests.conftest import InProcess
 
 
-def checker(*checks: health.Check, **settings: object) -> Health:
-    """Return a started Health with checks named postgres and redis, in that order."""
-    chosen = Settings(**settings)  # type: ignore[arg-type]
+async def healthy() -> None:
+    """A dependency that responds."""
+
+
+async def failing() -> None:
+    """A dependency that fails, with a text that no client may see."""
+    raise OSError("secret")
+
+
+async def hung() -> None:
+    """A dependency that does not respond."""
+    await asyncio.sleep(60)
+
+
+def started_health(*checks: health.Check, **settings: object) -> Health:
+    """Return the health of a started process; `checks`: of Postgres, then of Redis."""
     found = Health(
-        chosen,
+        Settings(**settings),  # type: ignore[arg-type]
         dict(zip(("postgres", "redis"), checks, strict=False)),
         Lifecycle(),
         Gauge("up", "", ["dependency"], registry=None),
@@ -28,64 +41,52 @@ def checker(*checks: health.Check, **settings: object) -> Health:
     return found
 
 
-async def well() -> None:
-    """A dependency that answers."""
-
-
-async def broken() -> None:
-    raise OSError("secret")
-
-
-async def frozen() -> None:
-    await asyncio.sleep(60)
-
-
-async def test_ready_names_each_dependency() -> None:
-    status, body = await checker(well, well).readiness()
-    assert (status, body["status"]) == (200, "ready")
-    assert {name: check["status"] for name, check in body["checks"].items()} == {
-        "postgres": "healthy",
-        "redis": "healthy",
-    }
+async def test_readiness_reports_each_dependency() -> None:
+    status, body = await started_health(healthy, healthy).readiness()
+    assert status == 200
+    assert body["status"] == "ready"
+    statuses = {name: check["status"] for name, check in body["checks"].items()}
+    assert statuses == {"postgres": "healthy", "redis": "healthy"}
     assert body["checks"]["postgres"]["latency_ms"] >= 0
 
 
 @pytest.mark.parametrize(
     ("checks", "required", "status"),
     [
-        ((broken, well), ("postgres",), 503),
-        ((well, broken), ("postgres",), 200),
-        ((well, broken), ("postgres", "redis"), 503),
-        ((broken, broken), (), 200),
+        ((failing, healthy), ("postgres",), 503),
+        ((healthy, failing), ("postgres",), 200),
+        ((healthy, failing), ("postgres", "redis"), 503),
+        ((failing, failing), (), 200),
     ],
 )
-async def test_only_what_is_required_decides(
+async def test_only_required_dependencies_affect_readiness(
     checks: tuple[health.Check, ...], required: tuple[str, ...], status: int
 ) -> None:
-    found, body = await checker(*checks, readiness_required=required).readiness()
+    found, body = await started_health(*checks, readiness_required=required).readiness()
     assert found == status
     assert "secret" not in str(body)
     assert body["status"] == ("ready" if status == 200 else "not_ready")
 
 
-async def test_a_frozen_dependency_costs_its_timeout_once_for_all() -> None:
+async def test_dependencies_are_checked_concurrently() -> None:
+    """Two hung ones cost one timeout."""
     loop = asyncio.get_running_loop()
     start = loop.time()
-    status, _ = await checker(frozen, frozen, readiness_timeout_seconds=1).readiness()
+    status, _ = await started_health(hung, hung, readiness_timeout_seconds=1).readiness()
     assert status == 503
-    assert loop.time() - start < 1.9  # not 2: the checks run side by side
+    assert loop.time() - start < 1.9
 
 
-async def test_many_probes_share_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_concurrent_probes_share_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "CACHE_SECONDS", 60.0)
     calls = 0
 
-    async def counted() -> None:
+    async def count_calls() -> None:
         nonlocal calls
         calls += 1
         await asyncio.sleep(0.01)
 
-    found = checker(counted)
+    found = started_health(count_calls)
     await asyncio.gather(*(found.readiness() for _ in range(50)))
     await found.readiness()
     assert calls == 1
@@ -94,22 +95,24 @@ async def test_many_probes_share_one_check(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == 2
 
 
-async def test_a_probe_that_leaves_does_not_take_the_check_along() -> None:
-    found = checker(lambda: asyncio.sleep(0.05))
-    first, second = asyncio.create_task(found.readiness()), asyncio.create_task(found.readiness())
+async def test_cancelled_probe_does_not_cancel_the_shared_check() -> None:
+    found = started_health(lambda: asyncio.sleep(0.05))
+    first = asyncio.create_task(found.readiness())
+    second = asyncio.create_task(found.readiness())
     await asyncio.sleep(0.01)
     first.cancel()
-    assert (await second)[0] == 200
+    status, _ = await second
+    assert status == 200
 
 
-async def test_a_change_of_state_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+async def test_change_of_state_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "app.health")
-    state = [broken, broken, well, well, broken]
-    found = checker(lambda: state[0]())
-    while state:
+    checks = [failing, failing, healthy, healthy, failing]
+    found = started_health(lambda: checks[0]())
+    while checks:
         found.checked_at = float("-inf")
         await found.refresh()
-        state.pop(0)
+        checks.pop(0)
     assert caplog.messages == [
         "postgres unavailable: OSError",
         "postgres available again",
@@ -117,33 +120,36 @@ async def test_a_change_of_state_is_one_line(caplog: pytest.LogCaptureFixture) -
     ]
 
 
-async def test_a_draining_process_says_so_and_asks_nobody() -> None:
-    found = checker(frozen)
+async def test_draining_process_is_unready_without_checks() -> None:
+    found = started_health(hung)
     found.lifecycle.is_draining = lambda: True
     assert await found.readiness() == (503, {"status": "draining", "checks": {}})
 
 
-async def test_startup_waits_for_warm_ups_and_liveness_does_not(settings: Settings) -> None:
-    loaded = asyncio.Event()
+async def test_startup_waits_for_warm_ups_but_liveness_does_not(settings: Settings) -> None:
+    is_loaded = asyncio.Event()
 
     async def load(state: State) -> None:
         assert state["settings"] is settings
-        await loaded.wait()
+        await is_loaded.wait()
 
     async with InProcess(create_app(settings, [load])) as client:
         starting = await client.get("/health/startup")
-        assert (starting.status_code, starting.json()) == (503, {"status": "starting"})
+        assert starting.status_code == 503
+        assert starting.json() == {"status": "starting"}
         assert (await client.get("/health/live")).json() == {"status": "alive"}
         assert (await client.get("/health/ready")).json()["status"] == "not_ready"
-        loaded.set()
+
+        is_loaded.set()
         await asyncio.sleep(0.01)
         started = await client.get("/health/startup")
-        assert (started.status_code, started.json()) == (200, {"status": "started"})
-        assert (await client.get("/health/ready")).json()["status"] == "ready"
+        assert started.status_code == 200
+        assert started.json() == {"status": "started"}
         assert started.headers["cache-control"] == "no-store"
+        assert (await client.get("/health/ready")).json()["status"] == "ready"
 
 
-async def test_a_failed_warm_up_keeps_the_process_starting(
+async def test_failed_warm_up_keeps_the_process_starting(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def fail(_: State) -> None:
