@@ -89,6 +89,24 @@ class HttpResponseProtocol(HttpToolsProtocol):
         if self.cycle is not None:
             self.cycle.keep_alive = False
 
+    def withdraw_response(self, cycle: RequestResponseCycle) -> bool:
+        """Discard the response of a failed request if nothing is written; return whether it was.
+
+        Otherwise close, before the end of the response.
+        """
+        if cycle is not self.active_cycle or cycle.disconnected or cycle.response_complete:
+            return False
+        is_written = self.pending_headers == b""
+        if is_written:
+            cycle.disconnected = True  # uvicorn would log the error again
+            self.close()
+            return False
+        self.pending_headers = None
+        cycle.response_started = False
+        cycle.chunked_encoding = None
+        cycle.expected_content_length = 0
+        return True
+
     def abort_unfinished(self) -> None:
         """Abort a response that has begun but is incomplete or unread.
 
