@@ -24,7 +24,7 @@ def test_wrapped_application_is_served_and_shuts_down() -> None:
 
 @pytest.mark.parametrize("name", ["broken", "logger"])
 def test_application_that_cannot_start_ends_the_service(name: str) -> None:
-    """The ASGI specification, "Lifespan Protocol": a server may exit. Not start workers for ever."""
+    """The ASGI specification, "Lifespan Protocol": a failed start may end the server."""
     with serving(f"tests.fault_routes:{name}", WEB_CONCURRENCY="1") as service:
         assert service.process.wait(DEADLINE_SECONDS) != 0
         started = [each for each in service.text.splitlines() if "Booting worker" in each]

@@ -104,10 +104,10 @@ def create_mounted() -> FastAPI:
     return mounted
 
 
-inner = APIRouter(prefix="/inner")
+inner = APIRouter()
 inner.mount("/mounted", create_mounted())
 inner.add_route("/plain/{name}", plain)
-app.include_router(inner, prefix="/outer")
+app.include_router(inner, prefix="/outer/inner")
 app.mount("/tenants/{tenant}", create_mounted())
 app.mount("/zipped", GZipMiddleware(create_mounted()))
 app.mount("/static", StaticFiles(directory=Path(__file__).parent))
