@@ -188,3 +188,13 @@ wrapped = Wrapper(app)
 async def broken(scope: Scope, receive: Receive, send: Send) -> None:
     """Raise for every scope, the lifespan included."""
     raise RuntimeError(SENSITIVE_TEXT)
+
+
+async def separate(scope: Scope, receive: Receive, send: Send) -> None:
+    """Handle the lifespan itself, as `socketio.ASGIApp` does with `on_startup`."""
+    if scope["type"] != "lifespan":
+        await app(scope, receive, send)
+        return
+    for phase in ("startup", "shutdown"):
+        await receive()
+        await send({"type": f"lifespan.{phase}.complete"})
