@@ -4,6 +4,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app.web.limits import CLIENT_LEFT
+
 #: Seconds for which a closing connection is still read, and its input discarded, while the client
 #: sends. Otherwise the kernel resets the connection, and the client may lose the response
 #: (RFC 9112, section 9.6).
@@ -83,6 +85,8 @@ class HttpResponseProtocol(HttpToolsProtocol):
         if self.active_cycle is not None and not self.active_cycle.response_complete:
             self.active_cycle.disconnected = True
             self.active_cycle.message_event.set()
+            if not self.active_cycle.response_started:
+                self.active_cycle.scope["state"][CLIENT_LEFT] = True
 
     def close_after_response(self) -> None:
         """Close the connection after the newest request has its response."""
