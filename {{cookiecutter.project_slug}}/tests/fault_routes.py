@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import AsyncIterator
 
-from fastapi import BackgroundTasks, Request, Response, WebSocket
+from fastapi import BackgroundTasks, HTTPException, Request, Response, WebSocket
 from fastapi.responses import StreamingResponse
 
 from app.main import create_app
@@ -110,3 +110,54 @@ async def work(name: str, seconds: float) -> None:
     """Work for a while, then log it."""
     await asyncio.sleep(seconds)
     logger.info("%s done", name)
+
+
+@app.websocket("/websocket/bug")
+async def websocket_bug(websocket: WebSocket) -> None:
+    """Raise after the first message."""
+    await websocket.accept()
+    await websocket.receive_text()
+    raise RuntimeError(SENSITIVE_TEXT)
+
+
+@app.websocket("/websocket/careless")
+async def websocket_careless(websocket: WebSocket) -> None:
+    """Receive without a thought for the disconnection, as most handlers do."""
+    await websocket.accept()
+    while True:
+        await websocket.receive_text()
+
+
+@app.websocket("/websocket/late")
+async def websocket_late(websocket: WebSocket) -> None:
+    """Accept too late."""
+    await asyncio.sleep(60)
+    await websocket.accept()
+
+
+@app.websocket("/websocket/denied")
+async def websocket_denied(websocket: WebSocket) -> None:
+    """Close before the connection is accepted."""
+    await websocket.close()
+
+
+@app.websocket("/websocket/forbidden")
+async def websocket_forbidden() -> None:
+    """Raise an HTTP error before the connection is accepted."""
+    raise HTTPException(401, "Sign in first.")
+
+
+@app.websocket("/websocket/broken")
+async def websocket_broken() -> None:
+    """Raise before the connection is accepted."""
+    raise RuntimeError(SENSITIVE_TEXT)
+
+
+@app.websocket("/websocket/headers")
+async def websocket_headers(websocket: WebSocket) -> None:
+    """Send the number and size of the headers, the query, and a non-ASCII header back."""
+    await websocket.accept(headers=[(b"x-own", b"1")])
+    size = sum(len(value) for _, value in websocket.scope["headers"])
+    own = websocket.headers.get("x-own", "")
+    await websocket.send_json([len(websocket.scope["headers"]), size, websocket.url.query, own])
+    await websocket.close()
