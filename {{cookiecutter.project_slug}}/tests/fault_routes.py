@@ -161,3 +161,22 @@ async def websocket_headers(websocket: WebSocket) -> None:
     own = websocket.headers.get("x-own", "")
     await websocket.send_json([len(websocket.scope["headers"]), size, websocket.url.query, own])
     await websocket.close()
+
+
+@app.get("/large-stream")
+async def large_stream(megabytes: int) -> Response:
+    """Stream a large body in parts of 64 KiB."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(megabytes << 4):
+            yield bytes(1 << 16)
+
+    return StreamingResponse(parts())
+
+
+@app.websocket("/websocket/flood")
+async def websocket_flood(websocket: WebSocket) -> None:
+    """Send without end."""
+    await websocket.accept()
+    while True:
+        await websocket.send_bytes(bytes(1 << 16))

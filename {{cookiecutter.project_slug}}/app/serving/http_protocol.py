@@ -206,11 +206,14 @@ class HttpRequestProtocol(HttpResponseProtocol):
     def enforce_timeouts(self) -> None:
         """Close an idle connection; reject headers that arrive too slowly with 408.
 
-        To be called once a second: it counts its calls.
+        To be called once a second: it counts its calls. A connection over which a response moves
+        is not idle.
         """
-        if self.discards_input:
+        if self.transport.get_write_buffer_size():
+            self.enforce_delivery(self.settings.keepalive_seconds)
+        elif self.discards_input:
             return
-        if not self.has_complete_headers:
+        elif not self.has_complete_headers:
             self._enforce_header_timeout()
         elif self.cycle.response_complete:
             self._enforce_keepalive()

@@ -17,6 +17,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -32,7 +33,7 @@ from app.telemetry.context import request_context
 from app.telemetry.http_metrics import HttpMetrics
 from app.telemetry.logs import redact
 from app.web.headers import generate_request_ids, parse_headers
-from app.web.limits import Limits
+from app.web.limits import CONNECTION, Connection, Limits
 from app.web.problems import problem
 
 #: RFC 9110 and RFC 5789. Others are counted as `_OTHER`, or clients could invent time series.
@@ -43,6 +44,9 @@ _METHODS = frozenset(
 MAX_PATH = 1024
 #: nginx's status for a client that disconnected before the response.
 CLIENT_CLOSED_REQUEST = 499
+#: The bytes of a response from which on its access line waits until the client has received it:
+#: the default limit of a transport's buffer (asyncio, `set_write_buffer_limits`).
+LARGE_RESPONSE_BYTES = 1 << 16
 #: The close code of a WebSocket whose handler failed (RFC 6455, section 7.4.1).
 INTERNAL_ERROR = 1011
 #: The client has disconnected: Starlette's errors, and uvicorn's for a WebSocket.
@@ -133,10 +137,16 @@ class Exchange:
             request_id = (b"x-request-id", self.context["request_id"].encode())
             message["headers"] = [*message.get("headers", ()), request_id]
         else:
-            self.size_bytes += len(message.get("body", b""))
+            if self.size_bytes <= LARGE_RESPONSE_BYTES or not self._is_cut():
+                self.size_bytes += len(message.get("body", b""))
             if not message.get("more_body", False) and not self.is_finished:
                 self._finish()
         return self._send(message)
+
+    def _is_cut(self) -> bool:
+        """Whether the connection is lost: an application may still send for a while."""
+        connection: Connection | None = self.scope["state"].get(CONNECTION)
+        return connection is not None and connection.is_closing()
 
     def time_out(self) -> None:
         """Respond 504 and cancel the handler.
@@ -186,10 +196,19 @@ class Exchange:
         labels = (method if method in _METHODS else "_OTHER", route, status)
         middleware.metrics.record(labels, seconds)
         is_successful_probe = status < 400 and route.startswith("/health/")
-        if not is_successful_probe:
+        if is_successful_probe:
+            return
+        connection: Connection | None = None
+        if self.size_bytes > LARGE_RESPONSE_BYTES:
+            connection = self.scope["state"].get(CONNECTION)
+        if connection is None:
             self._log(method, route, status, seconds)
+        else:
+            connection.when_delivered(partial(self._log, method, route, status, seconds))
 
-    def _log(self, method: str, route: str, status: int, seconds: float) -> None:
+    def _log(
+        self, method: str, route: str, status: int, seconds: float, undelivered_bytes: int = 0
+    ) -> None:
         client = self.scope["client"]
         self.middleware.access_log.write(
             {
@@ -198,7 +217,7 @@ class Exchange:
                 "route": route,
                 "status": status,
                 "duration_ms": round(seconds * 1000, 3),
-                "response_bytes": self.size_bytes,
+                "response_bytes": max(self.size_bytes - undelivered_bytes, 0),
                 "client": client[0] if client else None,
                 **self.context,
             }
