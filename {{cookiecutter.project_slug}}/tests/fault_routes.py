@@ -7,11 +7,13 @@ import asyncio
 import atexit
 import logging
 import re
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 
 from fastapi import BackgroundTasks, HTTPException, Request, Response, WebSocket
 from fastapi.responses import StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.main import create_app
 from app.settings import load_settings
@@ -174,9 +176,85 @@ async def large_stream(megabytes: int) -> Response:
     return StreamingResponse(parts())
 
 
+@app.get("/raise")
+async def raise_error(kind: str) -> None:
+    """Raise an error that is not an `Exception`, or cancel this request."""
+    if kind == "cancel":
+        asyncio.current_task().cancel()  # type: ignore[union-attr]
+        await asyncio.sleep(0)
+    errors = {
+        "exit": SystemExit(1),
+        "interrupt": KeyboardInterrupt(),
+        "generator-exit": GeneratorExit(),
+        "cancelled": asyncio.CancelledError(),
+        "group": BaseExceptionGroup("several", [SystemExit(1), ValueError(SENSITIVE_TEXT)]),
+    }
+    raise errors[kind]
+
+
+@app.get("/raise-in-thread")
+def raise_in_thread() -> None:
+    """Exit, as a library for the command line does."""
+    sys.exit("no such option")
+
+
+@app.get("/exit-stream")
+async def exit_stream() -> Response:
+    """Exit after the first bytes of the body, in the task of the stream."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"half"
+        sys.exit(1)
+
+    return StreamingResponse(parts())
+
+
 @app.websocket("/websocket/flood")
 async def websocket_flood(websocket: WebSocket) -> None:
     """Send without end."""
     await websocket.accept()
     while True:
         await websocket.send_bytes(bytes(1 << 16))
+
+
+@app.get("/header")
+async def set_header(name: str, value: str) -> Response:
+    """Respond with any header."""
+    return Response("body", headers={name: value})
+
+
+@app.get("/status")
+async def set_status(status: int) -> Response:
+    """Respond with any status."""
+    return Response(status_code=status)
+
+
+async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+    """Respond with some of the messages of a response, given by the path: an ASGI application."""
+    start = {"type": "http.response.start", "status": 200, "headers": []}
+    body = {"type": "http.response.body", "body": b"half", "more_body": True}
+    messages = {"nothing": [], "start": [start], "half": [start, body], "body": [body]}
+    for message in messages[scope["path"].rpartition("/")[2]]:
+        await send(message)
+
+
+app.mount("/silent", silent)
+
+
+class Wrapper:
+    """An application around the service, without its attributes, such as `socketio.ASGIApp`."""
+
+    def __init__(self, other: ASGIApp) -> None:
+        self.other = other
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Pass everything on. Not a coroutine function."""
+        return self.other(scope, receive, send)
+
+
+wrapped = Wrapper(app)
+
+
+async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+    """Raise for every scope, the lifespan included."""
+    raise RuntimeError(SENSITIVE_TEXT)

@@ -125,7 +125,11 @@ class HttpRequestProtocol(HttpResponseProtocol):
     def _serve_without_upgrade(self, rest: bytes, rejected_status: int | None = None) -> None:
         """Parse the request again without its `Upgrade`, since the parser has skipped its body."""
         scope = self.scope
-        lines = [f"{scope['method']} ".encode(), self.url, f" HTTP/{scope['http_version']}".encode()]
+        lines = [
+            f"{scope['method']} ".encode(),
+            self.url,
+            f" HTTP/{scope['http_version']}".encode(),
+        ]
         for name, value in scope["headers"]:
             if name != b"upgrade":
                 lines += [b"\r\n", name, b": ", value]

@@ -8,8 +8,6 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app.web.limits import CONNECTION
-
 #: Seconds for which a closing connection is still read, and its input discarded, while the client
 #: sends. Otherwise the kernel resets the connection, and the client may lose the response
 #: (RFC 9112, section 9.6).
@@ -36,10 +34,8 @@ class HttpResponseProtocol(HttpToolsProtocol):
         #: The bytes that the kernel had not yet accepted when they were last measured.
         self.undelivered_bytes = 0
         self.moved_bytes = 0
-        #: Reports the delivery of a large response, which is awaited once it is written.
+        #: What waits for the delivery of a large response.
         self.report_delivery: Callable[[int], None] | None = None
-        self.awaits_delivery = False
-        self.app_state = {**self.app_state, CONNECTION: self}
 
     def write(self, data: bytes) -> None:
         """Write, or keep headers with a Content-Length until their body is written.
@@ -94,39 +90,29 @@ class HttpResponseProtocol(HttpToolsProtocol):
             self._start_asgi_task(self.active_cycle, app)
 
     def when_delivered(self, report: Callable[[int], None]) -> None:
-        """Call `report` with the bytes that the client did not receive of the current response.
+        """Call `report` with the bytes that the client did not receive of the latest response.
 
-        That is when the response is written but for 16 KiB, or when the connection is lost. To be
-        called at the latest before the last part of the response is sent.
+        That is when all of them are written but for 16 KiB, or when the connection is lost.
         """
-        if self.transport.is_closing() or self.active_cycle is None:
+        is_lost = self.parser is None
+        if is_lost or not self.flow.write_paused:
             report(self.undelivered_bytes)
             return
         self.report_delivery = report
-        self.active_cycle.on_response = self._on_large_response_complete
-
-    def _on_large_response_complete(self) -> None:
-        if self.flow.write_paused:
-            self.awaits_delivery = True
-            self.undelivered_bytes = self.transport.get_write_buffer_size()
-        else:
-            self._report_delivery(0)
-        self.on_response_complete()
+        self.undelivered_bytes = self.transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         """Resume writing: all but 16 KiB of what was written is with the kernel."""
         super().resume_writing()
         self.idle_seconds = 0
         self.undelivered_bytes = 0
-        if self.awaits_delivery:
-            self._report_delivery(0)
+        self._report_delivery()
 
-    def _report_delivery(self, undelivered_bytes: int) -> None:
+    def _report_delivery(self) -> None:
         report = self.report_delivery
         self.report_delivery = None
-        self.awaits_delivery = False
         if report is not None:
-            report(undelivered_bytes)
+            report(self.undelivered_bytes)
 
     def _kernel_bytes(self) -> int:
         """Return the bytes that the kernel has not yet delivered, sent or not."""
@@ -148,7 +134,7 @@ class HttpResponseProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Notify the request that is being served; drop the pipelined ones."""
-        self._report_delivery(self.undelivered_bytes)
+        self._report_delivery()
         super().connection_lost(exc)
         self.pipeline.clear()
         if self.active_cycle is not None and not self.active_cycle.response_complete:
@@ -159,6 +145,24 @@ class HttpResponseProtocol(HttpToolsProtocol):
         """Close the connection after the newest request has its response."""
         if self.cycle is not None:
             self.cycle.keep_alive = False
+
+    def withdraw_response(self, cycle: RequestResponseCycle) -> bool:
+        """Discard the response of a failed request if nothing is written; return whether it was.
+
+        Otherwise close, before the end of the response.
+        """
+        if cycle is not self.active_cycle or cycle.disconnected or cycle.response_complete:
+            return False
+        is_written = self.pending_headers == b""
+        if is_written:
+            cycle.disconnected = True  # uvicorn would log the error again
+            self.close()
+            return False
+        self.pending_headers = None
+        cycle.response_started = False
+        cycle.chunked_encoding = None
+        cycle.expected_content_length = 0
+        return True
 
     def abort_unfinished(self) -> None:
         """Abort a response that has begun but is incomplete or unread.

@@ -17,7 +17,7 @@ from types import FrameType
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
-from app.lifecycle import Lifecycle
+from app import lifecycle
 from app.serving import shared_flags
 from app.serving.http_protocol import HttpRequestProtocol, ServiceState
 from app.serving.listener import stop_accepting
@@ -51,8 +51,8 @@ class ServiceServer(Server):
     def __init__(self, worker: UvicornWorker) -> None:
         super().__init__(worker.config)
         self.worker = worker
-        self.settings: Settings = worker.wsgi.state.settings
-        self.lifecycle: Lifecycle = worker.wsgi.state.lifecycle
+        self.settings: Settings = worker.settings
+        self.lifecycle = lifecycle.PROCESS
         self.server_state = ServiceState(self.settings)
         #: By `time.monotonic()`, as all times here.
         self.shutdown_requested_at = math.inf

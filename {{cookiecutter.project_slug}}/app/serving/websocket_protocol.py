@@ -70,7 +70,9 @@ class ServiceWebSocket(WebSocketsSansIOProtocol):
         self.conn.events_received()
         url = httptools.parse_url(target)
         path = (url.path or b"/") + b"?" + (url.query or b"")
-        self.handle_connect(Request(path.decode("ascii", "backslashreplace"), self.handshake.headers))
+        self.handle_connect(
+            Request(path.decode("ascii", "backslashreplace"), self.handshake.headers)
+        )
         self.scope["headers"] = scope["headers"]
 
     def handle_parser_exception(self) -> None:

@@ -7,7 +7,6 @@ connections and rejects probes.
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 from starlette.types import Message, Receive, Scope
@@ -20,9 +19,6 @@ EXPIRY_SECONDS = 0.5
 #: The key of `scope["state"]` with which the protocol has a request rejected: its value is the
 #: status of the response.
 REJECTED_STATUS = "rejected_status"
-#: The key of `scope["state"]` with the `Connection` of the request. As it is no identifier, no
-#: attribute of `request.state` can replace it.
-CONNECTION = "http.connection"
 _DETAILS = {
     400: "The request is not valid HTTP.",
     408: "The request did not arrive in time.",
@@ -34,18 +30,8 @@ _DETAILS = {
 _CLOSE = {"Connection": "close"}
 _HEADERS = {
     # RFC 6455, section 4.4, and RFC 9110, section 15.5.22
-    426: {"Sec-WebSocket-Version": "13", "Upgrade": "websocket", "Connection": "Upgrade, close"},
+    426: {"Sec-WebSocket-Version": "13", "Upgrade": "websocket", "Connection": "Upgrade, close"}
 }
-
-
-class Connection(Protocol):
-    """The connection of a request, as far as the middleware needs it."""
-
-    def when_delivered(self, report: Callable[[int], None]) -> None:
-        """Call `report` with the bytes that the client did not receive of the response."""
-
-    def is_closing(self) -> bool:
-        """Return whether nothing can be written any more."""
 
 
 class Exchange(Protocol):

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from scripts.dev_services import Redis
-from tests.serving.raw_http import CLOSE, access_line, connect
 from tests.service_process import DEADLINE_SECONDS, Service, eventually, serving
+from tests.serving.raw_http import CLOSE, access_line, connect
 
 MEGABYTE = 1 << 20
 SIZE = 20 * MEGABYTE

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from scripts.dev_services import Redis
-from tests.serving.raw_http import CLOSE, access_line, assert_rejected, connect, headers_of, send
 from tests.service_process import Service, serving
+from tests.serving.raw_http import CLOSE, access_line, assert_rejected, connect, headers_of, send
 
 #: As curl and Java's client send it (RFC 7540, section 3.2).
 H2C = (

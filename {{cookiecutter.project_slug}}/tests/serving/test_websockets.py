@@ -9,15 +9,8 @@ from websockets.sync.client import connect as connect_websocket
 from websockets.sync.connection import Connection
 
 from scripts.dev_services import Redis
-from tests.serving.raw_http import (
-    access_line,
-    assert_rejected,
-    connect,
-    headers_of,
-    read_all,
-    send,
-)
 from tests.service_process import DEADLINE_SECONDS, Service, eventually, serving
+from tests.serving.raw_http import access_line, assert_rejected, connect, headers_of, read_all, send
 
 LIMITS = {
     "WEB_CONCURRENCY": "1",
@@ -90,7 +83,14 @@ def test_handshake_has_an_access_line_and_a_metric(service: Service) -> None:
         b"Upgrade: h2c\r\n",
         b"X-Own: \xe4\r\n",
     ],
-    ids=["cookie of 9 kB", "200 fields", "empty body", "two connections", "alternatives", "latin-1"],
+    ids=[
+        "cookie of 9 kB",
+        "200 fields",
+        "empty body",
+        "two connections",
+        "alternatives",
+        "latin-1",
+    ],
 )
 def test_handshake_within_the_limits_is_accepted(service: Service, fields: bytes) -> None:
     """The limit is `MAX_HEADER_BYTES`, as for each request, and no limit of a library."""
@@ -99,7 +99,10 @@ def test_handshake_within_the_limits_is_accepted(service: Service, fields: bytes
 
 def test_handler_receives_all_headers(service: Service) -> None:
     """ASGI, WebSocket connection scope: `headers` are the original values, in bytes."""
-    headers = {f"X-{number}": "a" for number in range(150)} | {"Cookie": "a" * 9000, "X-Own": "\xe4"}
+    headers = {f"X-{number}": "a" for number in range(150)} | {
+        "Cookie": "a" * 9000,
+        "X-Own": "\xe4",
+    }
     url = f"ws://127.0.0.1:{service.port}/websocket/headers?a=b"
     with connect_websocket(url, additional_headers=headers) as websocket:
         number, size, query, own = json.loads(websocket.recv(DEADLINE_SECONDS))
@@ -227,7 +230,9 @@ def test_bug_of_a_handler_closes_with_1011(service: Service) -> None:
     assert closed.value.rcvd is not None
     assert closed.value.rcvd.code == 1011
     eventually(lambda: [line for line in service.lines if "exception" in line])
-    (line,) = [line for line in service.lines if line.get("request_id") == "bug" and "exception" in line]
+    (line,) = [
+        line for line in service.lines if line.get("request_id") == "bug" and "exception" in line
+    ]
     assert line["level"] == "error"
     assert access_line(service, "bug")["status"] == 101
 
@@ -260,6 +265,9 @@ def test_invalid_frame_before_the_response_closes_the_connection(service: Servic
 
 
 def test_query_of_a_handshake_is_not_logged(service: Service) -> None:
-    echo(service, b"GET /echo?token=secret-token HTTP/1.1\r\nX-Request-ID: query\r\n" + FIELDS + b"\r\n")
+    echo(
+        service,
+        b"GET /echo?token=secret-token HTTP/1.1\r\nX-Request-ID: query\r\n" + FIELDS + b"\r\n",
+    )
     access_line(service, "query")
     assert "secret-token" not in service.text
