@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable
 
-from fastapi import BackgroundTasks, Request, Response, WebSocket
+from fastapi import BackgroundTasks, HTTPException, Request, Response, WebSocket
 from fastapi.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -114,6 +114,68 @@ async def work(name: str, seconds: float) -> None:
     logger.info("%s done", name)
 
 
+@app.websocket("/websocket/bug")
+async def websocket_bug(websocket: WebSocket) -> None:
+    """Raise after the first message."""
+    await websocket.accept()
+    await websocket.receive_text()
+    raise RuntimeError(SENSITIVE_TEXT)
+
+
+@app.websocket("/websocket/careless")
+async def websocket_careless(websocket: WebSocket) -> None:
+    """Receive without a thought for the disconnection, as most handlers do."""
+    await websocket.accept()
+    while True:
+        await websocket.receive_text()
+
+
+@app.websocket("/websocket/late")
+async def websocket_late(websocket: WebSocket) -> None:
+    """Accept too late."""
+    await asyncio.sleep(60)
+    await websocket.accept()
+
+
+@app.websocket("/websocket/denied")
+async def websocket_denied(websocket: WebSocket) -> None:
+    """Close before the connection is accepted."""
+    await websocket.close()
+
+
+@app.websocket("/websocket/forbidden")
+async def websocket_forbidden() -> None:
+    """Raise an HTTP error before the connection is accepted."""
+    raise HTTPException(401, "Sign in first.")
+
+
+@app.websocket("/websocket/broken")
+async def websocket_broken() -> None:
+    """Raise before the connection is accepted."""
+    raise RuntimeError(SENSITIVE_TEXT)
+
+
+@app.websocket("/websocket/headers")
+async def websocket_headers(websocket: WebSocket) -> None:
+    """Send the number and size of the headers, the query, and a non-ASCII header back."""
+    await websocket.accept(headers=[(b"x-own", b"1")])
+    size = sum(len(value) for _, value in websocket.scope["headers"])
+    own = websocket.headers.get("x-own", "")
+    await websocket.send_json([len(websocket.scope["headers"]), size, websocket.url.query, own])
+    await websocket.close()
+
+
+@app.get("/large-stream")
+async def large_stream(megabytes: int) -> Response:
+    """Stream a large body in parts of 64 KiB."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(megabytes << 4):
+            yield bytes(1 << 16)
+
+    return StreamingResponse(parts())
+
+
 @app.get("/raise")
 async def raise_error(kind: str) -> None:
     """Raise an error that is not an `Exception`, or cancel this request."""
@@ -145,6 +207,14 @@ async def exit_stream() -> Response:
         sys.exit(1)
 
     return StreamingResponse(parts())
+
+
+@app.websocket("/websocket/flood")
+async def websocket_flood(websocket: WebSocket) -> None:
+    """Send without end."""
+    await websocket.accept()
+    while True:
+        await websocket.send_bytes(bytes(1 << 16))
 
 
 @app.get("/header")

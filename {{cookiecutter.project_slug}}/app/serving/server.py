@@ -23,6 +23,7 @@ from app import lifecycle
 from app.serving import shared_flags
 from app.serving.http_protocol import HttpRequestProtocol, ServiceState
 from app.serving.listener import stop_accepting
+from app.serving.websocket_protocol import ServiceWebSocket
 from app.settings import Settings
 
 #: How long a worker that retires alone keeps listening: its replacement needs that to start.
@@ -91,8 +92,9 @@ class ServiceServer(Server):
         self._notice_shutdown()
         self._request_replacement_when_due()
         if counter % TICKS_PER_SECOND == 0:
-            for connection in self._http_connections():
-                connection.enforce_timeouts()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, HttpRequestProtocol | ServiceWebSocket):
+                    connection.enforce_timeouts()
         self.should_exit = time.monotonic() >= self._stop_at()
         return await super().on_tick(counter)
 

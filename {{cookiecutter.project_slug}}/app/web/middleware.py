@@ -1,5 +1,7 @@
 """The outermost ASGI middleware: it wraps the finished application, and every request.
 
+The handshake of a WebSocket is a request too.
+
 In this order:
 
 1. parse the headers: request ID, trace, length of the body
@@ -13,15 +15,19 @@ One middleware and not five: fused they keep 0.88 of bare FastAPI's throughput, 
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+from uvicorn.protocols.utils import ClientDisconnected
 
 from app.errors import ServiceError
 from app.lifecycle import Lifecycle
@@ -44,13 +50,20 @@ _METHODS = frozenset(
 MAX_PATH = 1024
 #: nginx's status for a client that disconnected before the response.
 CLIENT_CLOSED_REQUEST = 499
+#: The bytes of a response from which on its access line waits until the client has received it:
+#: the default limit of a transport's buffer (asyncio, `set_write_buffer_limits`).
+LARGE_RESPONSE_BYTES = 1 << 16
+#: The close code of a WebSocket whose handler failed (RFC 6455, section 7.4.1).
+INTERNAL_ERROR = 1011
+#: The client has disconnected: Starlette's errors, and uvicorn's for a WebSocket.
+_DISCONNECTS = (ClientDisconnect, WebSocketDisconnect, ClientDisconnected)
 
 _with_proxy_headers: Callable[[ASGIApp, str], ASGIApp] = ProxyHeadersMiddleware  # type: ignore[assignment]
 logger = logging.getLogger("app.observe")
 
 
 class RequestMiddleware:
-    """Handles each HTTP request as an `Exchange`; passes other scopes through.
+    """Handles each request as an `Exchange`, each WebSocket as a `Handshake`.
 
     `cors` is the application's middleware for CORS, if it has one. Its headers are added to the
     responses that it has not seen, such as rejections.
@@ -73,12 +86,14 @@ class RequestMiddleware:
         self.request_ids = generate_request_ids()
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Handle HTTP requests; pass other scopes through.
+        """Handle requests and WebSockets; pass the lifespan through.
 
         Returns the coroutine unawaited, which saves one frame per request.
         """
         if scope["type"] == "http":
             return Exchange(self, scope, receive, send).serve()
+        if scope["type"] == "websocket":
+            return Handshake(self, scope, receive, send).serve()
         return self._pass_through(scope, receive, send)
 
     async def _pass_through(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -138,7 +153,10 @@ class Exchange:
                 add_missing_headers(self.middleware.cors, self.scope, message)
             self.status = self.status or message["status"]
             return self._send(message)
-        self.size_bytes += len(message.get("body", b""))
+        # The connection of a large response may be lost, and the application go on for a while.
+        is_small = self.size_bytes <= LARGE_RESPONSE_BYTES
+        if is_small or not self._is_disconnected(default=False):
+            self.size_bytes += len(message.get("body", b""))
         if message.get("more_body", False):
             return self._send(message)
         return self._send_last(message)
@@ -264,10 +282,29 @@ class Exchange:
         labels = (method if method in _METHODS else "_OTHER", route, status)
         middleware.metrics.record(labels, seconds)
         is_probe = route.startswith("/health/") and not is_mounted(self.scope)
-        if not is_probe or status >= 400:
+        if is_probe and status < 400:
+            return
+        if self.size_bytes <= LARGE_RESPONSE_BYTES:
             self._log(method, route, status, seconds)
+        else:
+            self._when_delivered(partial(self._log, method, route, status, seconds))
 
-    def _log(self, method: str, route: str, status: int, seconds: float) -> None:
+    def _when_delivered(self, log: Callable[..., None]) -> None:
+        """Log once the client has the response, or once its connection is lost.
+
+        Servers other than ours do not report either.
+        """
+        cycle = getattr(self._send, "__self__", None)
+        connection = getattr(cycle, "transport", None)
+        when_delivered = getattr(connection, "when_delivered", None)
+        if when_delivered is None:
+            log()
+        else:
+            when_delivered(log)
+
+    def _log(
+        self, method: str, route: str, status: int, seconds: float, undelivered_bytes: int = 0
+    ) -> None:
         client = self.scope["client"]
         self.middleware.access_log.write(
             {
@@ -276,8 +313,54 @@ class Exchange:
                 "route": route,
                 "status": status,
                 "duration_ms": round(seconds * 1000, 3),
-                "response_bytes": self.size_bytes,
+                "response_bytes": max(self.size_bytes - undelivered_bytes, 0),
                 "client": client[0] if client else None,
                 **self.context,
             }
         )
+
+
+class Handshake(Exchange):
+    """The handshake of a WebSocket: an exchange with status 101, or a rejected request.
+
+    Once accepted, a WebSocket is not in flight, and a bug of its handler closes it.
+    """
+
+    def __init__(
+        self, middleware: RequestMiddleware, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        super().__init__(middleware, scope, receive, send)
+        scope["method"] = "GET"  # the only one (RFC 6455, section 4.1)
+        self.is_closed = False
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Pass a message on, with the request ID; reject with a problem document."""
+        timeout_response = self.timeout_response
+        if timeout_response is not None and asyncio.current_task() is not timeout_response:
+            return asyncio.sleep(0)  # the client gets the 504
+        kind = message["type"]
+        if self.is_finished:
+            self.is_closed = self.is_closed or kind == "websocket.close"
+            return self._send(message)
+        if kind == "websocket.close":
+            return self._respond(problem(403))
+        if kind in {"websocket.accept", "websocket.http.response.start"}:
+            self.status = message.get("status", 101)
+            request_id = (b"x-request-id", self.context["request_id"].encode())
+            message["headers"] = [*message.get("headers", ()), request_id]
+        self.size_bytes += len(message.get("body", b""))
+        is_rejected = kind == "websocket.http.response.body" and not message.get("more_body", False)
+        if is_rejected or kind == "websocket.accept":
+            return self._send_last(message)
+        return self._send(message)
+
+    async def _respond(self, response: Response) -> None:
+        """Reject the handshake with a response, or close an open connection."""
+        if not self.is_finished:
+            await super()._respond(response)
+        elif self.status == 101 and not self.is_closed:
+            with contextlib.suppress(ClientDisconnected):
+                await self._send({"type": "websocket.close", "code": INTERNAL_ERROR})
+
+    def _is_end_of_client(self, error: BaseException) -> bool:
+        return isinstance(error, _DISCONNECTS)
