@@ -101,7 +101,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.settings = _settings_of(self.wsgi)
         lifecycle.PROCESS.is_draining = shared_flags.is_draining
         lifecycle.PROCESS.closing_deadline = math.inf
-        self.config.app = self.wsgi
+        # Without the frame of `Service.__call__`, which does nothing else.
+        self.config.app = getattr(self.wsgi, "request_middleware", self.wsgi)
         self.config.root_path = self.settings.root_path
         self.config.ws_max_size = self.settings.max_body_bytes
 
