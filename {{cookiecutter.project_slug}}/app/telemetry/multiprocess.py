@@ -50,6 +50,10 @@ class _File(NamedTuple):
         return self.process == _ARCHIVE
 
     @property
+    def is_gauge(self) -> bool:
+        return self.kind.startswith("gauge")
+
+    @property
     def is_live_gauge(self) -> bool:
         """Whether its values end with their process."""
         return self.kind.startswith("gauge_live")
@@ -164,7 +168,7 @@ def _read_or_lose(path: Path) -> dict[str, Entry]:
 
 def _add(archive: dict[str, Entry], file: _File, key: str, entry: Entry) -> None:
     """Add an entry of a dead process to an archive, as `MultiProcessCollector` would merge them."""
-    if entry[1] == NEVER_SET and file.kind.startswith("gauge"):
+    if file.is_gauge and entry[1] == NEVER_SET:
         return
     if file.kind == "gauge_all":
         archive[_with_process(key, file.process)] = entry
@@ -207,24 +211,36 @@ def _merge(entries: dict[_File, dict[str, Entry]]) -> Iterable[Metric]:
 
     A process starts with 0 in each of its gauges. That 0 counts only if no process has set it.
     """
-    is_set = {
-        (file.kind, key)
+    set_gauges = {
+        _series(file.kind, key)
         for file, values in entries.items()
         for key, (_, timestamp) in values.items()
-        if timestamp != NEVER_SET
+        if file.is_gauge and timestamp != NEVER_SET
     }
     metrics: dict[str, Metric] = {}
     for file, values in entries.items():
-        kind, _, mode = file.kind.partition("_")
-        for text, (value, timestamp) in values.items():
-            if kind == "gauge" and timestamp == NEVER_SET and (file.kind, text) in is_set:
-                continue
-            key = _parse(text)
-            labels = key.labels
-            if kind == "gauge" and not file.is_archive:
-                labels = (*labels, ("pid", file.process))
-            metric = metrics.setdefault(key.metric, Metric(key.metric, key.help, kind))
-            metric._multiprocess_mode = mode  # type: ignore[attr-defined]
-            metric.add_sample(key.sample, labels, value, timestamp)  # type: ignore[arg-type]
+        for key, entry in values.items():
+            is_unset = file.is_gauge and entry[1] == NEVER_SET
+            if not (is_unset and _series(file.kind, key) in set_gauges):
+                _add_sample(metrics, file, key, entry)
     merged: Iterable[Metric] = MultiProcessCollector._accumulate_metrics(metrics, accumulate=True)
     return merged
+
+
+def _series(kind: str, key: str) -> tuple[object, ...]:
+    """Return what identifies a gauge in all processes."""
+    parsed = _parse(key)
+    labels = tuple(label for label in parsed.labels if label[0] != "pid")
+    return kind, parsed.sample, labels
+
+
+def _add_sample(metrics: dict[str, Metric], file: _File, key: str, entry: Entry) -> None:
+    """Add an entry to its metric, for `MultiProcessCollector._accumulate_metrics`."""
+    kind, _, mode = file.kind.partition("_")
+    parsed = _parse(key)
+    labels = parsed.labels
+    if file.is_gauge and not file.is_archive:
+        labels = (*labels, ("pid", file.process))
+    metric = metrics.setdefault(parsed.metric, Metric(parsed.metric, parsed.help, kind))
+    metric._multiprocess_mode = mode  # type: ignore[attr-defined]
+    metric.add_sample(parsed.sample, labels, *entry)  # type: ignore[arg-type]

@@ -84,7 +84,7 @@ def test_dead_workers_are_archived_in_one_file_per_kind(
         collector.archive_dead()
     with running(tmp_path, COUNT_ONE_REQUEST) as pid:
         values = ("GET", "200", "/")
-            labels = json.dumps(dict(zip(sorted(LABELS), values, strict=True)))
+        labels = json.dumps(dict(zip(sorted(LABELS), values, strict=True)))
         expected = {
             f"http_server_request_duration_seconds_count{labels}": 4,
             f"http_server_request_duration_seconds_sum{labels}": 4,
