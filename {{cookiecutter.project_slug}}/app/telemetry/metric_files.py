@@ -186,3 +186,6 @@ def _write_all(descriptor: int, data: bytes, position: int) -> None:
 
 
 values.MmapedDict = MetricFile  # type: ignore[attr-defined,assignment]
+# prometheus_client chooses when it is imported, which other code may have done too early.
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ and not values.ValueClass._multiprocess:
+    values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]

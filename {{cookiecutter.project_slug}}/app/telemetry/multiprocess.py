@@ -95,6 +95,7 @@ class WorkersCollector(Collector):
         """
         dead: dict[str, list[_File]] = defaultdict(list)
         try:
+            self.directory.stat()
             with self.lock:
                 for file in self._files():
                     if not file.is_archive and not _is_running(file.process):
