@@ -51,19 +51,12 @@ async def label(text: str) -> int:
 
 @app.get("/fork")
 async def fork() -> int:
-    """Fork a child that changes metrics and then waits. Return its pid."""
+    """Fork a child that changes metrics and then waits. Return its pid; never wait for it."""
     pid = os.fork()
     if pid == 0:
         change_as_child()
         signal.pause()
     return pid
-
-
-@app.get("/reap")
-def reap(pid: int) -> None:
-    """End a child."""
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
 
 
 @app.get("/pool")

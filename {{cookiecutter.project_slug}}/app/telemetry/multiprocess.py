@@ -140,7 +140,18 @@ def _is_running(process: str) -> bool:
         return True
     except (ProcessLookupError, ValueError):
         return False
-    return True
+    return not _is_zombie(process)
+
+
+def _is_zombie(process: str) -> bool:
+    """Return whether a process has ended, but its parent has not waited for it. Linux only."""
+    try:
+        status = Path("/proc", process, "stat").read_text(errors="replace")
+    except OSError:
+        return False
+    # After the name of the program, which is in parentheses and may contain any character
+    state = status.rpartition(")")[2].split()[0]
+    return state == "Z"
 
 
 def _is_serving(entries: dict[str, Entry]) -> bool:
