@@ -156,13 +156,18 @@ def read_entries(path: Path) -> dict[str, Entry]:
     return {key: (value, timestamp) for key, value, timestamp, _ in entries}
 
 
-def write_entries(path: Path, entries: Mapping[str, Entry]) -> None:
-    """Replace a file by one with these entries, as a whole or not at all. Raises `OSError`."""
+def encode_entries(entries: Mapping[str, Entry]) -> bytes:
+    """Return the content of a file with these entries."""
     body = b"".join(_encode(key, entry) for key, entry in entries.items())
     header = _INTEGER.pack(_HEADER_BYTES + len(body)).ljust(_HEADER_BYTES, b"\0")
+    return header + body
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file as a whole or not at all. Raises `OSError`."""
     temporary = path.with_suffix(".new")
     try:
-        temporary.write_bytes(header + body)
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

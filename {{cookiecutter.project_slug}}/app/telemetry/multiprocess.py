@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from app.tasks import StateLog
 from app.telemetry.http_metrics import FLUSH_SECONDS
-from app.telemetry.metric_files import NEVER_SET, Entry, read_entries, write_entries
+from app.telemetry.metric_files import NEVER_SET, Entry, encode_entries, read_entries, replace_file
 
 #: Wait of a scrape for the counts that workers have not flushed yet.
 SCRAPE_DELAY_SECONDS = 1.5 * FLUSH_SECONDS
@@ -117,9 +117,15 @@ class WorkersCollector(Collector):
             for file in files:
                 for key, entry in _read_or_lose(file.path).items():
                     _add(entries, file, key, entry)
-            write_entries(archive, _newest_processes(entries, files[0].kind))
-        for file in files:
-            file.path.unlink()
+            content = encode_entries(_newest_processes(entries, files[0].kind))
+            try:
+                replace_file(archive, content)
+            except OSError:
+                if not _makes_room(files, len(content)):
+                    raise
+                _delete(files)
+                replace_file(archive, content)
+        _delete(files)
 
     def _counted(self, entries: dict[_File, dict[str, Entry]]) -> list[_File]:
         """Return the files that count: live gauges only of workers that serve, and the master.
@@ -131,6 +137,21 @@ class WorkersCollector(Collector):
         # A server without `WorkerMetrics`: every process may be a worker.
         live = running & (serving | {self.master}) if serving & running else running
         return [file for file in entries if not file.is_live_gauge or file.process in live]
+
+
+def _makes_room(files: list[_File], needed: int) -> bool:
+    """Return whether there is space for these bytes once the files are deleted.
+
+    They can be what fills the directory: 1,000 label sets are 4.3 MB for each process.
+    """
+    system = os.statvfs(files[0].path.parent)
+    freed = sum(file.path.stat().st_blocks * 512 for file in files)
+    return system.f_bavail * system.f_frsize + freed >= needed
+
+
+def _delete(files: list[_File]) -> None:
+    for file in files:
+        file.path.unlink(missing_ok=True)
 
 
 def _is_running(process: str) -> bool:

@@ -26,7 +26,7 @@ from uvicorn.server import Server, ServerState
 from uvicorn_worker import UvicornWorker
 
 from app.serving.arbiter import ServiceArbiter
-from app.telemetry.metric_files import MetricFile, read_entries, write_entries
+from app.telemetry.metric_files import MetricFile, encode_entries, read_entries
 
 Function = Callable[..., Any]
 
@@ -193,8 +193,9 @@ def test_metric_files_have_the_format_of_prometheus_client(tmp_path: Path) -> No
     expected = MmapedDict.read_all_values_from_file(theirs._fname)
     assert list(MmapedDict.read_all_values_from_file(ours.path)) == list(expected)
     entries = read_entries(Path(ours.path))
-    write_entries(tmp_path / "archive.db", entries)
-    assert read_entries(tmp_path / "archive.db") == entries
+    archive = tmp_path / "archive.db"
+    archive.write_bytes(encode_entries(entries))
+    assert read_entries(archive) == entries
 
 
 def test_metric_files_replace_those_of_prometheus_client() -> None:

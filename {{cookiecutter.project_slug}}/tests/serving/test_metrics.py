@@ -6,6 +6,7 @@ module level; mmap(2): a store to a page that cannot be provided raises SIGBUS.
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from app.telemetry.metric_files import encode_entries, read_entries
+from app.telemetry.multiprocess import WorkersCollector
 from scripts.dev_services import Redis
 from tests.metric_routes import LIVE_MODES, MODES
 from tests.service_process import Service, eventually, serving
@@ -209,6 +212,20 @@ def test_full_file_system_costs_no_request_and_no_count(urls: dict[str, str], tm
         messages = warnings(service)
         assert all("No space left on device" in message for message in messages)
         assert len(messages) == len(set(messages)) <= 4, messages
+
+
+def test_dead_processes_that_fill_the_file_system_are_archived(tmpfs: Path) -> None:
+    """A new archive needs the space of the files that it replaces."""
+    entries = {json.dumps(["a", "a_total", {"b": str(n)}, ""]): (1.0, 0.0) for n in range(5000)}
+    archive = tmpfs / "counter_archive.db"
+    archive.write_bytes(encode_entries(entries))
+    no_process = 2**22 + 1
+    dead = tmpfs / f"counter_{no_process}.db"
+    dead.write_bytes(encode_entries(entries))
+    fill(tmpfs)
+    WorkersCollector(tmpfs).archive_dead()
+    assert not dead.exists()
+    assert set(read_entries(archive).values()) == {(2.0, 0.0)}
 
 
 def test_start_on_a_full_file_system_recovers_by_itself(urls: dict[str, str], tmpfs: Path) -> None:

@@ -207,6 +207,7 @@ def test_archive_that_cannot_be_written_keeps_every_count(
     caplog.set_level("INFO")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
+        patch.setattr(multiprocess, "_makes_room", lambda *_: False)
         collector.archive_dead()
         collector.archive_dead()
     assert collect(collector) == {"c_total": 2}
