@@ -65,7 +65,18 @@ class MetricFile:
             return 0.0, 0.0
 
     def write_value(self, key: str, value: float, timestamp: float) -> None:
-        """Write a value, or keep it in memory until there is space."""
+        """Write a value, or keep it in memory until there is space.
+
+        Without the lock where the value has its place in the file, and nothing waits for one.
+        """
+        position = self.positions.get(key)
+        if position is not None and not self.unwritten:
+            try:
+                os.pwrite(self.descriptor, _ENTRY.pack(value, timestamp), position)
+            except OSError:
+                pass
+            else:
+                return
         with _lock:
             self._write_or_keep(key, (value, timestamp))
 
