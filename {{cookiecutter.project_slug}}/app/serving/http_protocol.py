@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from app.serving import shared_flags
-from app.serving.http_response import HttpResponseProtocol
+from app.serving.http_response import Http10Send, HttpResponseProtocol
 from app.serving.websocket_protocol import ServiceWebSocket, requests_websocket
 from app.settings import Settings
 from app.web.limits import REJECTED_STATUS
@@ -117,7 +117,7 @@ class HttpRequestProtocol(HttpResponseProtocol):
             return
         self.connections.discard(self)
         websocket.connection_made(self.transport)
-        websocket.start(self.scope, self.url)
+        self.context.copy().run(websocket.start, self.scope, self.url)
         self.transport.set_protocol(websocket)
         if rest:
             websocket.data_received(rest)
@@ -170,6 +170,8 @@ class HttpRequestProtocol(HttpResponseProtocol):
         self.headers = DISCARD  # type: ignore[assignment]
         if not self.pipeline:
             self.active_cycle = cycle
+        if not cycle.keep_alive and self.scope["http_version"] == "1.0":
+            cycle.send = Http10Send(cycle)  # type: ignore[method-assign]
         if shared_flags.is_draining() or self.server_state.is_retiring:
             cycle.keep_alive = False
 
