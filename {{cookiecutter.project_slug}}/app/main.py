@@ -46,11 +46,13 @@ class Service(FastAPI):
 def _without_idle_layers(stack: ASGIApp) -> ASGIApp:
     """Remove the outermost layers that do nothing here, which cost 3 % of a small request.
 
-    Starlette's responds 500, as `RequestMiddleware` does, unless a handler of `Exception` or of 500
-    is registered. FastAPI's adds exceptions to its telemetry.
+    Starlette's responds 500, as `RequestMiddleware` does, unless a team has registered a handler of
+    `Exception` or of 500. FastAPI's adds exceptions to its telemetry.
     """
-    if isinstance(stack, ServerErrorMiddleware) and stack.handler is None and not stack.debug:
-        stack = stack.app
+    if isinstance(stack, ServerErrorMiddleware):
+        has_own_handler = stack.handler not in (None, problems.respond_to_bug)
+        if not has_own_handler and not stack.debug:
+            stack = stack.app
     if isinstance(stack, ExceptionTelemetryMiddleware) and not any(TELEMETRY.values()):
         stack = stack.app
     return stack

@@ -313,3 +313,13 @@ async def chunked() -> Response:
         yield "two"
 
     return StreamingResponse(parts(), headers={"Transfer-Encoding": "chunked"})
+
+
+async def separate(scope: Scope, receive: Receive, send: Send) -> None:
+    """Handle the lifespan itself, as `socketio.ASGIApp` does with `on_startup`."""
+    if scope["type"] != "lifespan":
+        await app(scope, receive, send)
+        return
+    for phase in ("startup", "shutdown"):
+        await receive()
+        await send({"type": f"lifespan.{phase}.complete"})

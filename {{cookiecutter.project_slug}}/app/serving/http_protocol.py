@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from app.serving import shared_flags
-from app.serving.http_response import Http10Send, HttpResponseProtocol
+from app.serving.http_response import Http10Cycle, HttpResponseProtocol
 from app.serving.websocket_protocol import ServiceWebSocket, requests_websocket
 from app.settings import Settings
 from app.web.limits import REJECTED_STATUS
@@ -171,7 +171,8 @@ class HttpRequestProtocol(HttpResponseProtocol):
         if not self.pipeline:
             self.active_cycle = cycle
         if not cycle.keep_alive and self.scope["http_version"] == "1.0":
-            cycle.send = Http10Send(cycle)  # type: ignore[method-assign]
+            cycle.__class__ = Http10Cycle
+            cycle.waiting_for_100_continue = False  # RFC 9110, section 10.1.1
         if shared_flags.is_draining() or self.server_state.is_retiring:
             cycle.keep_alive = False
 

@@ -10,6 +10,8 @@ from typing import Any
 from uvicorn._types import ASGI3Application, ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app.web.limits import CLIENT_LEFT
+
 #: Seconds for which a closing connection is still read, and its input discarded, while the client
 #: sends. Otherwise the kernel resets the connection, and the client may lose the response
 #: (RFC 9112, section 9.6).
@@ -154,6 +156,8 @@ class HttpResponseProtocol(HttpToolsProtocol):
         if self.active_cycle is not None and not self.active_cycle.response_complete:
             self.active_cycle.disconnected = True
             self.active_cycle.message_event.set()
+            if not self.active_cycle.response_started:
+                self.active_cycle.scope["state"][CLIENT_LEFT] = True
 
     def close_after_response(self) -> None:
         """Close the connection after the newest request has its response."""
@@ -202,27 +206,23 @@ class HttpResponseProtocol(HttpToolsProtocol):
         return self.active_cycle is not None and self.active_cycle.more_body
 
 
-class Http10Send:
-    """The `send` of a request of HTTP/1.0, whose client knows no chunks (RFC 9112, section 6.1).
+class Http10Cycle(RequestResponseCycle):
+    """A request of HTTP/1.0, whose client knows no chunks (RFC 9112, section 6.1).
 
     A response of unknown length ends with the connection (RFC 9112, section 6.3).
     """
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self.cycle = cycle
-        self.has_length = True
-        cycle.waiting_for_100_continue = False  # RFC 9110, section 10.1.1
+    has_length = True
 
-    async def __call__(self, message: ASGISendEvent) -> None:
+    async def send(self, message: ASGISendEvent) -> None:
         """Send a message of the response: ASGI."""
-        cycle = self.cycle
         if message["type"] == "http.response.start":
             headers = message.get("headers", ())
             kept = [each for each in headers if each[0].lower() != b"transfer-encoding"]
             message["headers"] = kept
             self.has_length = any(name.lower() == b"content-length" for name, _ in kept)
             if not self.has_length:
-                cycle.chunked_encoding = False
+                self.chunked_encoding = False
         elif message["type"] == "http.response.body" and not self.has_length:
-            cycle.expected_content_length = len(message.get("body", b""))
-        await RequestResponseCycle.send(cycle, message)
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)

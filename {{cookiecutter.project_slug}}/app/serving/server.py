@@ -10,10 +10,12 @@ import math
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from types import FrameType
 
+from gunicorn.arbiter import Arbiter
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
@@ -66,6 +68,14 @@ class ServiceServer(Server):
         """
         with self.capture_signals():
             await self._serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start. Exits if the lifespan has not reached the service, in which nothing would work."""
+        await super().startup(sockets)
+        if not self.lifespan.state:
+            await self.lifespan.shutdown()
+            logger.error("lifespan did not run: what wraps the service must pass `lifespan` on")
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     def handle_exit(self, sig: int, frame: FrameType | None = None) -> None:
         """Request a shutdown; with SIGINT or SIGQUIT a quick one, as in gunicorn.

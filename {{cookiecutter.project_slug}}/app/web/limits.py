@@ -19,6 +19,8 @@ EXPIRY_SECONDS = 0.5
 #: The key of `scope["state"]` with which the protocol has a request rejected: its value is the
 #: status of the response.
 REJECTED_STATUS = "rejected_status"
+#: The key with which the protocol reports a client that has disconnected before the response.
+CLIENT_LEFT = "client_left"
 _DETAILS = {
     400: "The request is not valid HTTP.",
     408: "The request did not arrive in time.",

@@ -40,7 +40,7 @@ from app.telemetry.logs import redact
 from app.web.cors import add_missing_headers
 from app.web.head import serve_head
 from app.web.headers import generate_request_ids, parse_headers
-from app.web.limits import Limits
+from app.web.limits import CLIENT_LEFT, Limits
 from app.web.problems import http_problem, problem
 from app.web.routes import is_mounted, route_template
 
@@ -294,6 +294,8 @@ class Exchange:
         method = self.scope["method"]
         route = route_template(self.scope)
         status = self.status or CLIENT_CLOSED_REQUEST
+        if CLIENT_LEFT in self.scope["state"]:  # the response went nowhere
+            status = CLIENT_CLOSED_REQUEST
         labels = (method if method in _METHODS else "_OTHER", route, status)
         middleware.metrics.record(labels, seconds)
         is_probe = route.startswith("/health/") and not is_mounted(self.scope)

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
+from app.errors import ServiceError
 from app.telemetry.context import request_context
 from app.web.routes import allowed_methods
 
@@ -73,10 +74,20 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Turn every error of the application into a problem; the middleware handles bugs."""
+    """Turn every error of the application into a problem.
+
+    A bug is the request middleware's, and this handler's inside of agents such as OpenTelemetry's,
+    which respond themselves. A team may replace it.
+    """
+    app.exception_handler(Exception)(respond_to_bug)
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(RequestValidationError)(_validation_error)
     app.exception_handler(RedisError)(_redis_unavailable)
+
+
+async def respond_to_bug(_: Request, error: Exception) -> Response:
+    """Respond 500, or what an error is that middleware has raised. Starlette raises it again."""
+    return http_problem(error) if isinstance(error, ServiceError) else problem(500)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

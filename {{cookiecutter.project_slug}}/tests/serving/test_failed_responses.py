@@ -1,5 +1,6 @@
 """Requests that end in an unusual way: the client, the log and the metrics agree on the status."""
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,3 +141,17 @@ def test_connection_is_usable_after_a_withdrawn_response(service: Service) -> No
             statuses.append(response.status_code)
             assert "connection" not in response.headers
     assert statuses == [500, 200, 500, 500, 200]
+
+
+@pytest.mark.parametrize("path", ["/slow?seconds=1", "/slow-thread?seconds=1"])
+def test_response_after_its_client_has_left_is_499(service: Service, path: str) -> None:
+    """nginx's documentation: 499 is a client that has closed before the response."""
+    request_id = path.partition("?")[0].replace("/", "left-")
+    request = f"GET {path} HTTP/1.1\r\nHost: a\r\nX-Request-ID: {request_id}\r\n\r\n"
+    address = ("127.0.0.1", service.port)
+    with socket.create_connection(address) as connection:
+        connection.sendall(request.encode())
+        eventually(lambda: "http_server_active_requests 1.0" in service.metrics())
+    (access,) = lines_of(service, request_id)
+    assert access["status"] == 499
+    eventually(lambda: count(service, access["route"], 499) == 1)

@@ -9,14 +9,17 @@ from typing import Any
 import asyncpg
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
+from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 from redis.asyncio import BlockingConnectionPool
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
-from starlette.routing import Router
+from starlette.routing import Mount, Router
 from uvicorn.config import Config
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -43,6 +46,7 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     # uvicorn_worker
     UvicornWorker.__init__: ("gunicorn_worker.py changes its config", "d51a1f9f91fd"),
     UvicornWorker._serve: ("gunicorn_worker.py replaces it", "eb799ef03d63"),
+    UvicornWorker.run: ("gunicorn_worker.py replaces it", "00ca1919b3ed"),
     UvicornWorker.init_signals: ("gunicorn_worker.py adds to it", "0c611981788f"),
     # uvicorn: the server
     Server.serve: ("server.py replaces it", "112ef41af521"),
@@ -86,6 +90,10 @@ REVIEWED: dict[Function, tuple[str, str]] = {
         "it writes to http_response.py, which keeps the headers",
         "abdd8601b326",
     ),
+    RequestResponseCycle.run_asgi: (
+        "it logs an incomplete response, unless the client has disconnected",
+        "0f33f2449a44",
+    ),
     RequestResponseCycle.receive: (
         "http_protocol.py wakes it when a body is rejected",
         "8124ae006be7",
@@ -97,6 +105,16 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     MultiProcessCollector.collect: ("multiprocess.py merges files as it does", "86fc50ce2593"),
     # FastAPI
     FastAPI.build_middleware_stack: ("main.py removes its outermost middleware", "11dddac6c1b6"),
+    FastAPI.__call__: ("main.py runs it inside of the request middleware", "0795712e5427"),
+    ServerErrorMiddleware.__call__: ("main.py removes it if it would do nothing", "a7d082263a5c"),
+    ExceptionTelemetryMiddleware.__call__: (
+        "main.py removes it if it would do nothing",
+        "f00be47366e9",
+    ),
+    iter_route_contexts: ("routes.py finds the routes of included routers with it", "087db59981fa"),
+    # Starlette
+    Mount.matches: ("routes.py recognizes a mount by `app_root_path`", "ac97bc77afea"),
+    CORSMiddleware.send: ("cors.py adds the headers that it would add", "e6a44d3c8aba"),
     # asyncpg
     vars(asyncpg.Connection)["_cancel_current_command"]: (
         "postgres_errors.py bounds the wait that it begins",
@@ -152,6 +170,7 @@ def test_outermost_middleware_is_server_error_middleware() -> None:
     """Below it, each layer has the next one in `app`, down to the router."""
     stack = FastAPI().build_middleware_stack()
     assert isinstance(stack, ServerErrorMiddleware)
+    assert isinstance(stack.app, ExceptionTelemetryMiddleware)
     layer: Any = stack
     while hasattr(layer, "app") and not isinstance(layer, Router):
         layer = layer.app

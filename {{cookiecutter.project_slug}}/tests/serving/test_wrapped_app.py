@@ -29,3 +29,12 @@ def test_application_that_cannot_start_ends_the_service(name: str) -> None:
         assert service.process.wait(DEADLINE_SECONDS) != 0
         started = [each for each in service.text.splitlines() if "Booting worker" in each]
         assert len(started) <= 1
+
+
+def test_wrapper_that_keeps_the_lifespan_ends_the_service() -> None:
+    """The ASGI specification, "Lifespan State": without it there is no database, nor readiness."""
+    with serving("tests.fault_routes:separate", WEB_CONCURRENCY="1") as service:
+        assert service.process.wait(DEADLINE_SECONDS) != 0
+        expected = "lifespan did not run: what wraps the service must pass `lifespan` on"
+        assert service.messages.count(expected) == 1
+        assert "Traceback" not in service.text
