@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 from starlette.middleware.cors import CORSMiddleware
@@ -155,7 +155,13 @@ class Exchange:
         if timeout_response is not None and asyncio.current_task() is not timeout_response:
             return asyncio.sleep(0)  # the client gets the 504
         if message["type"] == "http.response.start":
-            self._add_request_id(message)
+            headers = message.get("headers", ())
+            for name, _ in headers:
+                if name in _SERVER_FIELDS:
+                    headers = _without_server_fields(headers)
+                    break
+            request_id = (b"x-request-id", self.context["request_id"].encode())
+            message["headers"] = [*headers, request_id]
             if self.middleware.cors is not None:
                 add_missing_headers(self.middleware.cors, self.scope, message)
             self.status = self.status or message["status"]
@@ -167,16 +173,6 @@ class Exchange:
         if message.get("more_body", False):
             return self._send(message)
         return self._send_last(message)
-
-    def _add_request_id(self, message: Message) -> None:
-        """Add the request ID, which is in the logs, in place of one of the application's."""
-        headers = message.get("headers", ())
-        for name, _ in headers:
-            if name in _SERVER_FIELDS:
-                headers = [each for each in headers if each[0] not in _SERVER_FIELDS]
-                break
-        request_id = (b"x-request-id", self.context["request_id"].encode())
-        message["headers"] = [*headers, request_id]
 
     async def _send_last(self, message: Message) -> None:
         """Send the end of the response, which then counts as sent; the server may reject it."""
@@ -363,7 +359,9 @@ class Handshake(Exchange):
             return self._respond(problem(403))
         if kind in {"websocket.accept", "websocket.http.response.start"}:
             self.status = message.get("status", 101)
-            self._add_request_id(message)
+            headers = _without_server_fields(message.get("headers", ()))
+            request_id = (b"x-request-id", self.context["request_id"].encode())
+            message["headers"] = [*headers, request_id]
         self.size_bytes += len(message.get("body", b""))
         is_rejected = kind == "websocket.http.response.body" and not message.get("more_body", False)
         if is_rejected or kind == "websocket.accept":
@@ -380,3 +378,8 @@ class Handshake(Exchange):
 
     def _is_end_of_client(self, error: BaseException) -> bool:
         return isinstance(error, _DISCONNECTS)
+
+
+def _without_server_fields(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers without the application's own: the request ID must be that of the log."""
+    return [each for each in headers if each[0] not in _SERVER_FIELDS]
