@@ -18,7 +18,7 @@ patterns/            building blocks to copy  # example
     http_client.py  circuit_breaker.py  # example
 web/                 what surrounds every request
     middleware.py  limits.py  headers.py  problems.py  health.py  principal.py
-    routes.py  cors.py
+    routes.py  cors.py  head.py
 storage/             Postgres and Redis
     postgres.py  postgres_errors.py  redis.py
 telemetry/           logs and metrics

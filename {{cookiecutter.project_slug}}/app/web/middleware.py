@@ -18,12 +18,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -37,6 +38,7 @@ from app.telemetry.context import request_context
 from app.telemetry.http_metrics import HttpMetrics
 from app.telemetry.logs import redact
 from app.web.cors import add_missing_headers
+from app.web.head import serve_head
 from app.web.headers import generate_request_ids, parse_headers
 from app.web.limits import CLIENT_LEFT, Limits
 from app.web.problems import http_problem, problem
@@ -46,6 +48,8 @@ from app.web.routes import is_mounted, route_template
 _METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
 )
+#: The fields that this service and the server set, once each (RFC 9110, section 5.3).
+_SERVER_FIELDS = frozenset({b"date", b"x-request-id"})
 #: Characters of a path in an access line, so that the line fits into one write to a pipe.
 MAX_PATH = 1024
 #: nginx's status for a client that disconnected before the response.
@@ -74,9 +78,11 @@ class RequestMiddleware:
         app: ASGIApp,
         settings: Settings,
         lifecycle: Lifecycle,
+        router: Router,
         cors: CORSMiddleware | None = None,
     ) -> None:
         self.app = app
+        self.router = router
         self.lifecycle = lifecycle
         self.cors = cors
         self.app_with_proxy_headers = _with_proxy_headers(app, settings.forwarded_allow_ips)
@@ -123,8 +129,7 @@ class Exchange:
 
     async def serve(self) -> None:
         """Run the application; respond in its place if it raises."""
-        headers = self.scope["headers"]
-        parsed = parse_headers(headers, self.middleware.request_ids)
+        parsed = parse_headers(self.scope, self.middleware.request_ids)
         self.context, body_bytes, is_forwarded = parsed
         request_context.set(self.context)
         self.task = asyncio.current_task()
@@ -132,7 +137,10 @@ class Exchange:
             receive = self._admit(body_bytes)
             middleware = self.middleware
             app = middleware.app_with_proxy_headers if is_forwarded else middleware.app
-            await app(self.scope, receive, self.send)
+            if self.scope["method"] == "HEAD":
+                await serve_head(app, middleware.router, self.scope, receive, self.send)
+            else:
+                await app(self.scope, receive, self.send)
             if not self.is_finished:
                 await self._complete()
         except BaseException as error:  # noqa: BLE001 - SystemExit too would stop the worker
@@ -147,8 +155,13 @@ class Exchange:
         if timeout_response is not None and asyncio.current_task() is not timeout_response:
             return asyncio.sleep(0)  # the client gets the 504
         if message["type"] == "http.response.start":
+            headers = message.get("headers", ())
+            for name, _ in headers:
+                if name in _SERVER_FIELDS:
+                    headers = _without_server_fields(headers)
+                    break
             request_id = (b"x-request-id", self.context["request_id"].encode())
-            message["headers"] = [*message.get("headers", ()), request_id]
+            message["headers"] = [*headers, request_id]
             if self.middleware.cors is not None:
                 add_missing_headers(self.middleware.cors, self.scope, message)
             self.status = self.status or message["status"]
@@ -346,8 +359,9 @@ class Handshake(Exchange):
             return self._respond(problem(403))
         if kind in {"websocket.accept", "websocket.http.response.start"}:
             self.status = message.get("status", 101)
+            headers = _without_server_fields(message.get("headers", ()))
             request_id = (b"x-request-id", self.context["request_id"].encode())
-            message["headers"] = [*message.get("headers", ()), request_id]
+            message["headers"] = [*headers, request_id]
         self.size_bytes += len(message.get("body", b""))
         is_rejected = kind == "websocket.http.response.body" and not message.get("more_body", False)
         if is_rejected or kind == "websocket.accept":
@@ -364,3 +378,8 @@ class Handshake(Exchange):
 
     def _is_end_of_client(self, error: BaseException) -> bool:
         return isinstance(error, _DISCONNECTS)
+
+
+def _without_server_fields(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers without the application's own: the request ID must be that of the log."""
+    return [each for each in headers if each[0] not in _SERVER_FIELDS]

@@ -27,6 +27,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import Server, ServerState
 from uvicorn_worker import UvicornWorker
+from websockets.server import ServerProtocol
 
 from app.serving.arbiter import ServiceArbiter
 from app.telemetry.metric_files import MetricFile, encode_entries, read_entries
@@ -64,10 +65,11 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     Server._wait_tasks_to_complete: ("it waits for connections, then for tasks", "17209be1e991"),
     LifespanOn.main: ("it fills the state that each request copies", "699f9a37e3f8"),
     # uvicorn: HTTP
-    HttpToolsProtocol.data_received: (
-        "http_protocol.py counts the bytes of headers around it",
-        "010a7ae59a5d",
-    ),
+    HttpToolsProtocol.__init__: ("http_protocol.py makes the same parser", "4f0899941034"),
+    HttpToolsProtocol.data_received: ("http_protocol.py replaces it", "010a7ae59a5d"),
+    HttpToolsProtocol.handle_websocket_upgrade: ("http_protocol.py replaces it", "179c4f769386"),
+    HttpToolsProtocol._start_asgi_task: ("http_response.py replaces it", "9c08c2571ae9"),
+    HttpToolsProtocol.on_message_complete: ("it asks `_should_upgrade`", "1fbad42dc31f"),
     HttpToolsProtocol.on_message_begin: (
         "http_protocol.py detects a new request by its new scope",
         "96d377fdc7c2",
@@ -101,6 +103,13 @@ REVIEWED: dict[Function, tuple[str, str]] = {
         "8124ae006be7",
     ),
     # uvicorn: WebSocket
+    WebSocketsSansIOProtocol.handle_connect: (
+        "websocket_protocol.py calls it with a request of its own, and changes its scope",
+        "fc648c2161ff",
+    ),
+    WebSocketsSansIOProtocol.handle_parser_exception: ("it requires a close frame", "ff5cf13c764f"),
+    ServerProtocol.parse: ("it parses a request before the frames", "70dba1c6c9bf"),
+    ServerProtocol.accept: ("websocket_protocol.py negotiates with it", "cd815e1b95a6"),
     WebSocketsSansIOProtocol.shutdown: ("it closes with 1012", "e8ace796ada6"),
     # prometheus_client
     Histogram.observe: ("http_metrics.py adds to its sum and buckets", "38beca3be1d1"),
