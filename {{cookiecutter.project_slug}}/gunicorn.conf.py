@@ -22,6 +22,7 @@ from app.telemetry import logs
 
 settings = load_settings()
 logs.configure(settings)
+logs.capture_prints(settings)
 plan = plan_workers(settings, detect_resources())
 
 # A directory in memory, if there is one: neither the heartbeat nor the metrics wait for a disk.

@@ -27,7 +27,7 @@ from app.settings import Settings
 from app.telemetry.access_log import AccessLog
 from app.telemetry.context import request_context
 from app.telemetry.http_metrics import HttpMetrics
-from app.telemetry.logs import redact
+from app.telemetry.logs import redact, truncate
 from app.web.headers import generate_request_ids, parse_headers
 from app.web.limits import Limits
 from app.web.problems import problem
@@ -36,8 +36,10 @@ from app.web.problems import problem
 _METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
 )
-#: Characters of a path in an access line, so that the line fits into one write to a pipe.
-MAX_PATH = 1024
+#: Maximum size of a path in an access line, in bytes of UTF-8.
+MAX_PATH_BYTES = 1024
+#: A path of at most this many characters is not larger: each has up to four bytes.
+SHORT_PATH = MAX_PATH_BYTES // 4
 #: nginx's status for a client that disconnected before the response.
 CLIENT_CLOSED_REQUEST = 499
 
@@ -182,10 +184,14 @@ class Exchange:
 
     def _log(self, method: str, route: str, status: int, seconds: float) -> None:
         client = self.scope["client"]
+        # Redacted before it is truncated, or half a password would be left.
+        path = redact(self.scope["path"])
+        if len(path) > SHORT_PATH:
+            path = truncate(path, MAX_PATH_BYTES)
         self.middleware.access_log.write(
             {
                 "method": method,
-                "path": redact(self.scope["path"][:MAX_PATH]),
+                "path": path,
                 "route": route,
                 "status": status,
                 "duration_ms": round(seconds * 1000, 3),

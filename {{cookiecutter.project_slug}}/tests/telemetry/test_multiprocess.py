@@ -45,6 +45,7 @@ def test_dead_workers_are_archived_in_one_file_per_kind(tmp_path: Path) -> None:
         "http_server_request_duration_seconds_sum": 4,
         "http_server_active_requests": 1,
         "access_log_dropped_lines_total": 0,
+        "log_dropped_lines_total": 0,
     }
     assert {path.name for path in tmp_path.glob("*.db")} == {
         "counter_archive.db",
