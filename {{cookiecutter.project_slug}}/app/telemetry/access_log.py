@@ -1,6 +1,7 @@
 """Access lines: bounded in size, collected, and written together."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -13,8 +14,10 @@ from app.settings import Settings
 from app.telemetry import logs
 from app.telemetry.stdout import ACCESS_LINES, STDOUT
 
-#: Maximum size of a chunk, and so of a line: PIPE_BUF on Linux, which a pipe accepts as a whole.
-CHUNK_BYTES = 4096
+#: Size of the lines that are written together. A write costs 10 us, with its lock.
+CHUNK_BYTES = 16_384
+#: Maximum size of a line.
+MAX_LINE_BYTES = 4096
 #: Maximum size of a text in a line that would be larger, in bytes of JSON. If that is not enough,
 #: half of it, and so on.
 MAX_TEXT_BYTES = 1024
@@ -40,11 +43,13 @@ class AccessLog:
         self.constant_keys = _constant_keys(settings)
         self.chunk = bytearray()
         self.timer: asyncio.TimerHandle | None = None
+        with contextlib.suppress(OSError):  # closed; each line is counted as dropped
+            STDOUT.follow_redirection()
 
     def write(self, fields: dict[str, Any], max_text_bytes: int = MAX_TEXT_BYTES) -> None:
         """Write a line with these fields, at once if the delay is 0.
 
-        Their values must be JSON types. If the line is larger than `CHUNK_BYTES`, its texts are
+        Their values must be JSON types. If the line is larger than `MAX_LINE_BYTES`, its texts are
         truncated to `max_text_bytes`: a client chooses its method, its path and `X-Forwarded-For`.
         """
         if not self.is_enabled:
@@ -62,10 +67,10 @@ class AccessLog:
             self.constant_keys,
             orjson.dumps(fields)[1:],
         )
+        if len(line) > MAX_LINE_BYTES and max_text_bytes:
+            self.write(_truncate_texts(fields, max_text_bytes), max_text_bytes // 2)
+            return
         if len(self.chunk) + len(line) > CHUNK_BYTES:
-            if len(line) > CHUNK_BYTES and max_text_bytes:
-                self.write(_truncate_texts(fields, max_text_bytes), max_text_bytes // 2)
-                return
             self._write_chunk()
         self.chunk += line
         if not self.delay_seconds:

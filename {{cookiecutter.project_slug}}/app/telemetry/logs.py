@@ -122,6 +122,7 @@ class LineHandler(logging.Handler):
     """Writes each record to stdout as one line, also if it cannot be formatted."""
 
     def emit(self, record: logging.LogRecord) -> None:  # noqa: D102
+        error: Exception | None
         try:
             line = self.format(record).encode(errors="backslashreplace")
             is_urgent = record.levelno >= logging.CRITICAL
@@ -204,9 +205,8 @@ class ConsoleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:  # noqa: D102
         fields = _extras(record) | (request_context.get() or {})
         first_line, *trace = super().format(record).split("\n", 1)
-        first_line = " ".join(
-            [first_line, *(f"{key}={safe_str(value)}" for key, value in fields.items())]
-        )
+        pairs = [f"{key}={safe_str(value)}" for key, value in fields.items()]
+        first_line = " ".join([first_line, *pairs])
         return redact("\n".join([first_line, *trace, ""]))
 
 
@@ -282,7 +282,7 @@ def capture_prints(settings: Settings) -> None:
         sys.stderr = _PrintedLines(settings, "stderr", "warning", 2).text
 
 
-class _PrintedLines(io.RawIOBase):
+class _PrintedLines(io.BufferedIOBase):
     """Writes each line of text to the log, as a stream for `sys.stdout` or `sys.stderr`.
 
     Not with a logger: a handler that fails would print, and so log, and so fail.
@@ -294,9 +294,11 @@ class _PrintedLines(io.RawIOBase):
         self.descriptor = descriptor
         self.service = settings.service_name
         self.unfinished = threading.local()
-        self.text = io.TextIOWrapper(self, "utf-8", "backslashreplace", write_through=True)
+        buffer: Any = self
+        self.text = io.TextIOWrapper(buffer, "utf-8", "backslashreplace", write_through=True)
 
-    def writable(self) -> bool:  # noqa: D102
+    def writable(self) -> bool:
+        """Return True: `TextIOWrapper` asks."""
         return True
 
     def fileno(self) -> int:
@@ -338,8 +340,8 @@ def _log_uncaught(_: type[BaseException], error: BaseException, __: TracebackTyp
 
 def _log_uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
     if not issubclass(args.exc_type, SystemExit):  # ignored, as `threading.excepthook` documents
-        error = (args.exc_type, args.exc_value, args.exc_traceback)
-        logging.getLogger("app").critical("uncaught exception in a thread", exc_info=error)
+        text = "uncaught exception in a thread"
+        logging.getLogger("app").critical(text, exc_info=args.exc_value)
 
 
 def _log_unraisable(args: Any) -> None:

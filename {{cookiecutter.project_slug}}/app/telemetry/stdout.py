@@ -31,7 +31,7 @@ LOCK_ATTEMPTS = 20
 #: Pause of the writing thread if another process holds the lock for longer.
 RETRY_SECONDS = 0.01
 #: How often the writing thread looks whether descriptor 1 was redirected.
-POLL_MS = 1000.0
+POLL_SECONDS = 1.0
 NEWLINE = 0x0A
 
 
@@ -186,7 +186,7 @@ class Stdout:
             if self.patience_seconds <= 0:
                 return
             start = time.monotonic()
-            self.poll.poll(self.patience_seconds * 1000)
+            self._wait_writable(self.patience_seconds)
             self.patience_seconds -= time.monotonic() - start
             self._write_pending()
 
@@ -207,7 +207,8 @@ class Stdout:
         """Write the first of the pending lines. Return False if stdout would block."""
         lines, budget = self.pending[0]
         try:
-            self._follow_redirection()
+            if budget is LOG_LINES:
+                self.follow_redirection()
             is_written = self.lock.acquire() and self._write_parts(lines)
             if is_written:
                 self.error = None
@@ -249,8 +250,17 @@ class Stdout:
         except BlockingIOError:
             return 0
 
-    def _follow_redirection(self) -> None:
-        """Use what descriptor 1 is now: `gunicorn --daemon` redirects it, for one."""
+    def _wait_writable(self, seconds: float) -> None:
+        """Wait until stdout is likely to accept bytes. Threads cannot share a `poll`."""
+        poll = select.poll()
+        poll.register(self.descriptor, select.POLLOUT)
+        poll.poll(seconds * 1000)
+
+    def follow_redirection(self) -> None:
+        """Use what descriptor 1 is now: `gunicorn --daemon` redirects it, for one.
+
+        Raises `OSError` if it is closed.
+        """
         status = os.fstat(1)
         identity = (status.st_dev, status.st_ino)
         if identity != self.identity:
@@ -287,7 +297,7 @@ class Stdout:
 
     def _write_later(self) -> None:
         while True:
-            self.poll.poll(POLL_MS)
+            self._wait_writable(POLL_SECONDS)
             with self.mutex:
                 has_written = self._write_pending()
                 if not self.pending:
