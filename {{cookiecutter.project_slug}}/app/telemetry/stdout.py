@@ -201,6 +201,8 @@ class Stdout:
                 pass
         finally:
             self.is_writing = False
+        if not self.pending:
+            self.patience_seconds = PATIENCE_SECONDS
         return (len(self.pending), self.written_bytes) != before
 
     def _write_first(self) -> bool:
