@@ -109,10 +109,21 @@ def _anonymous_file() -> int:
     return -1
 
 
+def _open_if_closed() -> None:
+    """Open /dev/null as descriptor 1 if it is closed, or the next socket would be stdout."""
+    try:
+        os.fstat(1)
+    except OSError:
+        # The lowest free descriptor, which may be 0.
+        os.open(os.devnull, os.O_RDWR)
+        _open_if_closed()
+
+
 class Stdout:
     """Writes lines to descriptor 1. A process has one, as it has one descriptor 1."""
 
     def __init__(self) -> None:
+        _open_if_closed()
         self.lock = _ProcessLock()
         self.identity: tuple[int, int] | None = None
         self.descriptor = 1
@@ -270,19 +281,20 @@ class Stdout:
             self.identity = identity
 
     def _open(self, mode: int) -> None:
-        """Open a pipe again, so that its O_NONBLOCK is ours alone; use anything else as it is.
+        """Open a pipe or a terminal again, so that O_NONBLOCK is ours alone.
 
-        O_NONBLOCK belongs to the open file description, which descriptor 1 shares with the parent
-        (POSIX, open). A pipe of another user cannot be opened; nor can a socket.
+        It belongs to the open file description, which descriptor 1 shares with the parent (POSIX,
+        open). What cannot be opened is used as it is: the pipe of another user, or a socket. A
+        file is, too: a second description would have its own position.
         """
         if self.descriptor != 1:
             os.close(self.descriptor)
         self.descriptor = 1
-        is_file = stat.S_ISREG(mode)
-        if stat.S_ISFIFO(mode):
+        if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
             with contextlib.suppress(OSError):
-                self.descriptor = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK)
-        never_blocks = is_file or self.descriptor != 1
+                self.descriptor = os.open("/proc/self/fd/1", flags)
+        never_blocks = stat.S_ISREG(mode) or self.descriptor != 1
         # After `poll` returns, even a blocking pipe accepts this much.
         self.part_bytes = 1 << 30 if never_blocks else PIPE_BUF
         self.must_poll = not never_blocks

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import socket
 import threading
 import time
+import tty
 from collections.abc import Iterator
 
 import pytest
@@ -13,11 +15,17 @@ from app.telemetry.stdout import ACCESS_LINES, LOG_LINES, PATIENCE_SECONDS, STDO
 
 @contextlib.contextmanager
 def stdout_in_pipe() -> Iterator[int]:
-    """Yield the reading end of a pipe that is descriptor 1 for the duration of the block.
+    """Yield the reading end of a pipe that is descriptor 1 for the duration of the block."""
+    with stdout_in(*os.pipe()) as reader:
+        yield reader
+
+
+@contextlib.contextmanager
+def stdout_in(reader: int, writer: int) -> Iterator[int]:
+    """Use another descriptor 1, and yield the end at which it is read.
 
     No fixture: pytest redirects descriptor 1 between its fixtures and the test.
     """
-    reader, writer = os.pipe()
     stdout = os.dup(1)
     os.dup2(writer, 1)
     os.close(writer)
@@ -69,6 +77,23 @@ def test_full_pipe_keeps_lines_in_order(
         assert (STDOUT.descriptor != 1) is is_own
         assert read(reading_end, sum(map(len, lines))) == b"".join(lines)
         assert LOG_LINES.take_dropped() == 0
+
+
+@pytest.mark.parametrize("kind", ["socket", "terminal"])
+def test_stdout_that_is_no_pipe_keeps_lines_in_order(kind: str) -> None:
+    """systemd's journal is a socket; a container with a terminal has a pseudo-terminal (pty(7))."""
+    if kind == "socket":
+        ends = [end.detach() for end in socket.socketpair()]
+    else:
+        ends = list(os.openpty())
+        tty.setraw(ends[1])
+    lines = [b"%d %b\n" % (number, b"x" * 100_000) for number in range(20)]
+    with stdout_in(*ends) as reading_end:
+        start = time.monotonic()
+        for line in lines:
+            STDOUT.write(line, LOG_LINES)
+        assert time.monotonic() - start < 5
+        assert read(reading_end, sum(map(len, lines))) == b"".join(lines)
 
 
 def fail(*_: object) -> int:
