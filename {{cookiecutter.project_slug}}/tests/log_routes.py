@@ -14,6 +14,9 @@ from tests.fault_routes import app, logger
 #: A URL of which no output may contain the password.
 SECRET_URL = "postgresql://app:hunter2@db/app"
 
+if "FAIL_AT_IMPORT" in os.environ:
+    raise ValueError(SECRET_URL)
+
 lonely_logger = logging.getLogger("tests.lonely")
 lonely_logger.propagate = False
 own_logger = logging.getLogger("tests.own")

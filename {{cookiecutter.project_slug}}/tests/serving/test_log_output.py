@@ -236,3 +236,11 @@ def test_exceptions_without_a_caller_are_json_without_passwords(service: Service
     failures = [line for line in lines if "exception" in line]
     assert {line["logger"] for line in failures} == {"app", "asyncio"}
     assert len(failures) == 4
+
+
+def test_failed_import_is_json_without_passwords(urls: dict[str, str]) -> None:
+    """gunicorn prints errors of its start to stderr (gunicorn.app.base)."""
+    with serving(APP, **urls, FAIL_AT_IMPORT="1") as failing:
+        assert failing.process.wait(60) == 1
+        assert "postgresql://app:***@db/app" in json.dumps(failing.lines)
+        assert "hunter2" not in failing.text
