@@ -125,7 +125,7 @@ class LineHandler(logging.Handler):
         error: Exception | None
         try:
             line = self.format(record).encode(errors="backslashreplace")
-            is_urgent = record.levelno >= logging.CRITICAL
+            is_urgent = (record.levelno or 0) >= logging.CRITICAL
             STDOUT.write(line, LOG_LINES, is_urgent=is_urgent)
             error = STDOUT.take_error()
         except Exception as bug:  # noqa: BLE001 - a line must not stop the service
