@@ -22,7 +22,7 @@ web/                 what surrounds every request
 storage/             Postgres and Redis
     postgres.py  postgres_errors.py  redis.py
 telemetry/           logs and metrics
-    logs.py  access_log.py  context.py
+    logs.py  access_log.py  stdout.py  context.py
     http_metrics.py  process_metrics.py  metric_files.py  multiprocess.py
     metrics_directory.py  metrics_server.py
 sizing/              how many workers and connections fit here

@@ -36,7 +36,7 @@ from app.settings import Settings
 from app.telemetry.access_log import AccessLog
 from app.telemetry.context import request_context
 from app.telemetry.http_metrics import HttpMetrics
-from app.telemetry.logs import redact
+from app.telemetry.logs import redact, truncate
 from app.web.cors import add_missing_headers
 from app.web.head import serve_head
 from app.web.headers import generate_request_ids, parse_headers
@@ -50,8 +50,10 @@ _METHODS = frozenset(
 )
 #: The fields that this service and the server set, once each (RFC 9110, section 5.3).
 _SERVER_FIELDS = frozenset({b"date", b"x-request-id"})
-#: Characters of a path in an access line, so that the line fits into one write to a pipe.
-MAX_PATH = 1024
+#: Maximum size of a path in an access line, in bytes of UTF-8.
+MAX_PATH_BYTES = 1024
+#: A path of at most this many characters is not larger: each has up to four bytes.
+SHORT_PATH = MAX_PATH_BYTES // 4
 #: nginx's status for a client that disconnected before the response.
 CLIENT_CLOSED_REQUEST = 499
 #: The bytes of a response from which on its access line waits until the client has received it:
@@ -319,10 +321,14 @@ class Exchange:
         self, method: str, route: str, status: int, seconds: float, undelivered_bytes: int = 0
     ) -> None:
         client = self.scope["client"]
+        # Redacted before it is truncated, or half a password would be left.
+        path = redact(self.scope["path"])
+        if len(path) > SHORT_PATH:
+            path = truncate(path, MAX_PATH_BYTES)
         self.middleware.access_log.write(
             {
                 "method": method,
-                "path": redact(self.scope["path"][:MAX_PATH]),
+                "path": path,
                 "route": route,
                 "status": status,
                 "duration_ms": round(seconds * 1000, 3),
