@@ -20,6 +20,7 @@ from app.setting_types import (
     CommaSeparated,
     HostPort,
     HttpUrl,  # example
+    KeyPrefix,
     LogLevel,
     LowerCase,
     NonNegative,
@@ -36,6 +37,10 @@ SHOWN_CHARACTERS = 80
 
 def _default_docs_enabled(data: dict[str, Any]) -> bool:
     return data.get("environment") == "development"
+
+
+def _default_key_prefix(data: dict[str, Any]) -> str:
+    return str(data.get("service_name"))
 
 
 def _default_bind(data: dict[str, Any]) -> HostPort:
@@ -74,6 +79,7 @@ class Settings(BaseSettings):
         "postgres",
     )
     readiness_timeout_seconds: Positive = 1
+    redis_key_prefix: KeyPrefix = Field(default_factory=_default_key_prefix)
 
     # Logs, documentation, and the proxy in front
     log_level: LogLevel = "info"

@@ -10,8 +10,9 @@ import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from redis.asyncio import Redis
 from redis.exceptions import ResponseError
+
+from app.storage.redis import RedisClient
 
 #: Idle time after which a message is redelivered.
 RECLAIM_SECONDS = 5.0
@@ -31,13 +32,20 @@ class Message(NamedTuple):
 
 
 class StreamGroup:
-    """The group on the stream. Its dead-letter stream is called `<stream>.dead`."""
+    """The group on a stream. Its dead-letter stream is called `<stream>.dead`.
 
-    def __init__(self, redis: Redis, stream: str, group: str) -> None:
+    In Redis the names begin with the key prefix of this service. `publisher` is the prefix of
+    another service, whose stream this one reads with a group of its own.
+    """
+
+    def __init__(self, redis: RedisClient, stream: str, group: str, publisher: str = "") -> None:
         # The annotations of redis-py are less precise than its documentation.
         self.redis: Any = redis
-        self.stream = stream
-        self.group = group
+        #: The name without the prefix, for metrics.
+        self.name = stream
+        self.stream = f"{publisher}:{stream}" if publisher else redis.key(stream)
+        self.dead_letters = redis.key(f"{stream}.dead")
+        self.group = redis.key(group)
         self.scan_cursor = _START
         self.next_scan_at = 0.0
 
@@ -91,7 +99,7 @@ class StreamGroup:
         A crash in between leaves it in both, which is better than in none.
         """
         fields = message.fields | {b"reason": reason.encode(), b"entry": message.entry}
-        await self.redis.xadd(f"{self.stream}.dead", fields, maxlen=MAX_DEAD_LETTERS)
+        await self.redis.xadd(self.dead_letters, fields, maxlen=MAX_DEAD_LETTERS)
         await self.acknowledge(message)
 
     async def waiting(self) -> dict[str, float]:

@@ -3,9 +3,8 @@
 import asyncio
 import time
 
-from redis.asyncio import Redis
-
 from app.patterns.fail_open import COOL_DOWN_SECONDS, FailOpen
+from app.storage.redis import RedisClient
 from scripts import dev_services
 from tests.patterns.conftest import PATIENT_SECONDS
 from tests.service_process import frozen
@@ -14,7 +13,7 @@ BUDGET_SECONDS = 0.2
 
 
 async def test_one_of_concurrent_callers_waits_for_a_hung_redis(
-    client: Redis, real_redis: dev_services.Redis
+    client: RedisClient, real_redis: dev_services.Redis
 ) -> None:
     """Callers that wait for nothing are done at their first step."""
     fail_open = FailOpen(PATIENT_SECONDS)
