@@ -96,9 +96,6 @@ HttpUrl = Annotated[str, _matches(_HTTP_URL, "https://gateway.example, without ?
 ServiceName = Annotated[
     str, _matches(r"[A-Za-z0-9][A-Za-z0-9._-]*", "a name without spaces, for example orders-api")
 ]
-KeyPrefix = Annotated[
-    str, _matches(r"[A-Za-z0-9][A-Za-z0-9._:-]*", "a name without spaces, for example orders-api")
-]
 PathPrefix = Annotated[
     str, _matches(r"(/\S*[^/\s])?", "a path without a slash at its end, for example /api")
 ]

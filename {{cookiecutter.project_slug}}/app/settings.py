@@ -20,7 +20,6 @@ from app.setting_types import (
     CommaSeparated,
     HostPort,
     HttpUrl,  # example
-    KeyPrefix,
     LogLevel,
     LowerCase,
     NonNegative,
@@ -79,7 +78,7 @@ class Settings(BaseSettings):
         "postgres",
     )
     readiness_timeout_seconds: Positive = 1
-    redis_key_prefix: KeyPrefix = Field(default_factory=_default_key_prefix)
+    redis_key_prefix: ServiceName = Field(default_factory=_default_key_prefix)
 
     # Logs, documentation, and the proxy in front
     log_level: LogLevel = "info"

@@ -53,7 +53,9 @@ def server_code(error: BaseException) -> str | None:
 
 def reason(error: BaseException) -> str:
     """Return the cause of an error for the log, without the arguments of the command."""
-    text = str(error).rpartition("of pipeline caused error: ")[2]
+    _, in_pipeline, text = str(error).rpartition("of pipeline caused error: ")
+    if in_pipeline:
+        text = text.strip("('\",)")
     text = text.partition("with args beginning with")[0]
     code = getattr(error, "status_code", None)
     if code is None and type(error) is not ResponseError:
@@ -65,18 +67,19 @@ class _Watch:
     """A connection that reports to its pool which commands the server rejects."""
 
     pool: "_Pool"
-    #: By `time.monotonic()`.
-    connected_at = float("-inf")
+    #: By `time.monotonic()`; zero until the handshake is done, parts of which may be rejected.
+    connected_at = 0.0
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
-        self.connected_at = time.monotonic()
+        self.connected_at = 0.0
         await super().on_connect_check_health(check_health)  # type: ignore[misc]
+        self.connected_at = time.monotonic()
 
     async def read_response(self, *arguments: Any, **options: Any) -> Any:
         try:
             return await super().read_response(*arguments, **options)  # type: ignore[misc]
         except RedisError as error:
-            if server_code(error):
+            if self.connected_at and server_code(error):
                 # Closed when it is released, since a pipeline has more responses to read.
                 self.mark_for_reconnect()  # type: ignore[attr-defined]
                 self.pool.replace_connections()
