@@ -1,5 +1,6 @@
 """Payments while Redis fails over, is shared with another service, or restricts its users."""
 
+import asyncio
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -7,6 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+import asyncpg
+import psutil
 import pytest
 from redis import Redis as Client
 
@@ -38,7 +41,11 @@ def test_service_follows_a_fail_over(
 ) -> None:
     """The old primary is a replica of the new one; then the name leads to the new one."""
     changed = {"REDIS_URL": proxy.url, "READINESS_REQUIRED": "postgres,redis"}
-    with serving(**urls | changed) as service, Client.from_url(new.url) as primary:
+    with (
+        serving(**urls | changed) as service,
+        consuming(**urls | changed),
+        Client.from_url(new.url) as primary,
+    ):
         service.wait()
         before = pay(service)
         eventually(lambda: before in published(old))
@@ -52,6 +59,7 @@ def test_service_follows_a_fail_over(
         service.wait(status=200)
         eventually(lambda: during in published(primary))
         eventually(lambda: "outbox publishing resumed" in service.messages)
+        wait_until_settled(service, during)
         assert 1 <= service.messages.count(paused) <= 2  # once per worker
         assert "Traceback" not in service.text
 
@@ -141,3 +149,53 @@ def test_documented_rights_suffice_and_others_are_named(
         old.execute_command("ACL", "SETUSER", "restricted", "+xadd")
         wait_until_settled(service, pay(service))
         assert "password" not in service.text
+
+
+def add_large_events(url: str, number: int, size: int) -> None:
+    """Add events to the outbox as a transaction of the service would."""
+    query = """
+        insert into outbox (topic, event_id, type, payload)
+        select 'payment-events', gen_random_uuid(), 'large', repeat('a', $2)
+        from generate_series(1, $1)
+    """
+
+    async def insert() -> None:
+        connection = await asyncpg.connect(url)
+        try:
+            await connection.execute(query, number, size)
+        finally:
+            await connection.close()
+
+    asyncio.run(insert())
+
+
+def worker_megabytes(service: Service) -> float:
+    """Return the resident memory of the largest process of the service."""
+    processes = psutil.Process(service.process.pid).children(recursive=True)
+    return float(max(process.memory_info().rss for process in processes) / 2**20)
+
+
+def test_large_events_pass_a_slow_link_once_in_bounded_memory(
+    old: Any,  # noqa: F811
+    proxy: TcpProxy,  # noqa: F811
+    urls: dict[str, str],  # noqa: F811
+) -> None:
+    """200 events of 80 KiB, at 4 MiB/s. Before, a batch had a second, and repeated all of it."""
+    with serving(**urls | {"REDIS_URL": proxy.url}) as service:
+        service.wait()
+        start_megabytes = worker_megabytes(service)
+        proxy.bytes_per_second = 4 << 20
+        add_large_events(urls["DATABASE_URL"], 200, 80 << 10)
+        used_megabytes = []
+
+        def is_drained() -> bool:
+            used_megabytes.append(worker_megabytes(service))
+            return int(old.xlen(STREAM)) >= 200
+
+        eventually(is_drained)
+        proxy.bytes_per_second = 0
+        # Another payment is published after these.
+        payment_id = pay(service)
+        eventually(lambda: payment_id in published(old))
+        assert old.xlen(STREAM) == 201
+        assert max(used_megabytes) < start_megabytes + 30
