@@ -17,6 +17,8 @@ class TcpProxy:
         self.target = target
         #: Limit to the server, of all connections together; 0 is none.
         self.bytes_per_second = 0
+        #: Limit to each client; 0 is none.
+        self.response_bytes_per_second = 0
         #: A connection is cut after this number of bytes to the server; 0 is never.
         self.cut_after_bytes = 0
         self.drops_responses = False
@@ -65,6 +67,8 @@ class TcpProxy:
             while data := server.recv(CHUNK_BYTES):
                 if self.drops_responses:
                     break
+                if self.response_bytes_per_second:
+                    time.sleep(len(data) / self.response_bytes_per_second)
                 client.sendall(data)
             client.shutdown(socket.SHUT_RDWR)
 

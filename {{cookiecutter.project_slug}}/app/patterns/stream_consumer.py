@@ -45,7 +45,7 @@ class StreamConsumer:
         Time limit for these: `grace_seconds`. Messages that take longer are cancelled, and left to
         other consumers.
         """
-        async with background_task(self._heartbeat()):
+        async with self.group.reader, background_task(self._heartbeat()):
             await self._consume()
             await self._finish(grace_seconds)
 

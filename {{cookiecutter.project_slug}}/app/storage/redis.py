@@ -150,12 +150,9 @@ class RedisClient(Redis):
         """
         await self.set(self.key("probe"), b"", ex=PROBE_SECONDS)
 
-    def unhurried(self) -> "RedisClient":
-        """Return a client of one connection, whose caller limits the time of responses.
-
-        It does not retry.
-        """
-        return create_redis(self.settings, max_connections=1, is_hurried=False)
+    def unhurried(self, retries: int = 0) -> "RedisClient":
+        """Return a client of one connection, whose caller limits the time of responses."""
+        return create_redis(self.settings, 1, retries, is_hurried=False)
 
     @contextlib.asynccontextmanager
     async def lend(self) -> AsyncIterator[Any]:
@@ -172,10 +169,13 @@ class RedisClient(Redis):
 
 
 def create_redis(
-    settings: Settings, max_connections: int = MAX_CONNECTIONS, *, is_hurried: bool = True
+    settings: Settings,
+    max_connections: int = MAX_CONNECTIONS,
+    retries: int = RETRIES,
+    *,
+    is_hurried: bool = True,
 ) -> RedisClient:
     """Return a client that connects on first use. Close it with `aclose()`, or use `async with`."""
-    retries = RETRIES if is_hurried else 0
     pool = _Pool.from_url(
         settings.redis_url.get_secret_value(),
         max_connections=max_connections,

@@ -2,18 +2,20 @@
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
+from pydantic import SecretStr
 
 from app.settings import Settings
 from app.storage import redis as redis_storage
 from app.storage.postgres import Database
 from app.storage.redis import RedisClient, create_redis
 from scripts import dev_services
+from tests.tcp_proxy import TcpProxy, proxying
 
 #: Time limit of a Redis command on a busy machine.
 PATIENT_SECONDS = 10.0
@@ -64,6 +66,22 @@ def real_redis(redis: dev_services.Redis) -> dev_services.Redis:
     if redis.program == "fakeredis":
         pytest.skip("fakeredis runs in this process")
     return redis
+
+
+@pytest.fixture
+def proxy(redis: dev_services.Redis) -> Iterator[TcpProxy]:
+    with proxying(redis.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def proxied(
+    client: RedisClient, settings: Settings, proxy: TcpProxy
+) -> AsyncIterator[RedisClient]:
+    """A client with the timeouts of a worker, which connects through the proxy."""
+    changed = settings.model_copy(update={"redis_url": SecretStr(proxy.url)})
+    async with create_redis(changed) as proxied:
+        yield proxied
 
 
 async def eventually(look: Callable[[], bool], seconds: float = 30) -> None:

@@ -5,23 +5,21 @@ import contextlib
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from uuid import UUID, uuid4
 
 import pytest
 from prometheus_client import generate_latest
-from pydantic import SecretStr
 from redis.exceptions import RedisError
 
 from app.patterns import outbox
 from app.patterns.outbox import Publisher
-from app.settings import Settings
 from app.storage.postgres import Connection, Database
-from app.storage.redis import RedisClient, create_redis
+from app.storage.redis import RedisClient
 from scripts import dev_services
 from tests.patterns.conftest import entries, eventually
 from tests.service_process import frozen
-from tests.tcp_proxy import TcpProxy, proxying
+from tests.tcp_proxy import TcpProxy
 
 MAX_LENGTH = 1000
 PAUSED = "outbox publishing paused"
@@ -37,22 +35,6 @@ async def add_events(
         for event_id in ids:
             await outbox.add(connection, "events", event_id, "happened", payload)
     return ids
-
-
-@pytest.fixture
-def proxy(redis: dev_services.Redis) -> Iterator[TcpProxy]:
-    with proxying(redis.port) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-async def proxied(
-    client: RedisClient, settings: Settings, proxy: TcpProxy
-) -> AsyncIterator[RedisClient]:
-    """A client with the timeouts of a worker, which connects through the proxy."""
-    changed = settings.model_copy(update={"redis_url": SecretStr(proxy.url)})
-    async with create_redis(changed) as proxied:
-        yield proxied
 
 
 async def published_ids(client: RedisClient) -> list[str]:

@@ -17,6 +17,7 @@ from app.storage.redis import RedisClient
 from scripts import dev_services
 from tests.patterns.conftest import entries, eventually
 from tests.service_process import frozen
+from tests.tcp_proxy import TcpProxy
 
 Work = Callable[[Message], Awaitable[None]]
 
@@ -126,10 +127,27 @@ async def test_message_of_a_dead_consumer_is_reclaimed(client: RedisClient) -> N
     dead_consumer = StreamGroup(client, "events", "group")
     await dead_consumer.create()
     await send(client, "left")
-    assert len(await dead_consumer.read(1)) == 1
+    async with dead_consumer.reader:
+        assert len(await dead_consumer.read(1)) == 1
     handler = Handler(client)
     async with consuming(handler):
         await eventually(lambda: handler.seen["left"] == 1)
+    assert await pending(client) == 0
+
+
+@pytest.mark.usefixtures("reclaiming")
+async def test_slow_link_delivers_large_messages(
+    client: RedisClient, proxied: RedisClient, proxy: TcpProxy
+) -> None:
+    """Four messages of 80 KiB need 1.6 s here, and one needs 0.4 s. The limit is 0.5 s at first."""
+    names = [str(number) for number in range(12)]
+    for name in names:
+        await client.xadd(client.key("events"), {"name": name, "large": "a" * (80 << 10)})
+    proxy.response_bytes_per_second = 200 << 10
+    handler = Handler(proxied)
+    async with consuming(handler):
+        await eventually(lambda: set(handler.seen) == set(names), 60)
+        proxy.response_bytes_per_second = 0
     assert await pending(client) == 0
 
 
