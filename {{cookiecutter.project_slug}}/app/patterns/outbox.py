@@ -6,7 +6,7 @@ last ID"): it would skip rows, since transactions do not commit in the order of 
 
 Batches are bounded in number, bytes and time, and each response of Redis counts: over a slow link,
 or one that breaks again and again, what Redis has accepted is deleted. An event that Redis rejects,
-or that breaks the connection, is tried again later, and the others pass it.
+or that breaks the connection, is retried later, and the others pass it.
 """
 
 import asyncio
