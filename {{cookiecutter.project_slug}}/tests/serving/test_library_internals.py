@@ -17,7 +17,9 @@ from prometheus_client import CollectorRegistry, Histogram, values
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.values import MultiProcessValue
-from redis.asyncio import BlockingConnectionPool
+from redis._parsers.base import BaseParser
+from redis.asyncio import BlockingConnectionPool, ConnectionPool
+from redis.asyncio.connection import AbstractConnection
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.routing import Mount, Router
@@ -142,6 +144,27 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     BlockingConnectionPool.get_connection_count: (
         "process_metrics.py reads idle and used, in this order",
         "fc3e24e630af",
+    ),
+    BlockingConnectionPool.get_connection: (
+        "it calls ensure_connection, before which storage/redis.py closes old connections",
+        "6382c8e6cc28",
+    ),
+    BlockingConnectionPool.ensure_connection: (
+        "it connects where a connection is closed",
+        "d144a7b72ed3",
+    ),
+    ConnectionPool.release: ("it closes a connection that is marked for reconnect", "e7d317be9fa6"),
+    AbstractConnection.connect_check_health: (
+        "it calls on_connect_check_health, after which storage/redis.py has the time",
+        "5cfa2c49e83e",
+    ),
+    AbstractConnection.read_response: (
+        "it raises the errors that storage/redis.py looks at",
+        "c1b374bc1a30",
+    ),
+    BaseParser.parse_error: (
+        "it sets `status_code`, and removes the code from the text",
+        "66c735931d7e",
     ),
 }
 
