@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")
+#: A boolean as text, as cookiecutter before 2.7 passes it. The first hook rejects unknown texts.
+YES = frozenset("1 true t yes y on".split())
 
 NEXT_STEPS = """
 %(slug)s is ready. Next:
@@ -41,6 +43,6 @@ replace(
     '    service_name: ServiceName = "%s"' % slug,
 )
 replace(".env.example", "SERVICE_NAME=service", "SERVICE_NAME=%s" % slug)
-if not ANSWERS["include_example"]:
+if str(ANSWERS["include_example"]).strip().lower() not in YES:
     runpy.run_path("scripts/remove_example.py")["remove"](Path.cwd())
 sys.stdout.write(NEXT_STEPS % {"slug": slug})
