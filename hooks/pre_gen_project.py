@@ -15,7 +15,7 @@ SLUG_RULE = "must be lower-case letters, digits and single hyphens, starting wit
 MAX_LENGTH = {"project_slug": 40, "project_name": 60, "description": 200, "owner": 100}
 MAX_SHOWN = 80
 #: The texts that cookiecutter 2.7 accepts for a boolean. Older versions pass any text as it is.
-BOOLEANS = frozenset("1 true t yes y on 0 false f no n off".split())
+BOOLEANS = frozenset(["1", "true", "t", "yes", "y", "on", "0", "false", "f", "no", "n", "off"])
 
 #: Names that Windows keeps for devices.
 DEVICES = (

@@ -30,7 +30,9 @@ def install(version: str, directory: Path) -> Path:
         ["venv", "--quiet", "--python", sys.executable, str(directory)],
         ["pip", "install", "--quiet", "--python", str(python), package],
     ):
-        done = subprocess.run([uv, *command], env=environment(), stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(
+            [uv, *command], env=environment(), stderr=subprocess.PIPE, check=False
+        )
         if done.returncode:
             missing(f"{package}: {done.stderr.decode()}")
     return python
