@@ -104,6 +104,7 @@ class Settings(BaseSettings):
     gateway_url: HttpUrl = "http://127.0.0.1:8090"
     message_concurrency_per_worker: PositiveInt = 8
     rate_limit_per_minute: PositiveInt = 60_000
+    gateway_ca_file: Path | None = None
 
     # example: end
     # Workers and shutdown

@@ -59,6 +59,7 @@ PATHS = [
     "tests/patterns/test_stream.py",
     "tests/payments/__init__.py",
     "tests/payments/test_consumer.py",
+    "tests/payments/test_gateway_tls.py",
     "tests/payments/test_payments.py",
     "scripts/remove_example.py",
 ]

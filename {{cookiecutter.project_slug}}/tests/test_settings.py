@@ -211,7 +211,7 @@ def test_secret_file_that_is_no_setting_is_rejected_by_its_name(
     (tmp_path / name).write_text("postgresql://app:s3cret@db/app")
     line = load_error(monkeypatch, SECRETS_DIR=str(tmp_path))
     assert line.startswith(f"SECRETS_DIR={str(tmp_path)[:20]}")
-    assert line.endswith(f": has files that are named like no setting: {ascii(name)}")
+    assert line.endswith(f": has files that are named like no setting: {name!a}")
     assert "s3cret" not in line
 
 
