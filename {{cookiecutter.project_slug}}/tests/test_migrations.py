@@ -51,19 +51,23 @@ def test_migration_has_its_own_name_in_postgres(empty_server: Postgres) -> None:
     first.communicate(timeout=TIMEOUT_SECONDS)
     assert first.returncode == 0
 
-    async def names_during_migration() -> set[str]:
-        connection = await asyncpg.connect(empty_server.url)
-        async with connection.transaction():
-            await connection.execute("lock table alembic_version in access exclusive mode")
-            waiting = start_alembic(empty_server.url)
-            query = "select application_name from pg_stat_activity where wait_event_type = 'Lock'"
-            while not (names := await connection.fetch(query)):
-                assert waiting.poll() is None
-        await connection.close()
+    async def name_during_migration() -> str:
+        holder = await asyncpg.connect(empty_server.url)
+        observer = await asyncpg.connect(empty_server.url)
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute("lock table alembic_version in access exclusive mode")
+        waiting = start_alembic(empty_server.url)
+        query = "select application_name from pg_stat_activity where wait_event_type = 'Lock'"
+        while not (name := await observer.fetchval(query)):
+            assert waiting.poll() is None
+        await transaction.rollback()
+        await holder.close()
+        await observer.close()
         waiting.communicate(timeout=TIMEOUT_SECONDS)
-        return {row["application_name"] for row in names}
+        return str(name)
 
-    assert asyncio.run(names_during_migration()) == {"service-migrate"}
+    assert asyncio.run(name_during_migration()) == "service-migrate"
 
 
 def test_every_migration_can_be_downgraded(empty_server: Postgres) -> None:
