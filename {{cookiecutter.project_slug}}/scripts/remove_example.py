@@ -129,7 +129,7 @@ MARKED_ROW = re.compile(r"^.*<!-- example --> \|\n", re.MULTILINE)
 FOLLOWS_EXAMPLE = re.compile(
     r"""^(down_revision\b.*= )["'](0001_payments|0002_patterns)["']$""", re.MULTILINE
 )
-#: In the answers that cruft stores: a boolean, or a text from an older version.
+#: In the file of cruft: a boolean, or a text from an older version.
 STORED_ANSWER = re.compile(r'(?<="include_example": )[^,\n]+')
 
 
