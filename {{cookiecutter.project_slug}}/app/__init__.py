@@ -22,7 +22,8 @@ storage/             Postgres and Redis
     postgres.py  postgres_errors.py  redis.py
 telemetry/           logs and metrics
     logs.py  access_log.py  context.py
-    http_metrics.py  process_metrics.py  multiprocess.py  metrics_server.py
+    http_metrics.py  process_metrics.py  metric_files.py  multiprocess.py
+    metrics_directory.py  metrics_server.py
 sizing/              how many workers and connections fit here
     resources.py  plan.py  checks.py
 serving/             the gunicorn runtime: nothing imports it, a team rarely opens it
@@ -31,3 +32,9 @@ serving/             the gunicorn runtime: nothing imports it, a team rarely ope
 
 Start with main.py, then lifespan.py. An import goes down only; `make lint` checks that.
 """
+
+import os
+
+# Before any metric is made, in a child process too that imports one module only.
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    import app.telemetry.metric_files  # noqa: F401

@@ -10,6 +10,8 @@ from asyncpg import Pool
 from prometheus_client import CollectorRegistry, Gauge
 from redis.asyncio import ConnectionPool
 
+from app.telemetry.metric_files import retry_writes
+
 POOL = "db_client_connection_pool_name"
 STATE = "db_client_connection_state"
 UPDATE_SECONDS = 1.0
@@ -49,6 +51,7 @@ class WorkerMetrics:
         """Update the gauges every `UPDATE_SECONDS`, until cancelled."""
         while True:
             self.update()
+            retry_writes()
             await asyncio.sleep(UPDATE_SECONDS)
 
     def update(self) -> None:

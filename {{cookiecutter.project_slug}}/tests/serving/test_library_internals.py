@@ -11,9 +11,10 @@ import pytest
 from fastapi import FastAPI
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Histogram, values
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.values import MultiProcessValue
 from redis.asyncio import BlockingConnectionPool
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.routing import Router
@@ -25,6 +26,7 @@ from uvicorn.server import Server, ServerState
 from uvicorn_worker import UvicornWorker
 
 from app.serving.arbiter import ServiceArbiter
+from app.telemetry.metric_files import MetricFile, encode_entries, read_entries
 
 Function = Callable[..., Any]
 
@@ -94,7 +96,14 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     WebSocketsSansIOProtocol.shutdown: ("it closes with 1012", "e8ace796ada6"),
     # prometheus_client
     Histogram.observe: ("http_metrics.py adds to its sum and buckets", "38beca3be1d1"),
-    MultiProcessCollector.collect: ("multiprocess.py merges files as it does", "86fc50ce2593"),
+    MultiProcessCollector._read_metrics: ("multiprocess.py reads files as it does", "c8d3db164cc9"),
+    MultiProcessCollector._accumulate_metrics: ("multiprocess.py merges with it", "a7834784c48c"),
+    MultiProcessValue: (
+        "it makes, reads, writes and closes metric_files.py's MetricFile, by pid",
+        "8077cd2c482f",
+    ),
+    MmapedDict._init_value: ("metric_files.py writes entries as it does", "b07be9310c27"),
+    MmapedDict.read_all_values_from_file: ("metric_files.py reads files with it", "949b6512ed6a"),
     # FastAPI
     FastAPI.build_middleware_stack: ("main.py removes its outermost middleware", "11dddac6c1b6"),
     # asyncpg
@@ -164,20 +173,31 @@ def test_histogram_buckets_are_not_cumulative() -> None:
     child = histogram.labels("b")
     child._sum.inc(3)
     child._buckets[1].inc(2)
-    values = {}
+    found = {}
     for metric in registry.collect():
         for sample in metric.samples:
-            values[sample.name + sample.labels.get("le", "")] = sample.value
+            found[sample.name + sample.labels.get("le", "")] = sample.value
     expected = {"h_bucket1.0": 0, "h_bucket2.0": 2, "h_bucket+Inf": 2, "h_count": 2, "h_sum": 3}
-    assert expected.items() <= values.items()
+    assert expected.items() <= found.items()
 
 
-def test_metric_files_can_be_read_and_updated(tmp_path: Path) -> None:
-    path = str(tmp_path / "counter_1.db")
-    file = MmapedDict(path)
-    file.write_value("key", 2.0, 0.0)
-    assert file.read_value("key")[0] == 2
-    file.close()
-    ((key, value, _, _),) = MmapedDict.read_all_values_from_file(path)
-    assert key == "key"
-    assert value == 2
+def test_metric_files_have_the_format_of_prometheus_client(tmp_path: Path) -> None:
+    ours = MetricFile(str(tmp_path / "ours.db"))
+    theirs = MmapedDict(str(tmp_path / "theirs.db"))
+    for key in ("1234", "12345678901", "é"):
+        for file in (ours, theirs):
+            file.read_value(key)
+            file.write_value(key, 2.0, 3.0)
+    ours.close()
+    theirs.close()
+    expected = MmapedDict.read_all_values_from_file(theirs._fname)
+    assert list(MmapedDict.read_all_values_from_file(ours.path)) == list(expected)
+    entries = read_entries(Path(ours.path))
+    archive = tmp_path / "archive.db"
+    archive.write_bytes(encode_entries(entries))
+    assert read_entries(archive) == entries
+
+
+def test_metric_files_replace_those_of_prometheus_client() -> None:
+    """`MultiProcessValue` looks the class up in its module, for each file that it makes."""
+    assert vars(values)["MmapedDict"] is MetricFile
