@@ -35,8 +35,8 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(settings: Settings, work: Work) -> None:
-    """Work until SIGTERM or SIGINT.
+def run(settings: Settings, work: Work, name: str = "consumer") -> None:
+    """Work until SIGTERM or SIGINT. `name` distinguishes the process in `pg_stat_activity`.
 
     `work` is entered with clients of Postgres and Redis, and left at shutdown. The process is ready
     while both respond; neither has to at the start. Raises `SystemExit` if `METRICS_BIND` is in
@@ -45,7 +45,7 @@ def run(settings: Settings, work: Work) -> None:
     logs.capture_prints(settings)
     up = dependency_gauge(REGISTRY)
     dropped_lines = dropped_log_lines(REGISTRY)
-    app = FastAPI(lifespan=lambda _: _open(settings, work, up), openapi_url=None)
+    app = FastAPI(lifespan=lambda _: _open(settings, work, name, up), openapi_url=None)
     app.include_router(health_router)
 
     @app.get("/metrics")
@@ -71,11 +71,13 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _open(settings: Settings, work: Work, up: Gauge) -> AsyncIterator[dict[str, Any]]:
+async def _open(
+    settings: Settings, work: Work, name: str, up: Gauge
+) -> AsyncIterator[dict[str, Any]]:
     """Yield the state of the probes while the work is open."""
     async with contextlib.AsyncExitStack() as stack:
         connections = max(2, settings.database_max_connections)
-        storage = await stack.enter_async_context(open_storage(settings, connections))
+        storage = await stack.enter_async_context(open_storage(settings, connections, name))
 
         both = settings.model_copy(update={"readiness_required": ("postgres", "redis")})
         health = Health(both, storage.checks, Lifecycle(), up)

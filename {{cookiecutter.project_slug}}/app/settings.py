@@ -109,6 +109,7 @@ class Settings(BaseSettings):
     gateway_url: HttpUrl = "http://127.0.0.1:8090"
     message_concurrency_per_worker: PositiveInt = 8
     rate_limit_per_minute: PositiveInt = 60_000
+    gateway_ca_file: Path | None = None
 
     # example: end
     # Workers and shutdown
@@ -176,7 +177,21 @@ def _read_secret_files(settings_cls: type[BaseSettings], directory: str) -> dict
         fail("SECRETS_DIR", directory, "is not a directory; create it or unset SECRETS_DIR")
     with warnings.catch_warnings(action="error"):
         found = SecretsSettingsSource(settings_cls, secrets_dir=directory)()
+    _reject_unknown_files(settings_cls, directory)
     return {name: value for name, value in found.items() if value}
+
+
+def _reject_unknown_files(settings_cls: type[BaseSettings], directory: str) -> None:
+    """Exit if a file is named like no setting: a default would be used instead of its secret.
+
+    Kubernetes and engines keep directories and hidden files of their own in such a directory.
+    """
+    files = [path.name for path in Path(directory).iterdir() if path.is_file()]
+    unknown = [name for name in files if name.lower() not in settings_cls.model_fields]
+    visible = sorted(ascii(name) for name in unknown if not name.startswith("."))
+    if visible:
+        problem = f"has files that are named like no setting: {', '.join(visible)}"
+        fail("SECRETS_DIR", directory, problem)
 
 
 def _describe_error(error: Any) -> str:

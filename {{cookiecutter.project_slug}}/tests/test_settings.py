@@ -203,6 +203,32 @@ def test_missing_secrets_directory_is_rejected(monkeypatch: pytest.MonkeyPatch) 
     assert line.startswith("SECRETS_DIR=/does/not/exist: ")
 
 
+@pytest.mark.parametrize("name", ["databaseurl", "database_url.txt", "DATABASE_URL~", "a\nb"])
+def test_secret_file_that_is_no_setting_is_rejected_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """pydantic-settings ignores the file, and the service would use the default."""
+    (tmp_path / name).write_text("postgresql://app:s3cret@db/app")
+    line = load_error(monkeypatch, SECRETS_DIR=str(tmp_path))
+    assert line.startswith(f"SECRETS_DIR={str(tmp_path)[:20]}")
+    assert line.endswith(f": has files that are named like no setting: {name!a}")
+    assert "s3cret" not in line
+
+
+def test_files_of_kubernetes_next_to_the_secrets_are_ignored(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """kubelet's AtomicWriter: each file is a link into `..data`, a link to a hidden directory."""
+    (tmp_path / "kubernetes.io").mkdir()
+    (tmp_path / "..2026_11_29").mkdir()
+    (tmp_path / "..2026_11_29/redis_url").write_text("redis://b")
+    (tmp_path / "..data").symlink_to("..2026_11_29")
+    (tmp_path / "redis_url").symlink_to("..data/redis_url")
+    (tmp_path / ".updated").touch()
+    monkeypatch.setenv("SECRETS_DIR", str(tmp_path))
+    assert load_settings().redis_url.get_secret_value() == "redis://b"
+
+
 def test_directory_in_place_of_a_secret_file_is_rejected(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from app.patterns.stream_group import Message, StreamGroup
 from app.patterns.stream_handler import PoisonError, RetryLaterError, StreamHandler
 from app.payments import repository
 from app.payments.events import CREATED, STREAM, parse_ids, republish_pending
-from app.payments.gateway import CardGateway, open_gateway
+from app.payments.gateway import CardGateway, open_gateway, trust_authorities
 from app.payments.service import CACHE
 from app.settings import Settings, fail, load_settings
 from app.storage import Storage
@@ -89,8 +89,9 @@ async def run_consumer(settings: Settings, storage: Storage) -> AsyncIterator[No
     concurrency = settings.message_concurrency_per_worker
     grace_seconds = settings.graceful_timeout_seconds - CLOSING_SECONDS
     republish = run_periodically(storage.database, REPUBLISH_SECONDS, republish_pending)
+    tls = trust_authorities(settings.gateway_ca_file)
     async with (
-        open_gateway(settings.gateway_url, concurrency) as gateway,
+        open_gateway(settings.gateway_url, concurrency, tls) as gateway,
         background_task(republish),
     ):
         handler = ChargeHandler(storage.database, storage.redis, gateway)
@@ -109,6 +110,8 @@ def main() -> None:
     if is_plaintext and settings.environment != "development":
         problem = "must be https:// unless ENVIRONMENT is development"
         fail("GATEWAY_URL", settings.gateway_url, problem)
+    # An invalid file stops the start, not the work.
+    trust_authorities(settings.gateway_ca_file)
     process.run(settings, run_consumer)
 
 

@@ -18,14 +18,17 @@ class Storage(NamedTuple):
 
 
 @contextlib.asynccontextmanager
-async def open_storage(settings: Settings, connections: int) -> AsyncIterator[Storage]:
+async def open_storage(
+    settings: Settings, connections: int, process: str = "api"
+) -> AsyncIterator[Storage]:
     """Open the clients, close them in reverse. Nothing connects before first use.
 
-    `connections` is the number of Postgres connections for this process, at least 2. The checks
+    `connections` is the number of Postgres connections for this process, at least 2. In Postgres
+    its `application_name` is the service's with `process`, and `-probe` for the check. The checks
     have connections of their own: a pool that is exhausted does not make a process unready.
     """
     async with contextlib.AsyncExitStack() as stack:
-        database = await stack.enter_async_context(Database(settings, connections))
+        database = await stack.enter_async_context(Database(settings, connections, process))
         redis = await stack.enter_async_context(create_redis(settings))
         probe = await stack.enter_async_context(create_redis(settings, max_connections=1))
         yield Storage(database, redis, {"postgres": database.check, "redis": probe.check})

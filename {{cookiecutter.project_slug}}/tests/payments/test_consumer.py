@@ -171,6 +171,20 @@ def test_payment_is_charged_once_with_the_request_id(
     assert gateway.calls[payment_id] == 1
 
 
+def test_each_process_has_its_own_name_in_postgres(urls: dict[str, str]) -> None:
+    """`application_name`: "Error Reporting and Logging" in the documentation of Postgres."""
+    query = "select array_agg(distinct application_name) from pg_stat_activity where $1 <> ''"
+    named = urls | {"SERVICE_NAME": "orders"}
+    with serving(**named) as orders, consuming(**named):
+        orders.wait()
+        wait_until_settled(orders, pay(orders))
+        processes = {"orders-api", "orders-consumer"}
+        probes = {"orders-api-probe", "orders-consumer-probe"}
+        eventually(
+            lambda: processes | probes <= set(query_value(urls["DATABASE_URL"], query, "all"))
+        )
+
+
 def test_failing_gateway_delays_payments_only(
     urls: dict[str, str], service: Service, gateway: FakeGateway
 ) -> None:
