@@ -5,6 +5,7 @@ lifespan.py          what the API process holds while it serves
 settings.py          every setting, validated and frozen
 errors.py            the errors that clients see
 tasks.py             background tasks: of a request, of the process
+forks.py             makes forked processes independent of the one that forks
 process.py           runs a process without routes: probes, metrics, shutdown
 lifecycle.py         what the server tells the application about its shutdown
 setting_types.py     validated types for settings

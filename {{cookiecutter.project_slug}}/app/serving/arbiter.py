@@ -68,8 +68,21 @@ class ServiceArbiter(Arbiter):  # type: ignore[misc]
 
 
 def use_service_arbiter(arbiter: Any) -> None:
-    """Turn gunicorn's arbiter into a `ServiceArbiter`.
+    """Turn gunicorn's arbiter into a `ServiceArbiter`, once it has its listening sockets.
 
     gunicorn has no setting for its class.
     """
     arbiter.__class__ = ServiceArbiter
+    # gunicorn never unlinks the sockets of systemd; the same holds for every inherited socket.
+    arbiter.systemd = _has_inherited_sockets(arbiter)
+    arbiter.worker_class.has_inherited_sockets = arbiter.systemd
+
+
+def _has_inherited_sockets(arbiter: Any) -> bool:
+    """Return whether another process has opened the listening sockets, and may use them again.
+
+    systemd passes them in `LISTEN_FDS`, another supervisor as `--bind fd://3`, and a gunicorn that
+    replaces itself in `GUNICORN_FD`.
+    """
+    has_bound_descriptor = any(isinstance(address, int) for address in arbiter.cfg.address)
+    return arbiter.systemd or arbiter.master_pid != 0 or has_bound_descriptor
