@@ -15,6 +15,7 @@ from app.serving import shared_flags
 from app.serving.http_response import HttpResponseProtocol
 from app.settings import Settings
 from app.web.limits import REJECTED_STATUS
+from app.web.proxies import client_address
 
 #: Pipelined requests that may wait for the one being served. Each uses memory before any limit
 #: counts it.
@@ -52,6 +53,11 @@ class HttpRequestProtocol(HttpResponseProtocol):
         self.first_read_bytes = 0
         self.header_bytes = 0
         self.header_seconds = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Accept a connection; a client of IPv4 has an IPv4 address, also on a socket of IPv6."""
+        super().connection_made(transport)
+        self.client = client_address(self.client)
 
     @property
     def has_complete_headers(self) -> bool:

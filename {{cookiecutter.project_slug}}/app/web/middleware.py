@@ -15,12 +15,11 @@ One middleware and not five: fused they keep 0.88 of bare FastAPI's throughput, 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from app.errors import ServiceError
 from app.settings import Settings
@@ -31,6 +30,7 @@ from app.telemetry.logs import redact
 from app.web.headers import generate_request_ids, parse_headers
 from app.web.limits import Limits
 from app.web.problems import problem
+from app.web.proxies import with_proxy_headers
 
 #: RFC 9110 and RFC 5789. Others are counted as `_OTHER`, or clients could invent time series.
 _METHODS = frozenset(
@@ -41,7 +41,6 @@ MAX_PATH = 1024
 #: nginx's status for a client that disconnected before the response.
 CLIENT_CLOSED_REQUEST = 499
 
-_with_proxy_headers: Callable[[ASGIApp, str], ASGIApp] = ProxyHeadersMiddleware  # type: ignore[assignment]
 logger = logging.getLogger("app.observe")
 
 
@@ -50,7 +49,7 @@ class RequestMiddleware:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self.app_with_proxy_headers = _with_proxy_headers(app, settings.forwarded_allow_ips)
+        self.app_with_proxy_headers = with_proxy_headers(app, settings.forwarded_allow_ips)
         self.limits = Limits(settings)
         self.metrics = HttpMetrics(self.limits.in_flight)
         self.access_log = AccessLog(settings, self.metrics.dropped_lines.inc)
