@@ -23,7 +23,8 @@ storage/             Postgres and Redis
     postgres.py  postgres_errors.py  redis.py
 telemetry/           logs and metrics
     logs.py  access_log.py  context.py
-    http_metrics.py  process_metrics.py  multiprocess.py  metrics_server.py
+    http_metrics.py  process_metrics.py  multiprocess.py
+    metrics_server.py  scrape_server.py
 sizing/              how many workers and connections fit here
     resources.py  plan.py  checks.py
 serving/             the gunicorn runtime: nothing imports it, a team rarely opens it

@@ -10,17 +10,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
-from wsgiref.simple_server import WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.exposition import ThreadingWSGIServer, _SilentHandler
 
 from app.setting_types import HostPort
 from app.settings import fail
 from app.telemetry.multiprocess import WorkersCollector, claim_directory
+from app.telemetry.scrape_server import ScrapeServer, WSGIApp
 
 #: How often the process checks that its parent is still running.
 PARENT_CHECK_SECONDS = 1.0
@@ -36,7 +35,6 @@ IGNORED_SIGNALS = (
 #: The signal with which `MetricsProcess.stop` ends the process.
 STOP_SIGNAL = signal.SIGALRM
 
-WSGIApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
 logger = logging.getLogger("app.metrics")
 
 
@@ -49,7 +47,7 @@ class MetricsProcess:
         Raises `SystemExit` with one line that identifies the setting, if one of the two fails.
         """
         try:
-            self.server = _listen(address, directory)
+            self.server = ScrapeServer(address, _wsgi_app(directory))
         except OSError as error:
             fail("METRICS_BIND", address, f"cannot listen there: {error.strerror}")
         try:
@@ -104,15 +102,6 @@ class MetricsProcess:
 def _exit(*_: object) -> NoReturn:
     """End a forked process without the master's `atexit` handlers."""
     os._exit(0)
-
-
-def _listen(address: HostPort, directory: Path) -> WSGIServer:
-    """Return a server of `GET /metrics`. Raises `OSError` if it cannot listen there."""
-
-    class Server(ThreadingWSGIServer):
-        address_family = address.family
-
-    return make_server(address.host, address.port, _wsgi_app(directory), Server, _SilentHandler)
 
 
 def _wsgi_app(directory: Path) -> WSGIApp:
