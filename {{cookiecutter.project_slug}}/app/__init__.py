@@ -18,7 +18,8 @@ patterns/            building blocks to copy  # example
     stream_consumer.py  stream_handler.py  stream_group.py  # example
     http_client.py  circuit_breaker.py  # example
 web/                 what surrounds every request
-    middleware.py  limits.py  headers.py  proxies.py  problems.py  health.py  principal.py
+    middleware.py  limits.py  headers.py  proxies.py  threads.py
+    problems.py  health.py  principal.py
 storage/             Postgres and Redis
     postgres.py  postgres_errors.py  redis.py
 telemetry/           logs and metrics

@@ -31,6 +31,7 @@ from app.web.headers import generate_request_ids, parse_headers
 from app.web.limits import Limits
 from app.web.problems import problem
 from app.web.proxies import with_proxy_headers
+from app.web.threads import cancel_after_thread
 
 #: RFC 9110 and RFC 5789. Others are counted as `_OTHER`, or clients could invent time series.
 _METHODS = frozenset(
@@ -135,7 +136,7 @@ class Exchange:
         """
         self.timeout_response = asyncio.create_task(self._respond_timeout())
         if self.task is not None:
-            self.task.cancel()
+            cancel_after_thread(self.task)
 
     def _admit(self, body_bytes: int | None) -> Receive:
         """Return the `receive` of an admitted request. Raises `ServiceError` at a limit."""
