@@ -100,6 +100,7 @@ class Settings(BaseSettings):
     request_body_timeout_seconds: Positive = 15
     request_timeout_seconds: Positive = 30
     keepalive_seconds: PositiveInt = 75
+    max_streams: PositiveInt = 256
 
     # example: begin
     # Payments

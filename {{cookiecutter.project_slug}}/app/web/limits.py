@@ -55,6 +55,9 @@ class Limits:
         self.max_body_bytes = settings.max_body_bytes
         self.probe_prefix = f"{settings.root_path}/health/"
         self.in_flight: dict[Exchange, None] = {}  # in the order of their start
+        self.streams: set[Exchange] = set()
+        self.max_streams = settings.max_streams
+        self.is_full_of_streams = False
         self.is_expiry_scheduled = False
 
     def admit(self, exchange: Exchange, body_bytes: int) -> None:
@@ -74,6 +77,28 @@ class Limits:
         self.in_flight[exchange] = None
         if not self.is_expiry_scheduled:
             self._schedule_expiry()
+
+    def start_stream(self, exchange: Exchange) -> None:
+        """Count a request as a stream from now on, and not as in flight.
+
+        Streams last, so they have a limit of their own: they must not use up `MAX_IN_FLIGHT`.
+        """
+        if not self.is_full_of_streams:
+            del self.in_flight[exchange]
+            self.streams.add(exchange)
+            self.is_full_of_streams = len(self.streams) >= self.max_streams
+
+    def release(self, exchange: Exchange) -> None:
+        """Remove a request that is finished."""
+        if exchange in self.in_flight:
+            del self.in_flight[exchange]
+        elif exchange in self.streams:
+            self.streams.remove(exchange)
+            self.is_full_of_streams = False
+
+    def __len__(self) -> int:
+        """Return the number of requests that are being served, streams included."""
+        return len(self.in_flight) + len(self.streams)
 
     def _schedule_expiry(self) -> None:
         self.is_expiry_scheduled = True

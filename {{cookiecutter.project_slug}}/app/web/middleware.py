@@ -15,7 +15,7 @@ One middleware and not five: fused they keep 0.88 of bare FastAPI's throughput, 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -52,7 +52,7 @@ class RequestMiddleware:
         self.app = app
         self.app_with_proxy_headers = with_proxy_headers(app, settings.forwarded_allow_ips)
         self.limits = Limits(settings)
-        self.metrics = HttpMetrics(self.limits.in_flight)
+        self.metrics = HttpMetrics(self.limits)
         self.access_log = AccessLog(settings, self.metrics.dropped_lines.inc)
         self.request_ids = generate_request_ids()
 
@@ -119,13 +119,19 @@ class Exchange:
         """Pass a message of the response on, with the request ID: an ASGI `send`."""
         if self.is_finished and self.timeout_response is not None:  # the 504 has been sent
             return asyncio.sleep(0)
+        limits = self.middleware.limits
         if message["type"] == "http.response.start":
+            if limits.is_full_of_streams and self._is_stream(message):
+                return self._reject_stream()
             self.status = message["status"]
             request_id = (b"x-request-id", self.context["request_id"].encode())
             message["headers"] = [*message.get("headers", ()), request_id]
         else:
             self.size_bytes += len(message.get("body", b""))
-            if not message.get("more_body", False) and not self.is_finished:
+            if message.get("more_body", False):
+                if self in limits.in_flight:
+                    limits.start_stream(self)
+            elif not self.is_finished:
                 self._finish()
         return self._send(message)
 
@@ -134,7 +140,25 @@ class Exchange:
 
         The response does not wait for a handler that ignores its cancellation.
         """
-        self.timeout_response = asyncio.create_task(self._respond_timeout())
+        self._replace_handler(504, "The request timed out.")
+
+    def _is_stream(self, start: Message) -> bool:
+        """Return whether a response with this start is a stream: its length is not known."""
+        has_body = self.scope["method"] != "HEAD" and start["status"] not in {204, 304}
+        names = {name.lower() for name, _ in start.get("headers", ())}
+        return has_body and b"content-length" not in names
+
+    def _reject_stream(self) -> Awaitable[None]:
+        """Respond 503 in place of a stream; what is returned waits until the handler ends."""
+        self._replace_handler(503, "The service has too many streams.", {"Retry-After": "1"})
+        return asyncio.get_running_loop().create_future()
+
+    def _replace_handler(
+        self, status: int, detail: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Respond with a problem in place of the handler, and cancel it."""
+        response = self._respond_in_place(status, detail, headers)
+        self.timeout_response = asyncio.create_task(response)
         if self.task is not None:
             cancel_after_thread(self.task)
 
@@ -153,9 +177,11 @@ class Exchange:
         if not self.status:
             await response(self.scope, self.receive, self.send)
 
-    async def _respond_timeout(self) -> None:
+    async def _respond_in_place(
+        self, status: int, detail: str, headers: Mapping[str, str] | None
+    ) -> None:
         request_context.set(self.context)
-        await self._respond(problem(504, "The request timed out."))
+        await self._respond(problem(status, detail, headers))
 
     async def _respond_to_cancellation(self) -> None:
         """Respond to the cancellation of the handler: a timeout, or the end of the shutdown."""
@@ -170,7 +196,7 @@ class Exchange:
         seconds = time.perf_counter() - self.start
         self.is_finished = True
         middleware = self.middleware
-        middleware.limits.in_flight.pop(self, None)
+        middleware.limits.release(self)
         method = self.scope["method"]
         route = _route(self.scope)
         status = self.status or CLIENT_CLOSED_REQUEST

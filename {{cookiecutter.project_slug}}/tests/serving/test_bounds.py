@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import httpx
 import psutil
 import pytest
 
@@ -142,3 +143,46 @@ def test_one_sighup_replaces_each_worker_once(urls: dict[str, str]) -> None:
         eventually(lambda: len(workers(service)) == 2)
         assert not before & {worker.pid for worker in workers(service)}
         assert started(service) == 4
+
+
+# Streams
+
+STREAMS = {"WEB_CONCURRENCY": "1", "MAX_STREAMS": "5", "MAX_IN_FLIGHT": "3"}
+
+
+@contextlib.contextmanager
+def stream(service: Service) -> Iterator[httpx.Response]:
+    """Open a stream; of an admitted one, the first line has been received."""
+    url = f"http://127.0.0.1:{service.port}/events?seconds=60"
+    with httpx.stream("GET", url, timeout=DEADLINE_SECONDS) as response:
+        lines = response.iter_lines()  # closes the response when it is garbage
+        assert next(lines)
+        yield response
+
+
+def test_streams_have_a_limit_of_their_own(urls: dict[str, str]) -> None:
+    """ASGI's specification, "Response Body": a stream has `more_body`.
+
+    RFC 9110, section 15.6.4: a server that is overloaded responds 503 with `Retry-After`.
+    """
+    with serving(FAULT_ROUTES, **STREAMS, **urls) as service, contextlib.ExitStack() as stack:
+        service.wait()
+        opened = [stack.enter_context(contextlib.ExitStack()) for _ in range(5)]
+        for each in opened:
+            assert each.enter_context(stream(service)).status_code == 200
+        with stream(service) as rejected:
+            assert rejected.status_code == 503
+            assert rejected.headers["retry-after"] == "1"
+            assert rejected.headers["content-type"] == "application/problem+json"
+        # More than MAX_IN_FLIGHT streams, and every other kind of response is served.
+        for path in ("/", "/slow?seconds=0.1", "/large?megabytes=1", "/health/ready"):
+            assert service.get(path).status_code == 200
+        assert service.http.head("/").status_code != 503
+        eventually(lambda: "http_server_active_requests 5.0" in service.metrics())
+        opened[0].close()
+        eventually(lambda: "http_server_active_requests 4.0" in service.metrics())
+        with stream(service) as admitted:
+            assert admitted.status_code == 200
+        statuses = [line["status"] for line in service.lines if line.get("route") == "/events"]
+        assert statuses.count(503) == 1
+        service.process.send_signal(signal.SIGINT)
