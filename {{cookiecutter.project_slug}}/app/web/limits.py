@@ -79,20 +79,18 @@ class Limits:
             self._schedule_expiry()
 
     def start_stream(self, exchange: Exchange) -> None:
-        """Count a request as a stream from now on, and not as in flight.
+        """Count a request as a stream, and no longer as in flight. Called for each of its parts.
 
         Streams last, so they have a limit of their own: they must not use up `MAX_IN_FLIGHT`.
         """
-        if not self.is_full_of_streams:
+        if not self.is_full_of_streams and exchange in self.in_flight:
             del self.in_flight[exchange]
             self.streams.add(exchange)
             self.is_full_of_streams = len(self.streams) >= self.max_streams
 
-    def release(self, exchange: Exchange) -> None:
-        """Remove a request that is finished."""
-        if exchange in self.in_flight:
-            del self.in_flight[exchange]
-        elif exchange in self.streams:
+    def end_stream(self, exchange: Exchange) -> None:
+        """Remove a request that is finished, if it is a stream."""
+        if exchange in self.streams:
             self.streams.remove(exchange)
             self.is_full_of_streams = False
 

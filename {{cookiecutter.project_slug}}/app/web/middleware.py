@@ -119,9 +119,8 @@ class Exchange:
         """Pass a message of the response on, with the request ID: an ASGI `send`."""
         if self.is_finished and self.timeout_response is not None:  # the 504 has been sent
             return asyncio.sleep(0)
-        limits = self.middleware.limits
         if message["type"] == "http.response.start":
-            if limits.is_full_of_streams and self._is_stream(message):
+            if self.middleware.limits.is_full_of_streams and self._is_stream(message):
                 return self._reject_stream()
             self.status = message["status"]
             request_id = (b"x-request-id", self.context["request_id"].encode())
@@ -129,8 +128,7 @@ class Exchange:
         else:
             self.size_bytes += len(message.get("body", b""))
             if message.get("more_body", False):
-                if self in limits.in_flight:
-                    limits.start_stream(self)
+                self.middleware.limits.start_stream(self)
             elif not self.is_finished:
                 self._finish()
         return self._send(message)
@@ -196,7 +194,9 @@ class Exchange:
         seconds = time.perf_counter() - self.start
         self.is_finished = True
         middleware = self.middleware
-        middleware.limits.release(self)
+        is_in_flight = middleware.limits.in_flight.pop(self, self) is None
+        if not is_in_flight:
+            middleware.limits.end_stream(self)
         method = self.scope["method"]
         route = _route(self.scope)
         status = self.status or CLIENT_CLOSED_REQUEST

@@ -8,6 +8,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from anyio._backends._asyncio import AsyncIOBackend
 from fastapi import FastAPI
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
@@ -19,6 +20,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.routing import Router
 from uvicorn.config import Config
 from uvicorn.lifespan.on import LifespanOn
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware, _TrustedHosts
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import Server, ServerState
@@ -97,6 +99,15 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     MultiProcessCollector.collect: ("multiprocess.py merges files as it does", "86fc50ce2593"),
     # FastAPI
     FastAPI.build_middleware_stack: ("main.py removes its outermost middleware", "11dddac6c1b6"),
+    # anyio
+    AsyncIOBackend.run_sync_in_worker_thread: (
+        "threads.py relies on its shielded scope, and on its limiter",
+        "HASH1",
+    ),
+    # uvicorn: proxy headers
+    ProxyHeadersMiddleware.__call__: ("proxies.py replaces its trusted hosts", "HASH2"),
+    _TrustedHosts.__init__: ("it caches `_compute_trust`, which proxies.py overrides", "HASH3"),
+    _TrustedHosts.__contains__: ("proxies.py adds clients without an address", "HASH4"),
     # asyncpg
     vars(asyncpg.Connection)["_cancel_current_command"]: (
         "postgres_errors.py bounds the wait that it begins",
