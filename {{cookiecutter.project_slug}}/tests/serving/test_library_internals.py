@@ -8,6 +8,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+import uvloop
 from anyio._backends._asyncio import AsyncIOBackend
 from fastapi import FastAPI
 from gunicorn.arbiter import Arbiter
@@ -102,12 +103,15 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     # anyio
     AsyncIOBackend.run_sync_in_worker_thread: (
         "threads.py relies on its shielded scope, and on its limiter",
-        "HASH1",
+        "65f1902c1314",
     ),
     # uvicorn: proxy headers
-    ProxyHeadersMiddleware.__call__: ("proxies.py replaces its trusted hosts", "HASH2"),
-    _TrustedHosts.__init__: ("it caches `_compute_trust`, which proxies.py overrides", "HASH3"),
-    _TrustedHosts.__contains__: ("proxies.py adds clients without an address", "HASH4"),
+    ProxyHeadersMiddleware.__call__: ("proxies.py replaces its trusted hosts", "b601df964c02"),
+    _TrustedHosts.__init__: (
+        "it caches `_compute_trust`, which proxies.py overrides",
+        "6470d2577cb2",
+    ),
+    _TrustedHosts.__contains__: ("proxies.py adds clients without an address", "c91fce85486c"),
     # asyncpg
     vars(asyncpg.Connection)["_cancel_current_command"]: (
         "postgres_errors.py bounds the wait that it begins",
@@ -143,6 +147,13 @@ def test_arbiter_class_can_be_replaced() -> None:
     assert arbiter.handle_usr2.__func__ is ServiceArbiter.handle_usr2
     assert Arbiter.WORKERS == {}
     assert Arbiter.WORKER_BOOT_ERROR == 3
+
+
+def test_event_loop_has_a_descriptor() -> None:
+    """A forked child must not use it."""
+    loop: Any = uvloop.new_event_loop()
+    assert loop._get_backend_id() > 2
+    loop.close()
 
 
 def test_server_has_the_expected_attributes() -> None:
