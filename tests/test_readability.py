@@ -10,7 +10,7 @@ from tests.conftest import ROOT, SOURCE
 
 MAX_FUNCTION_LINES = 30
 APP = ROOT / SOURCE / "app"
-FILES = sorted(APP.rglob("*.py")) + [ROOT / SOURCE / "gunicorn.conf.py"]
+FILES = [*sorted(APP.rglob("*.py")), ROOT / SOURCE / "gunicorn.conf.py"]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -62,6 +62,6 @@ async def list_page(
 async def get(payment_id: UUID, payments: PaymentsDependency) -> Response:
     """Look a payment up."""
     payment = await payments.get(payment_id)
-    if payment is None:
-        raise NotFoundError("The payment does not exist.")
-    return Response(payment, headers=NO_STORE, media_type="application/json")
+    if payment is not None:
+        return Response(payment, headers=NO_STORE, media_type="application/json")
+    raise NotFoundError("There is no such payment.")

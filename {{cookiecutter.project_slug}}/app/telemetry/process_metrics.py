@@ -1,4 +1,4 @@
-"""Metrics of one process: memory, connection pools, and whether its dependencies respond."""
+"""Metrics of one process: memory, connection pools, state of its dependencies."""
 
 import asyncio
 import resource

@@ -56,7 +56,7 @@ async def test_location_includes_the_root_path(settings: Settings) -> None:
 async def test_unknown_payment_is_404(client: httpx.AsyncClient) -> None:
     response = await client.get(f"/payments/{uuid4()}")
     assert response.status_code == 404
-    assert response.json()["detail"] == "The payment does not exist."
+    assert response.json()["detail"] == "There is no such payment."
 
 
 @pytest.mark.parametrize(

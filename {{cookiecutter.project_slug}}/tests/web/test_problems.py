@@ -32,7 +32,7 @@ class Card(BaseModel):
     number: Annotated[int, Field(lt=10)]
 
 
-PaymentMethod = Annotated[Cash | Card, Body(discriminator="kind")]
+Tender = Annotated[Cash | Card, Body(discriminator="kind")]
 
 
 def with_routes(settings: Settings) -> FastAPI:
@@ -68,7 +68,7 @@ def with_routes(settings: Settings) -> FastAPI:
         raise ServiceError("public detail")
 
     @app.post("/pay")
-    async def pay(body: PaymentMethod, limit: int) -> None: ...
+    async def pay(body: Tender, limit: int) -> None: ...
 
     @app.post("/prices")
     async def prices(body: dict[str, int]) -> None: ...
