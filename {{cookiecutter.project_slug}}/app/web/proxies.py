@@ -1,4 +1,4 @@
-"""Proxy headers and addresses of clients: which proxies are trusted, and who the client is."""
+"""Proxy headers and addresses of clients: which proxies are trusted, and which is the client."""
 
 import ipaddress
 from typing import Any
