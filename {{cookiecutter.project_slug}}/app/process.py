@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Gauge, generate_latest
 
+from app.forks import isolate_children
 from app.lifecycle import Lifecycle
 from app.settings import Settings, fail
 from app.storage import Storage, open_storage
@@ -58,6 +59,7 @@ def run(settings: Settings, work: Work, name: str = "consumer") -> None:
         "access_log": False,
         "server_header": False,
     }
+    isolate_children()
     config = uvicorn.Config(app, lifespan="on", **options)
     _Server(config).run(sockets=[_listen(settings)])
 

@@ -18,11 +18,13 @@ from pydantic_settings.sources import InitSettingsSource, SecretsSettingsSource
 
 from app.setting_types import (
     CommaSeparated,
+    ForwardedAllowIps,
     HostPort,
     HttpUrl,  # example
     LogLevel,
     LowerCase,
     NonNegative,
+    Origins,
     PathPrefix,
     Positive,
     PostgresUrl,
@@ -85,9 +87,9 @@ class Settings(BaseSettings):
     log_format: Annotated[Literal["auto", "json", "console"], LowerCase] = "auto"
     access_log_flush_ms: NonNegativeInt = 100
     docs_enabled: bool = Field(default_factory=_default_docs_enabled)
-    cors_allow_origins: Annotated[tuple[str, ...], *CommaSeparated] = ()
+    cors_allow_origins: Origins = ()
     root_path: PathPrefix = ""
-    forwarded_allow_ips: Annotated[str, Field(pattern=r"^[0-9a-fA-F.:/*, ]+$")] = "127.0.0.1,::1"
+    forwarded_allow_ips: ForwardedAllowIps = "127.0.0.1,::1"
 
     # Addresses to listen on
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
@@ -103,6 +105,7 @@ class Settings(BaseSettings):
     request_body_timeout_seconds: Positive = 15
     request_timeout_seconds: Positive = 30
     keepalive_seconds: PositiveInt = 75
+    max_streams: PositiveInt = 256
 
     # example: begin
     # Payments

@@ -17,6 +17,7 @@ from app.serving.http_response import Http10Cycle, HttpResponseProtocol
 from app.serving.websocket_protocol import ServiceWebSocket, requests_websocket
 from app.settings import Settings
 from app.web.limits import REJECTED_STATUS
+from app.web.proxies import client_address
 
 #: Pipelined requests that may wait for the one being served. Each uses memory before any limit
 #: counts it.
@@ -54,6 +55,11 @@ class HttpRequestProtocol(HttpResponseProtocol):
         self.first_read_bytes = 0
         self.header_bytes = 0
         self.header_seconds = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Accept a connection; a client of IPv4 has an IPv4 address, also on a socket of IPv6."""
+        super().connection_made(transport)
+        self.client = client_address(self.client)
 
     @property
     def has_complete_headers(self) -> bool:

@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 
 from starlette.middleware.cors import CORSMiddleware
@@ -27,7 +27,6 @@ from starlette.responses import Response
 from starlette.routing import Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.utils import ClientDisconnected
 
 from app.errors import ServiceError
@@ -42,7 +41,9 @@ from app.web.head import serve_head
 from app.web.headers import generate_request_ids, parse_headers
 from app.web.limits import CLIENT_LEFT, Limits
 from app.web.problems import http_problem, problem
+from app.web.proxies import with_proxy_headers
 from app.web.routes import is_mounted, route_template
+from app.web.threads import cancel_after_thread
 
 #: RFC 9110 and RFC 5789. Others are counted as `_OTHER`, or clients could invent time series.
 _METHODS = frozenset(
@@ -64,7 +65,6 @@ INTERNAL_ERROR = 1011
 #: The client has disconnected: Starlette's errors, and uvicorn's for a WebSocket.
 _DISCONNECTS = (ClientDisconnect, WebSocketDisconnect, ClientDisconnected)
 
-_with_proxy_headers: Callable[[ASGIApp, str], ASGIApp] = ProxyHeadersMiddleware  # type: ignore[assignment]
 logger = logging.getLogger("app.observe")
 
 
@@ -87,9 +87,9 @@ class RequestMiddleware:
         self.router = router
         self.lifecycle = lifecycle
         self.cors = cors
-        self.app_with_proxy_headers = _with_proxy_headers(app, settings.forwarded_allow_ips)
+        self.app_with_proxy_headers = with_proxy_headers(app, settings.forwarded_allow_ips)
         self.limits = Limits(settings)
-        self.metrics = HttpMetrics(self.limits.in_flight)
+        self.metrics = HttpMetrics(self.limits)
         self.access_log = AccessLog(settings, self.metrics.dropped_lines.inc)
         self.request_ids = generate_request_ids()
 
@@ -157,24 +157,31 @@ class Exchange:
         if timeout_response is not None and asyncio.current_task() is not timeout_response:
             return asyncio.sleep(0)  # the client gets the 504
         if message["type"] == "http.response.start":
-            headers = message.get("headers", ())
-            for name, _ in headers:
-                if name in _SERVER_FIELDS:
-                    headers = _without_server_fields(headers)
-                    break
-            request_id = (b"x-request-id", self.context["request_id"].encode())
-            message["headers"] = [*headers, request_id]
-            if self.middleware.cors is not None:
-                add_missing_headers(self.middleware.cors, self.scope, message)
-            self.status = self.status or message["status"]
-            return self._send(message)
+            return self._start_response(message)
         # The connection of a large response may be lost, and the application go on for a while.
         is_small = self.size_bytes <= LARGE_RESPONSE_BYTES
         if is_small or not self._is_disconnected(default=False):
             self.size_bytes += len(message.get("body", b""))
         if message.get("more_body", False):
+            self.middleware.limits.start_stream(self)
             return self._send(message)
         return self._send_last(message)
+
+    def _start_response(self, message: Message) -> Awaitable[None]:
+        """Pass the start of the response on; reject a stream over the limit in its place."""
+        if self.middleware.limits.is_full_of_streams and self._is_stream(message):
+            return self._reject_stream()
+        headers = message.get("headers", ())
+        for name, _ in headers:
+            if name in _SERVER_FIELDS:
+                headers = _without_server_fields(headers)
+                break
+        request_id = (b"x-request-id", self.context["request_id"].encode())
+        message["headers"] = [*headers, request_id]
+        if self.middleware.cors is not None:
+            add_missing_headers(self.middleware.cors, self.scope, message)
+        self.status = self.status or message["status"]
+        return self._send(message)
 
     async def _send_last(self, message: Message) -> None:
         """Send the end of the response, which then counts as sent; the server may reject it."""
@@ -187,9 +194,27 @@ class Exchange:
 
         The response does not wait for a handler that ignores its cancellation.
         """
-        self.timeout_response = asyncio.create_task(self._respond_timeout())
+        self._replace_handler(504, "The request timed out.")
+
+    def _is_stream(self, start: Message) -> bool:
+        """Return whether a response with this start is a stream: its length is not known."""
+        has_body = self.scope["method"] != "HEAD" and start["status"] not in {204, 304}
+        names = {name.lower() for name, _ in start.get("headers", ())}
+        return has_body and b"content-length" not in names
+
+    def _reject_stream(self) -> Awaitable[None]:
+        """Respond 503 in place of a stream; what is returned waits until the handler ends."""
+        self._replace_handler(503, "The service has too many streams.", {"Retry-After": "1"})
+        return asyncio.get_running_loop().create_future()
+
+    def _replace_handler(
+        self, status: int, detail: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Respond with a problem in place of the handler, and cancel it."""
+        response = self._respond_in_place(status, detail, headers)
+        self.timeout_response = asyncio.create_task(response)
         if self.task is not None:
-            self.task.cancel()
+            cancel_after_thread(self.task)
 
     def _admit(self, body_bytes: int | None) -> Receive:
         """Return the `receive` of an admitted request. Raises `ServiceError` at a limit."""
@@ -279,16 +304,20 @@ class Exchange:
         except RuntimeError:  # without an event loop
             return False
 
-    async def _respond_timeout(self) -> None:
+    async def _respond_in_place(
+        self, status: int, detail: str, headers: Mapping[str, str] | None
+    ) -> None:
         request_context.set(self.context)
-        await self._respond(problem(504, "The request timed out."))
+        await self._respond(problem(status, detail, headers))
 
     def _finish(self) -> None:
         """Count and log the request: its response is sent, or the client disconnected."""
         seconds = time.perf_counter() - self.start
         self.is_finished = True
         middleware = self.middleware
-        middleware.limits.in_flight.pop(self, None)
+        is_in_flight = middleware.limits.in_flight.pop(self, self) is None
+        if not is_in_flight:
+            middleware.limits.end_stream(self)
         method = self.scope["method"]
         route = route_template(self.scope)
         status = self.status or CLIENT_CLOSED_REQUEST

@@ -8,6 +8,8 @@ from typing import Any
 
 import asyncpg
 import pytest
+import uvloop
+from anyio._backends._asyncio import AsyncIOBackend
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
@@ -25,6 +27,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.routing import Mount, Router
 from uvicorn.config import Config
 from uvicorn.lifespan.on import LifespanOn
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware, _TrustedHosts
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import Server, ServerState
@@ -135,6 +138,18 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     # Starlette
     Mount.matches: ("routes.py recognizes a mount by `app_root_path`", "ac97bc77afea"),
     CORSMiddleware.send: ("cors.py adds the headers that it would add", "e6a44d3c8aba"),
+    # anyio
+    AsyncIOBackend.run_sync_in_worker_thread: (
+        "threads.py relies on its shielded scope, and on its limiter",
+        "65f1902c1314",
+    ),
+    # uvicorn: proxy headers
+    ProxyHeadersMiddleware.__call__: ("proxies.py replaces its trusted hosts", "b601df964c02"),
+    _TrustedHosts.__init__: (
+        "it caches `_compute_trust`, which proxies.py overrides",
+        "6470d2577cb2",
+    ),
+    _TrustedHosts.__contains__: ("proxies.py adds clients without an address", "c91fce85486c"),
     # asyncpg
     vars(asyncpg.Connection)["_cancel_current_command"]: (
         "postgres_errors.py bounds the wait that it begins",
@@ -191,6 +206,13 @@ def test_arbiter_class_can_be_replaced() -> None:
     assert arbiter.handle_usr2.__func__ is ServiceArbiter.handle_usr2
     assert Arbiter.WORKERS == {}
     assert Arbiter.WORKER_BOOT_ERROR == 3
+
+
+def test_event_loop_has_a_descriptor() -> None:
+    """A forked child must not use it."""
+    loop: Any = uvloop.new_event_loop()
+    assert loop._get_backend_id() > 2
+    loop.close()
 
 
 def test_server_has_the_expected_attributes() -> None:

@@ -204,10 +204,10 @@ def test_started_stream_has_no_time_limit(service: Service) -> None:
 
 
 def test_excess_requests_are_shed_but_probes_are_not(service: Service) -> None:
-    with contextlib.ExitStack() as streams:  # they are served until the end of the block
+    with concurrent.futures.ThreadPoolExecutor(4) as slow:
         for _ in range(4):
-            stream = streams.enter_context(service.http.stream("GET", "/events?seconds=60"))
-            assert stream.status_code == 200
+            slow.submit(service.get, "/slow?seconds=3.5")
+        eventually(lambda: "http_server_active_requests 4.0" in service.metrics())
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             responses = list(pool.map(lambda _: service.get("/"), range(16)))
         assert service.get("/health/live").status_code == 200
