@@ -4,16 +4,27 @@ VENV ?= .venv
 TOOLS ?= .tools
 
 SERVICE := {{cookiecutter.project_slug}}
+# Paths may contain spaces, at which make splits targets and the arguments of its functions for files.
+SPACE := $(subst ,, )
+escape = $(subst $(SPACE),\ ,$(1))
+# `$(call under,DIRECTORY,PATH)`: PATH itself if it is absolute.
+under = $(if $(filter /%,$(firstword $(2))),$(2),$(1)/$(2))
+
 BIN := $(VENV)/bin
-UV := $(or $(shell command -v uv 2>/dev/null),$(TOOLS)/bin/uv)
+READY := $(call escape,$(VENV))/ready
+AUDIT_READY := $(call escape,$(VENV))-audit/ready
+# Empty if uv is on PATH.
+OWN_UV := $(if $(shell command -v uv 2>/dev/null),,$(call escape,$(TOOLS))/bin/uv)
+UV := $(if $(OWN_UV),"$(TOOLS)/bin/uv",uv)
 # The template directory is a runnable project. Its environment and caches stay outside of it.
-IN_SERVICE = $(MAKE) --no-print-directory -C '$(SERVICE)' VENV='$(abspath $(VENV))-service' TOOLS='$(abspath $(TOOLS))'
-SERVICE_BIN := $(abspath $(VENV))-service/bin
+IN_SERVICE = $(MAKE) --no-print-directory -C '$(SERVICE)' VENV="$(call under,..,$(VENV))-service" TOOLS="$(call under,..,$(TOOLS))"
+export SERVICE_BIN := $(call under,$(CURDIR),$(VENV))-service/bin
 export PYTHONDONTWRITEBYTECODE := 1
-export RUFF_CACHE_DIR := $(abspath $(VENV))/cache/ruff
-export MYPY_CACHE_DIR := $(abspath $(VENV))/cache/mypy
+export RUFF_CACHE_DIR := $(call under,$(CURDIR),$(VENV))/cache/ruff
+export MYPY_CACHE_DIR := $(call under,$(CURDIR),$(VENV))/cache/mypy
 LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade
-PYTEST = SERVICE_BIN='$(SERVICE_BIN)' $(BIN)/python -m pytest -o cache_dir=$(abspath $(VENV))/cache/pytest
+RUN = TOOLS="$(call under,$(CURDIR),$(TOOLS))" "$(BIN)/python" -m
+PYTEST = $(RUN) pytest -o cache_dir="$(VENV)/cache/pytest"
 
 WITHOUT := -m 'not engine'
 
@@ -22,54 +33,54 @@ WITHOUT := -m 'not engine'
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
 
-setup: $(VENV)/ready ## create the environment of the template's tools
+setup: $(READY) ## create the environment of the template's tools
 
-$(TOOLS)/bin/uv:
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target $(TOOLS) uv
+$(OWN_UV):
+	"$(PYTHON)" -m pip install --quiet --disable-pip-version-check --target "$(TOOLS)" uv
 
-$(VENV)/ready: requirements-dev.txt | $(UV)
-	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
-	$(UV) pip sync --quiet --require-hashes --python $(BIN)/python requirements-dev.txt
-	@touch $@
+$(READY): requirements-dev.txt | $(OWN_UV)
+	$(UV) venv --quiet --allow-existing --python "$(PYTHON)" "$(VENV)"
+	$(UV) pip sync --quiet --require-hashes --python "$(BIN)/python" requirements-dev.txt
+	@touch "$@"
 
 # The auditors bring 100 packages of their own, so they get a separate environment.
-$(VENV)-audit/ready: requirements-audit.txt | $(UV)
-	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)-audit
-	$(UV) pip sync --quiet --require-hashes --python $(VENV)-audit/bin/python requirements-audit.txt
-	@touch $@
+$(AUDIT_READY): requirements-audit.txt | $(OWN_UV)
+	$(UV) venv --quiet --allow-existing --python "$(PYTHON)" "$(VENV)-audit"
+	$(UV) pip sync --quiet --require-hashes --python "$(VENV)-audit/bin/python" requirements-audit.txt
+	@touch "$@"
 
 demo: setup ## generate the default service and run it under gunicorn
-	@TOOLS='$(abspath $(TOOLS))' $(BIN)/python -m scripts.demo
+	@$(RUN) scripts.demo
 
 lint: setup ## check style and types of the tools and of the template
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@"$(BIN)/ruff" check . && "$(BIN)/ruff" format --check . && "$(BIN)/mypy"
 	@$(IN_SERVICE) lint types
-	@cd '$(SERVICE)' && MYPYPATH=../attack $(SERVICE_BIN)/mypy ../attack
+	@cd '$(SERVICE)' && MYPYPATH=../attack "$$SERVICE_BIN/mypy" ../attack
 
 fast: lint ## lint, and the tests that start no process: generation, hooks, updates
 	@$(PYTEST) -m 'not slow'
 
-test: lint $(VENV)-audit/ready ## all tests that run without Docker, nginx and haproxy
+test: lint $(AUDIT_READY) ## all tests that run without Docker, nginx and haproxy
 	@echo 'Three generated projects run their own tests first, without output. This takes minutes.'
 	@$(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder $(WITHOUT)
 
 test-all: WITHOUT :=
 test-all: test attack ## all tests, including those that need Docker, nginx or haproxy
 
-audit: setup $(VENV)-audit/ready ## run hadolint, checkov, zizmor and others on the deployment files
+audit: setup $(AUDIT_READY) ## run hadolint, checkov, zizmor and others on the deployment files
 	@$(PYTEST) tests/test_audit.py
 
 attack: setup ## attack a running service: floods, faults, restarts behind proxies, rolling updates; 12 minutes
 	@$(IN_SERVICE) setup
-	@$(SERVICE_BIN)/python -m pytest attack
+	@"$$SERVICE_BIN/python" -m pytest attack
 
 bench: setup ## benchmark against bare FastAPI and the most used template; QUICK=1 for one short round
-	@QUICK='$(QUICK)' TOOLS='$(abspath $(TOOLS))' $(BIN)/python -m benchmarks
+	@QUICK='$(QUICK)' $(RUN) benchmarks
 
 tuning: setup ## measure the figures of docs/tuning.md on this machine; two minutes
-	@TOOLS='$(abspath $(TOOLS))' $(BIN)/python -m benchmarks.tuning
+	@$(RUN) benchmarks.tuning
 
-lock: | $(UV) ## regenerate all requirements with the latest compatible versions
+lock: | $(OWN_UV) ## regenerate all requirements with the latest compatible versions
 	$(LOCK) pyproject.toml --group dev --output-file requirements-dev.txt
 	$(LOCK) --group audit --output-file requirements-audit.txt
 	@$(IN_SERVICE) lock

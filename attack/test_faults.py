@@ -168,7 +168,7 @@ def test_short_outage_fails_no_read_and_loses_no_write(
         assert reads.total > 200
         assert_nothing_lost(writes, postgres.url)
         assert_quiet(service)
-        connected = "select 1 from pg_stat_activity where application_name = 'service'"
+        connected = "select 1 from pg_stat_activity where application_name = 'service-api'"
         assert sql(postgres.url, connected)
 
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 ANSWERS = json.loads(r"""{{ cookiecutter | tojson }}""")
+#: A boolean as text, as cookiecutter before 2.7 passes it. The first hook rejects unknown texts.
+YES = frozenset(["1", "true", "t", "yes", "y", "on"])
 
 NEXT_STEPS = """
 %(slug)s is ready. Next:
@@ -41,6 +43,8 @@ replace(
     '    service_name: ServiceName = "%s"' % slug,
 )
 replace(".env.example", "SERVICE_NAME=service", "SERVICE_NAME=%s" % slug)
-if not ANSWERS["include_example"]:
-    runpy.run_path("scripts/remove_example.py")["remove"](Path.cwd())
+wanted = str(ANSWERS["include_example"]).strip().lower() in YES
+removal = Path("scripts/remove_example.py")
+if not wanted and removal.exists():
+    runpy.run_path(str(removal))["remove"](Path.cwd())
 sys.stdout.write(NEXT_STEPS % {"slug": slug})

@@ -14,6 +14,8 @@ SLUG = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 SLUG_RULE = "must be lower-case letters, digits and single hyphens, starting with a letter"
 MAX_LENGTH = {"project_slug": 40, "project_name": 60, "description": 200, "owner": 100}
 MAX_SHOWN = 80
+#: The texts that cookiecutter 2.7 accepts for a boolean. Older versions pass any text as it is.
+BOOLEANS = frozenset(["1", "true", "t", "yes", "y", "on", "0", "false", "f", "no", "n", "off"])
 
 #: Names that Windows keeps for devices.
 DEVICES = (
@@ -51,17 +53,26 @@ def errors(name, value):
         yield from slug_errors(value)
 
 
+def report(name, value, error):
+    """Print an error to stderr, with the value escaped."""
+    shown = value
+    if len(value) > MAX_SHOWN:
+        shown = value[: MAX_SHOWN - 3] + "..."
+    sys.stderr.write("%s=%s: %s\n" % (name, json.dumps(shown), error))
+
+
 def main():
-    """Print each error to stderr, with the value escaped; return the exit code."""
+    """Print each error; return the exit code."""
     code = 0
     for name in MAX_LENGTH:
         value = str(ANSWERS[name])
-        shown = value
-        if len(value) > MAX_SHOWN:
-            shown = value[: MAX_SHOWN - 3] + "..."
         for error in errors(name, value):
-            sys.stderr.write("%s=%s: %s\n" % (name, json.dumps(shown), error))
+            report(name, value, error)
             code = 1
+    wanted = str(ANSWERS["include_example"])
+    if wanted.strip().lower() not in BOOLEANS:
+        report("include_example", wanted, "must be yes or no")
+        code = 1
     return code
 
 

@@ -4,6 +4,7 @@ Ctrl-C stops it. The environment variable `TOOLS` names the directory of the uv 
 """
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -112,7 +113,7 @@ def main() -> int:
     pid = DIRECTORY / "gunicorn.pid"
     environment = set_up(
         project,
-        GUNICORN_CMD_ARGS=f"--pid {pid}",
+        GUNICORN_CMD_ARGS=shlex.join(["--pid", str(pid)]),
         BIND=f"{HOST}:{PORT}",
         METRICS_BIND=f"{HOST}:{METRICS_PORT}",
     )

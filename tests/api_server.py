@@ -1,12 +1,15 @@
 """A fake API server of Kubernetes: it stores objects, and reports success at once.
 
-It enforces the one rule that shapes a rollout: a Job is immutable. No controller runs.
+It enforces the one rule that shapes a rollout: a Job is immutable. Of the controllers it has one
+result: a ReplicaSet for each template of a Deployment, which an undo needs.
 """
 
+import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 Document = dict[str, Any]
 #: The resources of each API version, by kind.
@@ -19,13 +22,14 @@ KINDS = {
         "Service": "services",
         "Pod": "pods",
     },
-    "apps/v1": {"Deployment": "deployments"},
+    "apps/v1": {"Deployment": "deployments", "ReplicaSet": "replicasets"},
     "batch/v1": {"Job": "jobs"},
     "autoscaling/v2": {"HorizontalPodAutoscaler": "horizontalpodautoscalers"},
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
     "networking.k8s.io/v1": {"NetworkPolicy": "networkpolicies"},
 }
 SHORT_NAMES = {"horizontalpodautoscalers": ["hpa"], "poddisruptionbudgets": ["pdb"]}
+REVISION = "deployment.kubernetes.io/revision"
 VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
 
 
@@ -36,6 +40,26 @@ def merge(document: Document, patch: Document) -> None:
             merge(document[key], value)
         else:
             document[key] = value
+
+
+def replace(document: Document, operations: list[Document]) -> None:
+    """Apply the operations of a JSON patch (RFC 6902), each of which sets a field."""
+    for operation in operations:
+        *parents, key = operation["path"].strip("/").split("/")
+        target = document
+        for parent in parents:
+            target = target[parent]
+        target[key] = operation["value"]
+
+
+def matches(document: Document, selector: str) -> bool:
+    """Return whether an object has the labels of a selector, such as `a=b,c!=d`."""
+    labels = document["metadata"].get("labels", {})
+    for term in filter(None, selector.split(",")):
+        name, operator, value = term.rpartition("!=" if "!=" in term else "=")
+        if (labels.get(name) == value) != (operator == "="):
+            return False
+    return True
 
 
 def describe_resource(kind: str, name: str) -> Document:
@@ -93,13 +117,42 @@ class ApiServer(ThreadingHTTPServer):
 
     def set_status(self, document: Document) -> None:
         """Give an object the status that controllers would reach after a while."""
-        document["metadata"].update({"uid": "1", "resourceVersion": "1", "generation": 1})
+        uid = f"{document['kind']}/{document['metadata']['name']}"
+        document["metadata"].update({"uid": uid, "resourceVersion": "1", "generation": 1})
         if document["kind"] == "Job":
             document["status"] = {"conditions": self._job_conditions()}
         if document["kind"] == "Deployment":
             document["spec"]["replicas"] = 3
             counts = ("replicas", "updatedReplicas", "readyReplicas", "availableReplicas")
             document["status"] = {"observedGeneration": 1, **dict.fromkeys(counts, 3)}
+
+    def save_revision(self, document: Document) -> None:
+        """Keep the template of a Deployment in a ReplicaSet, as its newest revision."""
+        if document["kind"] != "Deployment":
+            return
+        metadata = document["metadata"]
+        template = document["spec"]["template"]
+        digest = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+        name = f"{metadata['name']}-{digest[:10]}"
+        owner = {"apiVersion": "apps/v1", "kind": "Deployment", "name": metadata["name"]}
+        revision = str(1 + len(self.changes))
+        self.objects[f"/apis/apps/v1/namespaces/{metadata['namespace']}/replicasets/{name}"] = {
+            "apiVersion": "apps/v1",
+            "kind": "ReplicaSet",
+            "metadata": {
+                "name": name,
+                "uid": name,
+                "namespace": metadata["namespace"],
+                "labels": template["metadata"]["labels"],
+                "annotations": {REVISION: revision},
+                "ownerReferences": [{**owner, "uid": metadata["uid"], "controller": True}],
+            },
+            "spec": {
+                "replicas": 0,
+                "selector": document["spec"]["selector"],
+                "template": json.loads(json.dumps(template)),
+            },
+        }
 
     def _job_conditions(self) -> list[Document]:
         """Return the conditions of a Job that has ended."""
@@ -178,10 +231,16 @@ class Handler(BaseHTTPRequestHandler):
             self.reject(404, "NotFound", f"{parent.rpartition('/')[2]} {resource!r} not found")
             return
         version, kind = found
+        query = parse_qs(urlsplit(self.path).query)
+        (selector,) = query.get("labelSelector", [""])
+        (field,) = query.get("fieldSelector", [""])
+        name = field.removeprefix("metadata.name=")
         items = [
             document
             for path, document in self.server.objects.items()
             if path.rpartition("/")[0] == self.place
+            and matches(document, selector)
+            and name in ("", document["metadata"]["name"])
         ]
         self.respond({"kind": f"{kind}List", "apiVersion": version, "metadata": {}, "items": items})
 
@@ -192,6 +251,7 @@ class Handler(BaseHTTPRequestHandler):
         self.record(path)
         self.server.set_status(document)
         self.server.objects[path] = document
+        self.server.save_revision(document)
         self.respond(document, 201)
 
     def do_PUT(self) -> None:
@@ -202,13 +262,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_PATCH(self) -> None:
         """Change an object, unless it is a Job."""
-        patch = self.read_body()
+        patch: Any = self.read_body()
         if "/jobs/" in self.place and "template" in patch.get("spec", {}):
             self.reject(422, "Invalid", "spec.template: field is immutable")
             return
         self.record(self.place)
-        merge(self.server.objects[self.place], patch)
-        self.respond(self.server.objects[self.place])
+        document = self.server.objects[self.place]
+        if isinstance(patch, list):
+            replace(document, patch)
+        else:
+            merge(document, patch)
+        self.server.save_revision(document)
+        self.respond(document)
 
     def do_DELETE(self) -> None:
         """Delete an object."""

@@ -129,7 +129,7 @@ def test_a_second_run_of_the_post_hook_changes_nothing(
     answers = {
         "project_slug": "orders",
         "description": "A production FastAPI service.",
-        "include_example": True,
+        "include_example": False,
     }
     script = tmp_path / "again.py"
     script.write_text(hook.replace("{{ cookiecutter | tojson }}", json.dumps(answers)))

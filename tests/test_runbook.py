@@ -1,5 +1,6 @@
 """The runbook of the generated project: its commands exist, and work in the order it gives."""
 
+import json
 import os
 import re
 import shutil
@@ -9,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.api_server import ApiServer
-from tests.conftest import Bake, missing
+from tests.api_server import ApiServer, Document
+from tests.conftest import Bake, missing, render
 
 #: kubectl for the fake API server, which has no schemas and does not read protobuf, the format of
 #: `create secret`.
@@ -38,6 +40,8 @@ kubectl config use-context it
 BLOCK = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 NAMESPACE = "/api/v1/namespaces/my-service-prod"
+DEPLOYMENTS = "/apis/apps/v1/namespaces/my-service-prod/deployments"
+LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 
 
 class Runbook:
@@ -85,10 +89,66 @@ class Runbook:
         _, migrate, rollout = self.blocks["Rollout"]
         return self.run(server, render, secret, migrate, rollout)
 
+    def add_consumer(self) -> None:
+        """List the components of the consumer in the overlay."""
+        overlay = self.project / "deploy/k8s/overlays/prod/kustomization.yaml"
+        components = "components: [../../components/consumer, ../../components/gateway-egress]\n"
+        overlay.write_text(overlay.read_text() + components)
+
     def change_setting(self) -> None:
         """Change a setting in the base, so that the next rollout has something to do."""
         base = self.project / "deploy/k8s/base/kustomization.yaml"
         base.write_text(base.read_text().replace("- LOG_FORMAT=json", "- LOG_FORMAT=console"))
+
+
+def add_foreign_deployment(server: ApiServer) -> None:
+    """Add a deployment of another service to the namespace."""
+    path = f"{DEPLOYMENTS}/my-service"
+    other = json.loads(json.dumps(server.objects[path]))
+    other["metadata"]["name"] = "other"
+    other["metadata"]["labels"]["app.kubernetes.io/name"] = "other"
+    server.objects[f"{DEPLOYMENTS}/other"] = other
+
+
+def config_map(deployment: Document) -> str:
+    """Return the name of the ConfigMap that a deployment uses."""
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    name: str = container["envFrom"][0]["configMapRef"]["name"]
+    return name
+
+
+def config_maps(server: ApiServer) -> dict[str, str]:
+    """Return the ConfigMap of each deployment of the service."""
+    names = ("my-service", "my-service-consumer")
+    return {name: config_map(server.objects[f"{DEPLOYMENTS}/{name}"]) for name in names}
+
+
+def last_applied_config_maps(server: ApiServer) -> dict[str, str]:
+    """Return the ConfigMap of each deployment in the annotation of `kubectl apply`."""
+    found = {}
+    for name in config_maps(server):
+        annotations = server.objects[f"{DEPLOYMENTS}/{name}"]["metadata"]["annotations"]
+        found[name] = config_map(json.loads(annotations[LAST_APPLIED]))
+    return found
+
+
+def find(documents: list[Document], kind: str, name: str) -> Document:
+    """Return the manifest of this kind and name."""
+    (found,) = (
+        document
+        for document in documents
+        if (document["kind"], document["metadata"]["name"]) == (kind, name)
+    )
+    return found
+
+
+def requests(spec: Document) -> tuple[float, int]:
+    """Return the cores and the MiB that a pod requests."""
+    (container,) = spec["template"]["spec"]["containers"]
+    requested = container["resources"]["requests"]
+    return int(requested["cpu"].removesuffix("m")) / 1000, int(
+        requested["memory"].removesuffix("Mi")
+    )
 
 
 @pytest.fixture
@@ -191,18 +251,104 @@ def test_failed_migration_stops_the_rollout_before_any_pod(
 
 
 @pytest.mark.slow
-def test_rotation_keeps_the_other_secret_and_restarts_the_pods(
+def test_rotation_keeps_all_other_secrets_and_restarts_every_deployment(
     runbook: Runbook, server: ApiServer
 ) -> None:
+    """Each process reads its secrets at its start; deployments of other services go on."""
     (rotate,) = runbook.blocks["Rotate a secret"]
+    runbook.add_consumer()
     assert runbook.deploy(server).returncode == 0
     path = f"{NAMESPACE}/secrets/my-service-secrets"
-    before = server.objects[path]["data"]
+    server.objects[path]["data"]["gateway_url"] = "aHR0cHM6Ly86cHdAZ2F0ZXdheS5leGFtcGxl"
+    before = dict(server.objects[path]["data"])
+    add_foreign_deployment(server)
     server.changes.clear()
     done = runbook.run(server, rotate)
     assert done.returncode == 0, done.stderr
     assert server.objects[path]["data"] == before
-    assert server.changes == ["PUT secrets/my-service-secrets", "PATCH deployments/my-service"]
+    assert server.changes == [
+        "PUT secrets/my-service-secrets",
+        "PATCH deployments/my-service",
+        "PATCH deployments/my-service-consumer",
+    ]
+    assert done.stdout.count("successfully rolled out") == 2
+
+
+@pytest.mark.slow
+def test_undo_reverts_every_deployment_and_the_next_rollout_removes_fields(
+    runbook: Runbook, server: ApiServer
+) -> None:
+    """`kubectl rollout undo --help`; the warning is kubernetes/kubernetes#137064."""
+    undo, apply, _ = runbook.blocks["Undo"]
+    runbook.add_consumer()
+    assert runbook.deploy(server).returncode == 0
+    add_foreign_deployment(server)
+    first = config_maps(server)
+    base = runbook.project / "deploy/k8s/base/kustomization.yaml"
+    text = base.read_text()
+    runbook.change_setting()
+    render, *_ = runbook.blocks["First deploy"]
+    _, migrate, rollout = runbook.blocks["Rollout"]
+    assert runbook.run(server, render, migrate, rollout).returncode == 0
+    assert config_maps(server).keys() == first.keys()
+    assert not set(config_maps(server).values()) & set(first.values())
+
+    server.changes.clear()
+    undone = runbook.run(server, undo)
+    assert undone.returncode == 0, undone.stderr
+    assert undone.stdout.count("rolled back") == 2
+    assert config_maps(server) == first
+    assert not any("other" in change for change in server.changes)
+    warning = "will not update the kubectl.kubernetes.io/last-applied-configuration annotation"
+    assert " ".join(runbook.text.split()).count(warning) == 1
+
+    base.write_text(text)
+    applied = runbook.run(server, apply)
+    assert applied.returncode == 0, applied.stderr
+    assert config_maps(server) == first
+    assert last_applied_config_maps(server) == first
+    assert not any("jobs/" in change for change in server.changes)
+
+
+@pytest.mark.slow
+def test_rollout_waits_for_every_deployment(runbook: Runbook, server: ApiServer) -> None:
+    runbook.add_consumer()
+    done = runbook.deploy(server)
+    assert done.returncode == 0, done.stderr
+    assert 'deployment "my-service" successfully rolled out' in done.stdout
+    assert 'deployment "my-service-consumer" successfully rolled out' in done.stdout
+
+
+def test_commands_for_one_component_are_those_for_the_migration(runbook: Runbook) -> None:
+    """A command that selects the API would leave the consumer out."""
+    blocks = "".join(block for found in runbook.blocks.values() for block in found)
+    selected = re.findall(r"component(!?=)(\w+)", blocks)
+    assert set(selected) == {("=", "migrate"), ("!=", "migrate")}
+    for command in re.findall(r"kubectl rollout .*", blocks):
+        assert '--selector="app.kubernetes.io/name=$NAME"' in command
+
+
+def test_capacity_is_that_of_the_manifests(runbook: Runbook) -> None:
+    runbook.add_consumer()
+    rendered = render(runbook.project / "deploy/k8s/overlays/prod")
+    documents = list(yaml.safe_load_all(rendered))
+    autoscaler = find(documents, "HorizontalPodAutoscaler", "my-service")["spec"]
+    api = find(documents, "Deployment", "my-service")["spec"]
+    consumer = find(documents, "Deployment", "my-service-consumer")["spec"]
+    pods = autoscaler["maxReplicas"] + api["strategy"]["rollingUpdate"]["maxSurge"]
+    cores, memory = requests(api)
+    text = " ".join(runbook.text.split())
+    assert (cores, memory) == (0.5, 256)
+    assert "a pod requests half a core and 256 MiB" in text
+    assert autoscaler["minReplicas"] == 3
+    assert f"Three pods are the minimum, and {pods} the maximum" in text
+    assert f"{pods * cores:g} cores and {pods * memory / 1024:g} GiB" in text
+    pods = consumer["replicas"] + consumer["strategy"]["rollingUpdate"]["maxSurge"]
+    cores, memory = requests(consumer)
+    assert (consumer["replicas"], pods) == (1, 2)
+    assert f"{pods * cores:g} core and {pods * memory / 1024:g} GiB" in text
+    cores, memory = requests(find(documents, "Job", "my-service-migrate")["spec"])
+    assert f"The migration requests {cores:g} cores and {memory} MiB" in text
 
 
 @pytest.mark.slow

@@ -11,13 +11,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from app.settings import load_settings
+from app.settings import fail, load_settings
 from app.sizing.plan import plan_workers
 from app.sizing.resources import detect_resources
 from app.telemetry import logs, metrics_directory
 
 settings = load_settings()
 logs.configure(settings)
+logs.capture_prints(settings)
 plan = plan_workers(settings, detect_resources())
 
 # prometheus_client chooses between files and memory when it is imported, and the application may
@@ -61,7 +62,12 @@ errorlog = None
 
 
 def on_starting(arbiter: Any) -> None:
-    """Start the metrics process, and log the size of the pod."""
+    """Start the metrics process, and log the size of the pod.
+
+    Raises `SystemExit` with one line for options of gunicorn that the service cannot follow.
+    """
+    if arbiter.cfg.is_ssl:
+        fail("--certfile/--keyfile", None, "not supported: end TLS in the proxy or service mesh")
     share_memory()
     arbiter.metrics = MetricsProcess(settings.metrics_bind, directory.path)
     arbiter.metrics.ensure()

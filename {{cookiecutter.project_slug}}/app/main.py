@@ -37,7 +37,10 @@ class Service(FastAPI):
         self.middleware_stack = _without_idle_layers(self.build_middleware_stack())
         settings = self.state.settings
         process = self.state.lifecycle
-        return RequestMiddleware(super().__call__, settings, process, cors.find_middleware(self))
+        middleware_for_cors = cors.find_middleware(self)
+        return RequestMiddleware(
+            super().__call__, settings, process, self.router, middleware_for_cors
+        )
 
 
 def _without_idle_layers(stack: ASGIApp) -> ASGIApp:

@@ -15,12 +15,14 @@ import uvicorn
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Gauge, generate_latest
 
+from app.forks import isolate_children
 from app.lifecycle import Lifecycle
 from app.settings import Settings, fail
 from app.storage import Storage, open_storage
 from app.tasks import background_task
 from app.telemetry import logs
-from app.telemetry.process_metrics import dependency_gauge
+from app.telemetry.process_metrics import dependency_gauge, dropped_log_lines
+from app.telemetry.stdout import LOG_LINES
 from app.web.health import Health
 from app.web.health import router as health_router
 
@@ -34,19 +36,22 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(settings: Settings, work: Work) -> None:
-    """Work until SIGTERM or SIGINT.
+def run(settings: Settings, work: Work, name: str = "consumer") -> None:
+    """Work until SIGTERM or SIGINT. `name` distinguishes the process in `pg_stat_activity`.
 
     `work` is entered with clients of Postgres and Redis, and left at shutdown. The process is ready
     while both respond; neither has to at the start. Raises `SystemExit` if `METRICS_BIND` is in
     use.
     """
+    logs.capture_prints(settings)
     up = dependency_gauge(REGISTRY)
-    app = FastAPI(lifespan=lambda _: _open(settings, work, up), openapi_url=None)
+    dropped_lines = dropped_log_lines(REGISTRY)
+    app = FastAPI(lifespan=lambda _: _open(settings, work, name, up), openapi_url=None)
     app.include_router(health_router)
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        dropped_lines.inc(LOG_LINES.take_dropped())
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     options: dict[str, Any] = {
@@ -54,6 +59,7 @@ def run(settings: Settings, work: Work) -> None:
         "access_log": False,
         "server_header": False,
     }
+    isolate_children()
     config = uvicorn.Config(app, lifespan="on", **options)
     _Server(config).run(sockets=[_listen(settings)])
 
@@ -67,11 +73,13 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _open(settings: Settings, work: Work, up: Gauge) -> AsyncIterator[dict[str, Any]]:
+async def _open(
+    settings: Settings, work: Work, name: str, up: Gauge
+) -> AsyncIterator[dict[str, Any]]:
     """Yield the state of the probes while the work is open."""
     async with contextlib.AsyncExitStack() as stack:
         connections = max(2, settings.database_max_connections)
-        storage = await stack.enter_async_context(open_storage(settings, connections))
+        storage = await stack.enter_async_context(open_storage(settings, connections, name))
 
         both = settings.model_copy(update={"readiness_required": ("postgres", "redis")})
         health = Health(both, storage.checks, Lifecycle(), up)

@@ -40,8 +40,11 @@ async def migrate() -> None:
     settings = load_settings()
     logs.configure(settings)
     url = settings.database_url.get_secret_value()
+    names = {"application_name": f"{settings.service_name}-migrate"}
     try:
-        driver = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0)
+        driver = await asyncpg.connect(
+            url, timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0, server_settings=names
+        )
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         reason = str(error) or type(error).__name__
         logger.error("the database of DATABASE_URL cannot be reached: %s", reason)

@@ -10,8 +10,9 @@ import re
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable
+from contextvars import ContextVar
 
-from fastapi import BackgroundTasks, HTTPException, Request, Response, WebSocket
+from fastapi import BackgroundTasks, FastAPI, HTTPException, Request, Response, WebSocket
 from fastapi.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -258,6 +259,60 @@ wrapped = Wrapper(app)
 async def broken(scope: Scope, receive: Receive, send: Send) -> None:
     """Raise for every scope, the lifespan included."""
     raise RuntimeError(SENSITIVE_TEXT)
+
+
+#: Set by a request; visible to another if a context leaks.
+context_marker: ContextVar[str] = ContextVar("context_marker", default="nothing")
+
+
+@app.get("/context")
+async def context(value: str) -> str:
+    """Set a context variable; return its value before."""
+    before = context_marker.get()
+    context_marker.set(value)
+    return before
+
+
+@app.get("/own-headers")
+async def own_headers() -> Response:
+    """Respond with headers that the service and the server set too."""
+    headers = {"Date": "Mon, 01 Jan 2001 00:00:00 GMT", "X-Request-ID": "own"}
+    return Response("body", headers=headers)
+
+
+@app.get("/head-and-get")
+async def get_of_both() -> str:
+    """Respond to GET, next to a route of HEAD."""
+    return "get"
+
+
+@app.head("/head-and-get")
+async def head_of_both() -> Response:
+    """Respond to HEAD."""
+    return Response(headers={"X-Route": "head"})
+
+
+mounted = FastAPI()
+
+
+@mounted.get("/item/{number}")
+async def get_item(number: int) -> int:
+    """Respond from a mounted application."""
+    return number
+
+
+app.mount("/mounted", mounted)
+
+
+@app.get("/chunked")
+async def chunked() -> Response:
+    """Respond in parts, with the header of their coding."""
+
+    async def parts() -> AsyncIterator[str]:
+        yield "one "
+        yield "two"
+
+    return StreamingResponse(parts(), headers={"Transfer-Encoding": "chunked"})
 
 
 async def separate(scope: Scope, receive: Receive, send: Send) -> None:

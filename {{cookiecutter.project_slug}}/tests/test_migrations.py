@@ -1,5 +1,6 @@
 """Migrations use the service's `DATABASE_URL`, and concurrent runs are safe."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 
 from scripts.dev_services import Postgres, free_port, postgres
@@ -41,6 +43,31 @@ def test_concurrent_runs_are_safe_and_a_repeat_changes_nothing(empty_server: Pos
     output, _ = repeat.communicate(timeout=TIMEOUT_SECONDS)
     assert repeat.returncode == 0
     assert b"Running upgrade" not in output
+
+
+def test_migration_has_its_own_name_in_postgres(empty_server: Postgres) -> None:
+    """`application_name`: "Error Reporting and Logging" in the documentation of Postgres."""
+    first = start_alembic(empty_server.url)
+    first.communicate(timeout=TIMEOUT_SECONDS)
+    assert first.returncode == 0
+
+    async def name_during_migration() -> str:
+        holder = await asyncpg.connect(empty_server.url)
+        observer = await asyncpg.connect(empty_server.url)
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute("lock table alembic_version in access exclusive mode")
+        waiting = start_alembic(empty_server.url)
+        query = "select application_name from pg_stat_activity where wait_event_type = 'Lock'"
+        while not (name := await observer.fetchval(query)):
+            assert waiting.poll() is None
+        await transaction.rollback()
+        await holder.close()
+        await observer.close()
+        waiting.communicate(timeout=TIMEOUT_SECONDS)
+        return str(name)
+
+    assert asyncio.run(name_during_migration()) == "service-migrate"
 
 
 def test_every_migration_can_be_downgraded(empty_server: Postgres) -> None:

@@ -7,6 +7,7 @@ environment: either could send a request, and its secrets, elsewhere.
 import asyncio
 import contextlib
 import logging
+import ssl
 import time
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple
@@ -54,13 +55,26 @@ class UpstreamClient:
     """A pool of connections to one upstream. Close it with `http.aclose()`."""
 
     def __init__(
-        self, upstream: str, url: str, breaker: CircuitBreaker, connections: int = 20
+        self,
+        upstream: str,
+        url: str,
+        breaker: CircuitBreaker,
+        connections: int = 20,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        """`tls` trusts other authorities than the public ones of httpx, or has a certificate.
+
+        The variables SSL_CERT_FILE and SSL_CERT_DIR have no effect.
+        """
         self.upstream = upstream
         self.breaker = breaker
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
         self.http = httpx.AsyncClient(
-            base_url=url, timeout=ATTEMPT_SECONDS, limits=limits, trust_env=False
+            base_url=url,
+            timeout=ATTEMPT_SECONDS,
+            limits=limits,
+            trust_env=False,
+            verify=tls or True,
         )
         no_cookies = DefaultCookiePolicy(allowed_domains=[])
         self.http.cookies.jar.set_policy(no_cookies)

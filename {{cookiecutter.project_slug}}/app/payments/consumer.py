@@ -9,8 +9,6 @@ import contextlib
 from collections.abc import AsyncIterator
 from uuid import UUID
 
-from redis.asyncio import Redis
-
 from app import process
 from app.patterns import inbox
 from app.patterns.cache_aside import Cache
@@ -20,11 +18,12 @@ from app.patterns.stream_group import Message, StreamGroup
 from app.patterns.stream_handler import PoisonError, RetryLaterError, StreamHandler
 from app.payments import repository
 from app.payments.events import CREATED, STREAM, parse_ids, republish_pending
-from app.payments.gateway import CardGateway, open_gateway
+from app.payments.gateway import CardGateway, open_gateway, trust_authorities
 from app.payments.service import CACHE
 from app.settings import Settings, fail, load_settings
 from app.storage import Storage
 from app.storage.postgres import Database
+from app.storage.redis import RedisClient
 from app.tasks import background_task
 from app.telemetry import logs
 from app.telemetry.context import request_context
@@ -39,7 +38,7 @@ CLOSING_SECONDS = 5
 class ChargeHandler(StreamHandler):
     """Charges each payment once and settles it."""
 
-    def __init__(self, database: Database, redis: Redis, gateway: CardGateway) -> None:
+    def __init__(self, database: Database, redis: RedisClient, gateway: CardGateway) -> None:
         super().__init__(StreamGroup(redis, STREAM, GROUP))
         self.database = database
         self.cache = Cache(redis, CACHE)
@@ -90,8 +89,9 @@ async def run_consumer(settings: Settings, storage: Storage) -> AsyncIterator[No
     concurrency = settings.message_concurrency_per_worker
     grace_seconds = settings.graceful_timeout_seconds - CLOSING_SECONDS
     republish = run_periodically(storage.database, REPUBLISH_SECONDS, republish_pending)
+    tls = trust_authorities(settings.gateway_ca_file)
     async with (
-        open_gateway(settings.gateway_url, concurrency) as gateway,
+        open_gateway(settings.gateway_url, concurrency, tls) as gateway,
         background_task(republish),
     ):
         handler = ChargeHandler(storage.database, storage.redis, gateway)
@@ -110,6 +110,8 @@ def main() -> None:
     if is_plaintext and settings.environment != "development":
         problem = "must be https:// unless ENVIRONMENT is development"
         fail("GATEWAY_URL", settings.gateway_url, problem)
+    # An invalid file stops the start, not the work.
+    trust_authorities(settings.gateway_ca_file)
     process.run(settings, run_consumer)
 
 

@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from uuid import UUID
 
 from app.patterns.circuit_breaker import CircuitBreaker, CircuitOpenError
 from app.patterns.http_client import UpstreamClient, UpstreamError
 from app.patterns.stream_handler import PoisonError, RetryLaterError
 from app.payments.schemas import Payment
+from app.settings import fail
 
 #: Statuses with which a gateway declines a payment for good. Any other 4xx may be a bug of ours,
 #: which can be fixed.
@@ -100,10 +103,26 @@ class CardGateway:
             await asyncio.sleep(seconds)
 
 
+def trust_authorities(ca_file: Path | None) -> ssl.SSLContext | None:
+    """Return TLS that trusts the authorities of `GATEWAY_CA_FILE` only, or None if it is unset.
+
+    Raises `SystemExit` with one line if the file has no certificate.
+    """
+    if ca_file is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # ssl.SSLError is one
+        reason = error.strerror or type(error).__name__
+        fail("GATEWAY_CA_FILE", ca_file, f"must be a file of CA certificates in PEM: {reason}")
+
+
 @contextlib.asynccontextmanager
-async def open_gateway(url: str, concurrency: int) -> AsyncIterator[CardGateway]:
+async def open_gateway(
+    url: str, concurrency: int, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[CardGateway]:
     """Yield a gateway for `concurrency` charges at once, then close its connections."""
     breaker = CircuitBreaker("gateway", max(MIN_FAILURES, concurrency))
-    client = UpstreamClient("gateway", url, breaker, concurrency)
+    client = UpstreamClient("gateway", url, breaker, concurrency, tls)
     async with contextlib.aclosing(client.http):
         yield CardGateway(client)

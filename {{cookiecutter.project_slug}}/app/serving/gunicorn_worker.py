@@ -17,6 +17,7 @@ from gunicorn.arbiter import Arbiter
 from uvicorn_worker import UvicornWorker
 
 from app import lifecycle
+from app.forks import isolate_children
 from app.serving import shared_flags
 from app.serving.http_protocol import HttpRequestProtocol
 from app.serving.server import ServiceServer
@@ -44,6 +45,9 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         # By default timeout / 2, which kills a worker whose loop is blocked for only that long.
         "timeout_notify": 1,
     }
+
+    #: Whether another process, such as systemd, owns the listening sockets. The arbiter sets it.
+    has_inherited_sockets = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Create, while still in the master, everything that master and worker share."""
@@ -92,6 +96,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         server = ServiceServer(self)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT)
+        isolate_children(server.descriptors)
         await server.serve(self._take_sockets())
         if not server.started:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)

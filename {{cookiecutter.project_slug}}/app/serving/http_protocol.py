@@ -13,10 +13,11 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from app.serving import shared_flags
-from app.serving.http_response import HttpResponseProtocol
+from app.serving.http_response import Http10Cycle, HttpResponseProtocol
 from app.serving.websocket_protocol import ServiceWebSocket, requests_websocket
 from app.settings import Settings
 from app.web.limits import REJECTED_STATUS
+from app.web.proxies import client_address
 
 #: Pipelined requests that may wait for the one being served. Each uses memory before any limit
 #: counts it.
@@ -55,6 +56,11 @@ class HttpRequestProtocol(HttpResponseProtocol):
         self.header_bytes = 0
         self.header_seconds = 0
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Accept a connection; a client of IPv4 has an IPv4 address, also on a socket of IPv6."""
+        super().connection_made(transport)
+        self.client = client_address(self.client)
+
     @property
     def has_complete_headers(self) -> bool:
         """Whether the headers of the newest request are complete; never true for a WebSocket."""
@@ -71,7 +77,13 @@ class HttpRequestProtocol(HttpResponseProtocol):
             return
         scope_before = self.scope
         self.header_bytes += len(data)
-        self._parse(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            (headers_end,) = upgrade.args
+            self._handle_upgrade(data[headers_end:])
+        except httptools.HttpParserError:  # the input is not HTTP
+            self.reject(400)
         if self.has_complete_headers:
             self.header_bytes = 0
             self.first_read_bytes = 0
@@ -80,15 +92,6 @@ class HttpRequestProtocol(HttpResponseProtocol):
             self.first_read_bytes = len(data)
         elif self.header_bytes > self.max_header_bytes and self in self.connections:
             self.reject(431)
-
-    def _parse(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            (headers_end,) = upgrade.args
-            self._handle_upgrade(data[headers_end:])
-        except httptools.HttpParserError:  # the input is not HTTP
-            self.reject(400)
 
     def _should_upgrade(self) -> bool:
         """Have the parser stop after the headers of every request with an upgrade."""
@@ -117,7 +120,7 @@ class HttpRequestProtocol(HttpResponseProtocol):
             return
         self.connections.discard(self)
         websocket.connection_made(self.transport)
-        websocket.start(self.scope, self.url)
+        self.context.copy().run(websocket.start, self.scope, self.url)
         self.transport.set_protocol(websocket)
         if rest:
             websocket.data_received(rest)
@@ -135,13 +138,13 @@ class HttpRequestProtocol(HttpResponseProtocol):
                 lines += [b"\r\n", name, b": ", value]
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
-        self._parse(b"".join([*lines, b"\r\n\r\n"]))
+        self.data_received(b"".join([*lines, b"\r\n\r\n"]))
         if self.discards_input:
             return
         if rejected_status is not None:
             self.scope["state"][REJECTED_STATUS] = rejected_status
         if rest:
-            self._parse(rest)
+            self.data_received(rest)
 
     def on_headers_complete(self) -> None:
         """Start the request. While shutting down, the response has `Connection: close`.
@@ -170,6 +173,9 @@ class HttpRequestProtocol(HttpResponseProtocol):
         self.headers = DISCARD  # type: ignore[assignment]
         if not self.pipeline:
             self.active_cycle = cycle
+        if not cycle.keep_alive and self.scope["http_version"] == "1.0":
+            cycle.__class__ = Http10Cycle
+            cycle.waiting_for_100_continue = False  # RFC 9110, section 10.1.1
         if shared_flags.is_draining() or self.server_state.is_retiring:
             cycle.keep_alive = False
 

@@ -1,11 +1,13 @@
 """The response side of an HTTP connection: writing, closing, aborting."""
 
+import contextvars
 import fcntl
 import struct
 import termios
 from collections.abc import Callable
 from typing import Any
 
+from uvicorn._types import ASGI3Application, ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app.web.limits import CLIENT_LEFT
@@ -38,6 +40,8 @@ class HttpResponseProtocol(HttpToolsProtocol):
         self.moved_bytes = 0
         #: What waits for the delivery of a large response.
         self.report_delivery: Callable[[int], None] | None = None
+        #: The context of the connection, a copy of which each request gets.
+        self.context = contextvars.copy_context()
 
     def write(self, data: bytes) -> None:
         """Write, or keep headers with a Content-Length until their body is written.
@@ -70,6 +74,16 @@ class HttpResponseProtocol(HttpToolsProtocol):
     def is_closing(self) -> bool:
         """Return whether nothing can be written any more."""
         return self.transport.is_closing()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """Run the application in a context of its own.
+
+        By default a task copies the current one. For a pipelined request that is the context of
+        the request before (PEP 567).
+        """
+        task = self.loop.create_task(cycle.run_asgi(app), context=self.context.copy())
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
 
     def on_response_complete(self) -> None:
         """Start the next request; close if the body of this one is still arriving.
@@ -190,3 +204,25 @@ class HttpResponseProtocol(HttpToolsProtocol):
 
     def _is_receiving_body(self) -> bool:
         return self.active_cycle is not None and self.active_cycle.more_body
+
+
+class Http10Cycle(RequestResponseCycle):
+    """A request of HTTP/1.0, whose client knows no chunks (RFC 9112, section 6.1).
+
+    A response of unknown length ends with the connection (RFC 9112, section 6.3).
+    """
+
+    has_length = True
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Send a message of the response: ASGI."""
+        if message["type"] == "http.response.start":
+            headers = message.get("headers", ())
+            kept = [each for each in headers if each[0].lower() != b"transfer-encoding"]
+            message["headers"] = kept
+            self.has_length = any(name.lower() == b"content-length" for name, _ in kept)
+            if not self.has_length:
+                self.chunked_encoding = False
+        elif message["type"] == "http.response.body" and not self.has_length:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)

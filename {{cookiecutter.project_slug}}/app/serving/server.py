@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable
 from types import FrameType
+from typing import Any
 
 from gunicorn.arbiter import Arbiter
 from uvicorn.server import Server
@@ -60,6 +61,7 @@ class ServiceServer(Server):
         self.shutdown_requested_at = math.inf
         self.quick_shutdown_requested_at = math.inf
         self.replacement_requested = False
+        self.loop: Any = asyncio.get_running_loop()
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until signaled to stop.
@@ -179,8 +181,9 @@ class ServiceServer(Server):
         Closing the sockets would reset these connections.
         """
         copies = [listener.dup() for listener in sockets]
-        # A worker that retires alone shares its sockets with others, which go on accepting.
-        if shared_flags.is_draining():
+        # A worker that retires alone shares its sockets with others, which go on accepting. So does
+        # a service with the next one, if systemd owns the sockets.
+        if shared_flags.is_draining() and not self.worker.has_inherited_sockets:
             for listener in copies:
                 stop_accepting(listener)
         for server in self.servers:
@@ -190,6 +193,20 @@ class ServiceServer(Server):
             connection.setblocking(False)
             loop = asyncio.get_running_loop()
             await loop.connect_accepted_socket(self._create_protocol, connection)
+
+    def descriptors(self) -> list[int]:
+        """Return the descriptors of the event loop, of its listeners and of its connections.
+
+        A forked child that kept them would take the loop's events, and hold the port and the
+        connections open.
+        """
+        connections = self.server_state.connections
+        sockets = [each.transport.get_extra_info("socket") for each in connections]
+        for server in self.servers:
+            sockets.extend(server.sockets)
+        descriptors = [self.loop._get_backend_id()]  # uvloop's epoll
+        descriptors += [each.fileno() for each in sockets]
+        return [each for each in descriptors if each >= 0]
 
     def _create_protocol(self) -> HttpRequestProtocol:
         return HttpRequestProtocol(self.config, self.server_state, self.lifespan.state)

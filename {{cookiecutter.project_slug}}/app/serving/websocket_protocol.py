@@ -1,6 +1,7 @@
 """WebSocket connections: uvicorn's, behind the HTTP protocol's limits, and safe to shut down."""
 
 import logging
+from asyncio import BaseTransport
 from typing import Any
 
 import httptools
@@ -8,6 +9,8 @@ from uvicorn._types import HTTPScope
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.datastructures import Headers
 from websockets.http11 import Request
+
+from app.web.proxies import client_address
 
 #: Seconds for which a closing connection may wait for a client that does not read.
 CLOSING_SECONDS = 10
@@ -51,6 +54,11 @@ class ServiceWebSocket(WebSocketsSansIOProtocol):
         self.logger = logger
         self.conn.logger = logger
         self.closing_seconds = 0
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        """Accept a connection; a client of IPv4 has an IPv4 address, also on a socket of IPv6."""
+        super().connection_made(transport)
+        self.client = client_address(self.client)
 
     def negotiate(self, scope: HTTPScope) -> int:
         """Return the status of the handshake: 101, or 400 or 426 for one that is not valid."""

@@ -39,9 +39,13 @@ class Database:
     Nothing connects before first use, so a process starts while the server is unavailable.
     """
 
-    def __init__(self, settings: Settings, connections: int) -> None:
-        """`connections` is this worker's share of the per-pod limit; the probe uses one of them."""
+    def __init__(self, settings: Settings, connections: int, process: str = "api") -> None:
+        """`connections` is this worker's share of the per-pod limit; the probe uses one of them.
+
+        `process` distinguishes the processes of the service in `pg_stat_activity`.
+        """
         self.settings = settings
+        self.application_name = f"{settings.service_name}-{process}"
         self.url = settings.database_url.get_secret_value()
         self.pool = asyncpg.create_pool(
             self.url,
@@ -51,7 +55,7 @@ class Database:
             command_timeout=settings.database_command_timeout_seconds,
             statement_cache_size=settings.database_statement_cache_size,
             connection_class=BoundedCancelConnection,
-            server_settings={"application_name": settings.service_name},
+            server_settings={"application_name": self.application_name},
         )
         self.probe: asyncpg.Connection | None = None
         #: The start of the current outage, by `time.monotonic()`.
@@ -106,7 +110,10 @@ class Database:
         self.probe = None
         try:
             if probe is None or not await _is_usable(probe):
-                probe = await asyncpg.connect(self.url, statement_cache_size=0)
+                names = {"application_name": f"{self.application_name}-probe"}
+                probe = await asyncpg.connect(
+                    self.url, statement_cache_size=0, server_settings=names
+                )
                 await probe.execute("select")
         except (
             BaseException

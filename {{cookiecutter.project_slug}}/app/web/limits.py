@@ -64,6 +64,9 @@ class Limits:
         self.max_body_bytes = settings.max_body_bytes
         self.probe_prefix = f"{settings.root_path}/health/"
         self.in_flight: dict[Exchange, None] = {}  # in the order of their start
+        self.streams: set[Exchange] = set()
+        self.max_streams = settings.max_streams
+        self.is_full_of_streams = False
         self.is_expiry_scheduled = False
 
     def admit(self, exchange: Exchange, body_bytes: int) -> None:
@@ -83,6 +86,26 @@ class Limits:
         self.in_flight[exchange] = None
         if not self.is_expiry_scheduled:
             self._schedule_expiry()
+
+    def start_stream(self, exchange: Exchange) -> None:
+        """Count a request as a stream, and no longer as in flight. Called for each of its parts.
+
+        Streams last, so they have a limit of their own: they must not use up `MAX_IN_FLIGHT`.
+        """
+        if not self.is_full_of_streams and exchange in self.in_flight:
+            del self.in_flight[exchange]
+            self.streams.add(exchange)
+            self.is_full_of_streams = len(self.streams) >= self.max_streams
+
+    def end_stream(self, exchange: Exchange) -> None:
+        """Remove a request that is finished, if it is a stream."""
+        if exchange in self.streams:
+            self.streams.remove(exchange)
+            self.is_full_of_streams = False
+
+    def __len__(self) -> int:
+        """Return the number of requests that are being served, streams included."""
+        return len(self.in_flight) + len(self.streams)
 
     def _schedule_expiry(self) -> None:
         self.is_expiry_scheduled = True

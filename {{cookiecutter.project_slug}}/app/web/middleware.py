@@ -18,15 +18,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.utils import ClientDisconnected
 
 from app.errors import ServiceError
@@ -35,19 +35,26 @@ from app.settings import Settings
 from app.telemetry.access_log import AccessLog
 from app.telemetry.context import request_context
 from app.telemetry.http_metrics import HttpMetrics
-from app.telemetry.logs import redact
+from app.telemetry.logs import redact, truncate
 from app.web.cors import add_missing_headers
+from app.web.head import serve_head
 from app.web.headers import generate_request_ids, parse_headers
 from app.web.limits import CLIENT_LEFT, Limits
 from app.web.problems import http_problem, problem
+from app.web.proxies import with_proxy_headers
 from app.web.routes import is_mounted, route_template
+from app.web.threads import cancel_after_thread
 
 #: RFC 9110 and RFC 5789. Others are counted as `_OTHER`, or clients could invent time series.
 _METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
 )
-#: Characters of a path in an access line, so that the line fits into one write to a pipe.
-MAX_PATH = 1024
+#: The fields that this service and the server set, once each (RFC 9110, section 5.3).
+_SERVER_FIELDS = frozenset({b"date", b"x-request-id"})
+#: Maximum size of a path in an access line, in bytes of UTF-8.
+MAX_PATH_BYTES = 1024
+#: A path of at most this many characters is not larger: each has up to four bytes.
+SHORT_PATH = MAX_PATH_BYTES // 4
 #: nginx's status for a client that disconnected before the response.
 CLIENT_CLOSED_REQUEST = 499
 #: The bytes of a response from which on its access line waits until the client has received it:
@@ -58,7 +65,6 @@ INTERNAL_ERROR = 1011
 #: The client has disconnected: Starlette's errors, and uvicorn's for a WebSocket.
 _DISCONNECTS = (ClientDisconnect, WebSocketDisconnect, ClientDisconnected)
 
-_with_proxy_headers: Callable[[ASGIApp, str], ASGIApp] = ProxyHeadersMiddleware  # type: ignore[assignment]
 logger = logging.getLogger("app.observe")
 
 
@@ -74,14 +80,16 @@ class RequestMiddleware:
         app: ASGIApp,
         settings: Settings,
         lifecycle: Lifecycle,
+        router: Router,
         cors: CORSMiddleware | None = None,
     ) -> None:
         self.app = app
+        self.router = router
         self.lifecycle = lifecycle
         self.cors = cors
-        self.app_with_proxy_headers = _with_proxy_headers(app, settings.forwarded_allow_ips)
+        self.app_with_proxy_headers = with_proxy_headers(app, settings.forwarded_allow_ips)
         self.limits = Limits(settings)
-        self.metrics = HttpMetrics(self.limits.in_flight)
+        self.metrics = HttpMetrics(self.limits)
         self.access_log = AccessLog(settings, self.metrics.dropped_lines.inc)
         self.request_ids = generate_request_ids()
 
@@ -123,8 +131,7 @@ class Exchange:
 
     async def serve(self) -> None:
         """Run the application; respond in its place if it raises."""
-        headers = self.scope["headers"]
-        parsed = parse_headers(headers, self.middleware.request_ids)
+        parsed = parse_headers(self.scope, self.middleware.request_ids)
         self.context, body_bytes, is_forwarded = parsed
         request_context.set(self.context)
         self.task = asyncio.current_task()
@@ -132,7 +139,10 @@ class Exchange:
             receive = self._admit(body_bytes)
             middleware = self.middleware
             app = middleware.app_with_proxy_headers if is_forwarded else middleware.app
-            await app(self.scope, receive, self.send)
+            if self.scope["method"] == "HEAD":
+                await serve_head(app, middleware.router, self.scope, receive, self.send)
+            else:
+                await app(self.scope, receive, self.send)
             if not self.is_finished:
                 await self._complete()
         except BaseException as error:  # noqa: BLE001 - SystemExit too would stop the worker
@@ -147,19 +157,31 @@ class Exchange:
         if timeout_response is not None and asyncio.current_task() is not timeout_response:
             return asyncio.sleep(0)  # the client gets the 504
         if message["type"] == "http.response.start":
-            request_id = (b"x-request-id", self.context["request_id"].encode())
-            message["headers"] = [*message.get("headers", ()), request_id]
-            if self.middleware.cors is not None:
-                add_missing_headers(self.middleware.cors, self.scope, message)
-            self.status = self.status or message["status"]
-            return self._send(message)
+            return self._start_response(message)
         # The connection of a large response may be lost, and the application go on for a while.
         is_small = self.size_bytes <= LARGE_RESPONSE_BYTES
         if is_small or not self._is_disconnected(default=False):
             self.size_bytes += len(message.get("body", b""))
         if message.get("more_body", False):
+            self.middleware.limits.start_stream(self)
             return self._send(message)
         return self._send_last(message)
+
+    def _start_response(self, message: Message) -> Awaitable[None]:
+        """Pass the start of the response on; reject a stream over the limit in its place."""
+        if self.middleware.limits.is_full_of_streams and self._is_stream(message):
+            return self._reject_stream()
+        headers = message.get("headers", ())
+        for name, _ in headers:
+            if name in _SERVER_FIELDS:
+                headers = _without_server_fields(headers)
+                break
+        request_id = (b"x-request-id", self.context["request_id"].encode())
+        message["headers"] = [*headers, request_id]
+        if self.middleware.cors is not None:
+            add_missing_headers(self.middleware.cors, self.scope, message)
+        self.status = self.status or message["status"]
+        return self._send(message)
 
     async def _send_last(self, message: Message) -> None:
         """Send the end of the response, which then counts as sent; the server may reject it."""
@@ -172,9 +194,27 @@ class Exchange:
 
         The response does not wait for a handler that ignores its cancellation.
         """
-        self.timeout_response = asyncio.create_task(self._respond_timeout())
+        self._replace_handler(504, "The request timed out.")
+
+    def _is_stream(self, start: Message) -> bool:
+        """Return whether a response with this start is a stream: its length is not known."""
+        has_body = self.scope["method"] != "HEAD" and start["status"] not in {204, 304}
+        names = {name.lower() for name, _ in start.get("headers", ())}
+        return has_body and b"content-length" not in names
+
+    def _reject_stream(self) -> Awaitable[None]:
+        """Respond 503 in place of a stream; what is returned waits until the handler ends."""
+        self._replace_handler(503, "The service has too many streams.", {"Retry-After": "1"})
+        return asyncio.get_running_loop().create_future()
+
+    def _replace_handler(
+        self, status: int, detail: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Respond with a problem in place of the handler, and cancel it."""
+        response = self._respond_in_place(status, detail, headers)
+        self.timeout_response = asyncio.create_task(response)
         if self.task is not None:
-            self.task.cancel()
+            cancel_after_thread(self.task)
 
     def _admit(self, body_bytes: int | None) -> Receive:
         """Return the `receive` of an admitted request. Raises `ServiceError` at a limit."""
@@ -264,16 +304,20 @@ class Exchange:
         except RuntimeError:  # without an event loop
             return False
 
-    async def _respond_timeout(self) -> None:
+    async def _respond_in_place(
+        self, status: int, detail: str, headers: Mapping[str, str] | None
+    ) -> None:
         request_context.set(self.context)
-        await self._respond(problem(504, "The request timed out."))
+        await self._respond(problem(status, detail, headers))
 
     def _finish(self) -> None:
         """Count and log the request: its response is sent, or the client disconnected."""
         seconds = time.perf_counter() - self.start
         self.is_finished = True
         middleware = self.middleware
-        middleware.limits.in_flight.pop(self, None)
+        is_in_flight = middleware.limits.in_flight.pop(self, self) is None
+        if not is_in_flight:
+            middleware.limits.end_stream(self)
         method = self.scope["method"]
         route = route_template(self.scope)
         status = self.status or CLIENT_CLOSED_REQUEST
@@ -306,10 +350,14 @@ class Exchange:
         self, method: str, route: str, status: int, seconds: float, undelivered_bytes: int = 0
     ) -> None:
         client = self.scope["client"]
+        # Redacted before it is truncated, or half a password would be left.
+        path = redact(self.scope["path"])
+        if len(path) > SHORT_PATH:
+            path = truncate(path, MAX_PATH_BYTES)
         self.middleware.access_log.write(
             {
                 "method": method,
-                "path": redact(self.scope["path"][:MAX_PATH]),
+                "path": path,
                 "route": route,
                 "status": status,
                 "duration_ms": round(seconds * 1000, 3),
@@ -346,8 +394,9 @@ class Handshake(Exchange):
             return self._respond(problem(403))
         if kind in {"websocket.accept", "websocket.http.response.start"}:
             self.status = message.get("status", 101)
+            headers = _without_server_fields(message.get("headers", ()))
             request_id = (b"x-request-id", self.context["request_id"].encode())
-            message["headers"] = [*message.get("headers", ()), request_id]
+            message["headers"] = [*headers, request_id]
         self.size_bytes += len(message.get("body", b""))
         is_rejected = kind == "websocket.http.response.body" and not message.get("more_body", False)
         if is_rejected or kind == "websocket.accept":
@@ -364,3 +413,8 @@ class Handshake(Exchange):
 
     def _is_end_of_client(self, error: BaseException) -> bool:
         return isinstance(error, _DISCONNECTS)
+
+
+def _without_server_fields(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers without the application's own: the request ID must be that of the log."""
+    return [each for each in headers if each[0] not in _SERVER_FIELDS]

@@ -31,14 +31,20 @@ def allowed_methods(scope: Scope) -> list[str]:
     """
     start = {**scope, "root_path": _outer_root_path(scope)}
     routes = scope["router"].routes
-    return [method for method in HTTPMethod if _handles(routes, {**start, "method": method})]
+    methods: list[str] = []
+    for method in HTTPMethod:
+        is_head_of_get = method == "HEAD" and "GET" in methods  # see head.py
+        if is_head_of_get or handles(routes, {**start, "method": method}):
+            methods.append(method)
+    return methods
 
 
-def _handles(routes: Sequence[BaseRoute], scope: Scope) -> bool:
+def handles(routes: Sequence[BaseRoute], scope: Scope) -> bool:
+    """Return whether one of the routes matches path and method."""
     for route, child_scope in _full_matches(routes, scope):
         if not isinstance(route.original_route, Mount | Host):
             return True
-        if _handles(_routes_of(route.app), {**scope, **child_scope}):
+        if handles(_routes_of(route.app), {**scope, **child_scope}):
             return True
     return False
 

@@ -199,8 +199,8 @@ def test_mounted_health_is_no_probe(service: Service, prefix: str) -> None:
     [
         ("POST", "/static/test_limits.py", "GET, HEAD"),
         ("GET", "/a/x/plain/7", "POST"),
-        ("PUT", "/undecided", "GET, POST"),
-        ("POST", "/undecided", "GET"),
+        ("PUT", "/undecided", "GET, HEAD, POST"),
+        ("POST", "/undecided", "GET, HEAD"),
         ("PUT", "/read-only", "GET"),
         ("PUT", "/outer/inner/plain/7", "GET, HEAD"),
     ],
