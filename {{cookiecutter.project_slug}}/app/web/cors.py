@@ -13,7 +13,7 @@ from starlette.types import Message, Scope
 
 
 def find_middleware(app: Starlette) -> CORSMiddleware | None:
-    """Return a copy of the application's middleware for CORS, whoever has added it."""
+    """Return a copy of the application's middleware for CORS, the service's or a team's."""
     for each in app.user_middleware:
         options: Any = each
         if isinstance(each.cls, type) and issubclass(each.cls, CORSMiddleware):

@@ -1,11 +1,10 @@
 """The service as a team extends it: middleware, error handlers, mounted applications."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.middleware.gzip import GZipMiddleware
@@ -46,17 +45,6 @@ async def exit_service() -> None:
 async def slow(seconds: float) -> None:
     """Respond late."""
     await asyncio.sleep(seconds)
-
-
-@app.get("/stream")
-async def stream() -> Response:
-    """Send a body that does not end soon."""
-
-    async def parts() -> AsyncIterator[bytes]:
-        yield b"first"
-        await asyncio.sleep(60)
-
-    return StreamingResponse(parts())
 
 
 @app.put("/read-only")
