@@ -61,6 +61,7 @@ PATHS = [
     "tests/payments/test_consumer.py",
     "tests/payments/test_gateway_tls.py",
     "tests/payments/test_payments.py",
+    "tests/payments/test_redis.py",
     "scripts/remove_example.py",
 ]
 #: Files with blocks between `example: begin` and `example: end`, or with marked rows of tables.

@@ -127,11 +127,17 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     MmapedDict._init_value: ("metric_files.py writes entries as it does", "b07be9310c27"),
     MmapedDict.read_all_values_from_file: ("metric_files.py reads files with it", "949b6512ed6a"),
     # FastAPI
-    FastAPI.build_middleware_stack: ("main.py removes its outermost middleware", "11dddac6c1b6"),
-    FastAPI.__call__: ("main.py runs it inside of the request middleware", "0795712e5427"),
-    ServerErrorMiddleware.__call__: ("main.py removes it if it would do nothing", "a7d082263a5c"),
+    FastAPI.build_middleware_stack: (
+        "application.py removes its outermost middleware",
+        "11dddac6c1b6",
+    ),
+    FastAPI.__call__: ("application.py runs it inside of the request middleware", "0795712e5427"),
+    ServerErrorMiddleware.__call__: (
+        "application.py removes it if it would do nothing",
+        "a7d082263a5c",
+    ),
     ExceptionTelemetryMiddleware.__call__: (
-        "main.py removes it if it would do nothing",
+        "application.py removes it if it would do nothing",
         "f00be47366e9",
     ),
     iter_route_contexts: ("routes.py finds the routes of included routers with it", "087db59981fa"),
