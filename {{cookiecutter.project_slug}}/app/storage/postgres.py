@@ -15,9 +15,12 @@ from app.errors import UnavailableError
 from app.settings import Settings
 from app.storage.postgres_errors import (
     CONNECTION_ERRORS,
+    SCHEMA_ERRORS,
     SHUTDOWN_ERRORS,
     BoundedCancelConnection,
     ConnectionLostError,
+    TransientError,
+    has_schema_changed,
     translate_errors,
 )
 
@@ -83,14 +86,24 @@ class Database:
             with translate_errors(connection):
                 yield connection
             self.unavailable_since = None
+        except SCHEMA_ERRORS as error:
+            if not await has_schema_changed(error, connection):
+                raise
+            # Every connection of the pool prepares its statements again. asyncpg itself would use
+            # them for five minutes.
+            await connection.reload_schema_state()
+            raise TransientError("The database schema has changed.") from error
         finally:
             with contextlib.suppress(asyncpg.PostgresError, *CONNECTION_ERRORS):
                 await self.pool.release(connection)
 
     async def retry(self, work: Callable[[Connection], Awaitable[Result]]) -> Result:
-        """Call `work` with a connection, again if the connection is lost. It must be idempotent.
+        """Call `work` with a connection. It must be idempotent.
 
-        Raises `UnavailableError` when an outage lasts longer than `DATABASE_RETRY_SECONDS`, or at
+        It is called again if the connection is lost, or if its transaction was rolled back because
+        of a conflict: a deadlock, a serialization failure, a lock timeout, a migration.
+
+        Raises `UnavailableError` when that lasts longer than `DATABASE_RETRY_SECONDS`, or at
         once when a command times out: a server that does not respond may still be executing it.
         """
 
@@ -131,14 +144,20 @@ class Database:
             raise UnavailableError("The database is not available.") from error
 
     async def _until_available(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
-        """Repeat an attempt that loses its connection, within the retry window."""
+        """Repeat an attempt that loses its connection or meets a conflict, within the window."""
+        conflict_since: float | None = None
         for number in itertools.count():
             try:
                 return await attempt()
             except ConnectionLostError:
                 if self._mark_unavailable() >= self.settings.database_retry_seconds:
                     raise
-                await _back_off(number)
+            except TransientError:
+                now = time.monotonic()
+                conflict_since = conflict_since or now
+                if now - conflict_since >= self.settings.database_retry_seconds:
+                    raise
+            await _back_off(number)
         raise AssertionError  # unreachable; for mypy
 
     def _mark_unavailable(self) -> float:
