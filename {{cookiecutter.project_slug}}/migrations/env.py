@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from app.settings import load_settings
+from app.storage import postgres
 from app.telemetry import logs
 
 #: An arbitrary number, the same for every run: the holder of this lock migrates, others wait.
@@ -43,7 +44,7 @@ logger = logging.getLogger("app.migrations")
 async def connect(url: str) -> asyncpg.Connection:
     """Return a connection. Exits with 1 and a log line if there is none."""
     try:
-        return await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0)
+        return await postgres.connect(url, timeout=CONNECT_TIMEOUT_SECONDS, statement_cache_size=0)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         reason = str(error) or type(error).__name__
         logger.error("the database of DATABASE_URL cannot be reached: %s", reason)

@@ -6,11 +6,12 @@ import itertools
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import asyncpg
 from fastapi import Depends, Request
 
+from app.connection_urls import postgres_addresses
 from app.errors import UnavailableError
 from app.settings import Settings
 from app.storage.postgres_errors import (
@@ -32,6 +33,9 @@ CLOSE_TIMEOUT_SECONDS = 1.0
 BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 0.5
 
+#: Errors after which the next host is tried, as by asyncpg.
+NEXT_HOST_ERRORS = (OSError, asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched)
+
 Connection = asyncpg.pool.PoolConnectionProxy
 Result = TypeVar("Result")
 
@@ -46,11 +50,14 @@ class Database:
         """`connections` is this worker's share of the per-pod limit; the probe uses one of them."""
         self.settings = settings
         self.url = settings.database_url.get_secret_value()
+        # Typed as asyncpg's own class by its stubs.
+        connector: Any = connect
         self.pool = asyncpg.create_pool(
             self.url,
             min_size=0,
             max_size=connections - 1,
-            timeout=CONNECT_TIMEOUT_SECONDS,
+            connect=connector,
+            timeout=min(CONNECT_TIMEOUT_SECONDS, settings.database_acquire_timeout_seconds),
             command_timeout=settings.database_command_timeout_seconds,
             statement_cache_size=settings.database_statement_cache_size,
             connection_class=BoundedCancelConnection,
@@ -119,7 +126,8 @@ class Database:
         self.probe = None
         try:
             if probe is None or not await _is_usable(probe):
-                probe = await asyncpg.connect(self.url, statement_cache_size=0)
+                timeout = self.settings.readiness_timeout_seconds
+                probe = await connect(self.url, timeout=timeout, statement_cache_size=0)
                 await probe.execute("select")
         except (
             BaseException
@@ -166,6 +174,34 @@ class Database:
         if self.unavailable_since is None:
             self.unavailable_since = now
         return now - self.unavailable_since
+
+
+async def connect(
+    url: str,
+    *,
+    timeout: float,  # noqa: ASYNC109 - its name in asyncpg, whose pool passes it
+    **options: Any,
+) -> asyncpg.Connection:
+    """Connect to the first host that `target_session_attrs` accepts.
+
+    Each host gets its share of the time: asyncpg itself would spend all of it on a first host that
+    does not respond. Raises the error of the last host.
+    """
+    addresses, wanted = postgres_addresses(url)
+    if len(addresses) == 1:
+        return await asyncpg.connect(url, timeout=timeout, **options)
+    rounds = ("standby", "any") if wanted == "prefer-standby" else (wanted,)
+    options["timeout"] = timeout / len(addresses) / len(rounds)
+    failure: Exception | None = None
+    for attributes, (host, port) in itertools.product(rounds, addresses):
+        address: dict[str, Any] = {"host": host, "port": port or None}
+        address["target_session_attrs"] = attributes
+        try:
+            return await asyncpg.connect(url, **address, **options)
+        except NEXT_HOST_ERRORS as error:
+            failure = error
+    assert failure is not None  # noqa: S101 - for mypy
+    raise failure
 
 
 async def delete_older(

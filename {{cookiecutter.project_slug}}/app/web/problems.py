@@ -1,5 +1,6 @@
 """Problem details (RFC 9457): every error response has this shape and carries the request ID."""
 
+import logging
 import re
 from collections.abc import Mapping
 from http import HTTPMethod, HTTPStatus
@@ -12,8 +13,12 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from app.tasks import RecentCauses, describe
 from app.telemetry.context import request_context
 
+logger = logging.getLogger("app.problems")
+#: The causes of 503s, those of the readiness probe included: each is logged once.
+recent_causes = RecentCauses()
 MEDIA_TYPE = "application/problem+json"
 _TITLES = {status.value: status.phrase for status in HTTPStatus}
 _SCHEMA = {
@@ -66,6 +71,8 @@ def install_handlers(app: FastAPI) -> None:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 503 and error.__cause__ is not None:
+        _log_cause(error.__cause__)
     if error.status_code == 405:
         return problem(405, None, {"Allow": _allowed_methods(request)})
     if error.status_code in {204, 304}:  # without a body (RFC 9110, sections 15.3.5 and 15.4.5)
@@ -78,9 +85,16 @@ async def _validation_error(_: Request, error: RequestValidationError) -> Respon
     return problem(422, "Request validation failed.", errors=errors)
 
 
-async def _redis_unavailable(_: Request, __: Exception) -> Response:
+async def _redis_unavailable(_: Request, error: Exception) -> Response:
     """Respond 503 to a request that needs Redis."""
+    _log_cause(error)
     return problem(503, "Redis is not available.", {"Retry-After": "1"})
+
+
+def _log_cause(error: BaseException) -> None:
+    cause = describe(error)
+    if recent_causes.is_new(cause):
+        logger.warning("responded 503: %s", cause, extra={"reason": type(error).__name__})
 
 
 def _allowed_methods(request: Request) -> str:

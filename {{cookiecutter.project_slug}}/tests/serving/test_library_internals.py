@@ -8,6 +8,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from asyncpg import connect_utils
 from fastapi import FastAPI
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
@@ -101,6 +102,10 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     vars(asyncpg.Connection)["_cancel_current_command"]: (
         "postgres_errors.py bounds the wait that it begins",
         "c96c8240531a",
+    ),
+    vars(connect_utils)["_parse_connect_dsn_and_args"]: (
+        "connection_urls.py validates with it, and reads the hosts",
+        "b8013c6fb220",
     ),
     # redis-py
     BlockingConnectionPool.get_connection_count: (

@@ -5,6 +5,7 @@ from fastapi import Response
 from app.main import create_app
 from app.settings import load_settings
 from app.storage.postgres import Connection, DatabaseDependency
+from app.storage.redis import RedisDependency
 
 app = create_app(load_settings())
 
@@ -41,6 +42,13 @@ async def fail(database: DatabaseDependency, sqlstate: str) -> None:
     """Raise an error at the server, outside of a retry."""
     async with database.acquire() as connection, connection.transaction():
         await raise_error(connection, sqlstate)
+
+
+@app.post("/cache")
+async def store(redis: RedisDependency) -> Response:
+    """Store a value in Redis."""
+    await redis.set("database_routes", "value", ex=60)
+    return Response(status_code=204)
 
 
 async def raise_error(connection: Connection, sqlstate: str) -> None:
