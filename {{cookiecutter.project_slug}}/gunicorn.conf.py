@@ -4,11 +4,7 @@ Every value comes from the environment, see app/settings.py.
 """
 
 import atexit
-import os
-import secrets
-import shutil
 import sys
-import tempfile
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -18,26 +14,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 from app.settings import load_settings
 from app.sizing.plan import plan_workers
 from app.sizing.resources import detect_resources
-from app.telemetry import logs
+from app.telemetry import logs, metrics_directory
 
 settings = load_settings()
 logs.configure(settings)
+logs.capture_prints(settings)
 plan = plan_workers(settings, detect_resources())
 
-# A directory in memory, if there is one: neither the heartbeat nor the metrics wait for a disk.
-memory_directory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
-private_directory = Path(
-    memory_directory or tempfile.gettempdir(), f"metrics-{os.getpid()}-{secrets.token_hex(8)}"
-)
-metrics_directory = settings.prometheus_multiproc_dir or private_directory
-
-# prometheus_client chooses between files and memory when it is imported, so this comes first.
-os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_directory)
+# prometheus_client chooses between files and memory when it is imported, and the application may
+# have metrics at module level. So this comes first.
+directory = metrics_directory.claim(settings.prometheus_multiproc_dir)
+atexit.register(directory.release)
+memory_directory = metrics_directory.memory_directory()
 
 from app.serving.arbiter import use_service_arbiter  # noqa: E402
 from app.serving.memory import share_memory  # noqa: E402
 from app.telemetry.metrics_server import MetricsProcess  # noqa: E402
-from app.telemetry.multiprocess import archive_worker  # noqa: E402
 
 # The application
 wsgi_app = "app.main:app"
@@ -48,7 +40,8 @@ preload_app = True
 # Workers
 worker_class = "app.serving.gunicorn_worker.ServiceWorker"
 workers = plan.workers
-worker_tmp_dir = memory_directory
+# The heartbeat does not wait for a disk.
+worker_tmp_dir = str(memory_directory) if memory_directory else None
 timeout = settings.worker_timeout_seconds
 graceful_timeout = settings.graceful_timeout_seconds
 max_requests = settings.max_requests
@@ -71,9 +64,9 @@ errorlog = None
 def on_starting(arbiter: Any) -> None:
     """Start the metrics process, and log the size of the pod."""
     share_memory()
-    arbiter.metrics = MetricsProcess(settings.metrics_bind, metrics_directory)
+    arbiter.metrics = MetricsProcess(settings.metrics_bind, directory.path)
     arbiter.metrics.ensure()
-    atexit.register(clean_up, os.getpid(), arbiter.metrics)
+    atexit.register(arbiter.metrics.stop)
     getLogger("app.sizing").info(
         "%d workers with %d database connections each: %s; metrics on %s",
         plan.workers,
@@ -94,21 +87,8 @@ def pre_fork(arbiter: Any, worker: Any) -> None:
 
 
 def child_exit(arbiter: Any, worker: Any) -> None:
-    """Archive the metrics of a worker; log its stacks if it timed out or crashed."""
+    """Log the stacks of a worker if it timed out or crashed."""
     try:
         worker.log_crash_stacks()
-        archive_worker(metrics_directory, worker.pid)
     except Exception:  # would stop the master, and the service with it
-        getLogger("app.metrics").exception("cannot archive metrics of worker %s", worker.pid)
-
-
-def clean_up(master_pid: int, metrics: MetricsProcess) -> None:
-    """Stop the metrics process and delete its files, however the master exits.
-
-    Workers inherit this function, for which it does nothing.
-    """
-    if os.getpid() != master_pid:
-        return
-    metrics.stop()
-    if metrics_directory == private_directory:
-        shutil.rmtree(metrics_directory, ignore_errors=True)
+        getLogger("app.worker").exception("cannot log the stacks of worker %s", worker.pid)

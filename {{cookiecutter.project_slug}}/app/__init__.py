@@ -19,11 +19,13 @@ patterns/            building blocks to copy  # example
     http_client.py  circuit_breaker.py  # example
 web/                 what surrounds every request
     middleware.py  limits.py  headers.py  problems.py  health.py  principal.py
+    routes.py  cors.py  head.py
 storage/             Postgres and Redis
     postgres.py  postgres_errors.py  redis.py
 telemetry/           logs and metrics
-    logs.py  access_log.py  context.py
-    http_metrics.py  process_metrics.py  multiprocess.py  metrics_server.py
+    logs.py  access_log.py  stdout.py  context.py
+    http_metrics.py  process_metrics.py  metric_files.py  multiprocess.py
+    metrics_directory.py  metrics_server.py
 sizing/              how many workers and connections fit here
     resources.py  plan.py  checks.py
 serving/             the gunicorn runtime: nothing imports it, a team rarely opens it
@@ -32,3 +34,9 @@ serving/             the gunicorn runtime: nothing imports it, a team rarely ope
 
 Start with main.py, then lifespan.py. An import goes down only; `make lint` checks that.
 """
+
+import os
+
+# Before any metric is made, in a child process too that imports one module only.
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    import app.telemetry.metric_files  # noqa: F401

@@ -38,6 +38,10 @@ def _default_docs_enabled(data: dict[str, Any]) -> bool:
     return data.get("environment") == "development"
 
 
+def _default_key_prefix(data: dict[str, Any]) -> str:
+    return str(data.get("service_name"))
+
+
 def _default_bind(data: dict[str, Any]) -> HostPort:
     port = data.get("port")
     return HostPort(f"0.0.0.0:{port}" if port else "127.0.0.1:8000")
@@ -74,6 +78,7 @@ class Settings(BaseSettings):
         "postgres",
     )
     readiness_timeout_seconds: Positive = 1
+    redis_key_prefix: ServiceName = Field(default_factory=_default_key_prefix)
 
     # Logs, documentation, and the proxy in front
     log_level: LogLevel = "info"

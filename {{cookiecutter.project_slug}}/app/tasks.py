@@ -111,9 +111,9 @@ async def run_to_completion(step: Awaitable[Result]) -> Result:
 
 
 class StateLog:
-    """Logs a failing state once when it begins and once when it ends.
+    """Logs a failing state once per cause, and once when it ends.
 
-    A loop that fails ten times a second during an outage writes two lines, not hundreds.
+    A loop that fails ten times a second during an outage writes a few lines, not hundreds.
     """
 
     def __init__(self, logger: logging.Logger, failure: str, recovery: str) -> None:
@@ -122,17 +122,25 @@ class StateLog:
         self.failure = failure
         self.recovery = recovery
         self.is_failing = False
+        #: The causes that were logged since the state began.
+        self.causes: set[str] = set()
 
     def failed(self, reason: str, /, **extra: object) -> None:
-        """Log a warning with the reason, unless it is failing already."""
-        if not self.is_failing:
+        """Log a warning with the reason, unless one of this cause was logged since the state began.
+
+        The first word of the reason is the cause. The others may differ each time.
+        """
+        cause = reason.partition(" ")[0]
+        if cause not in self.causes:
             self.logger.warning("%s: %s", self.failure, reason, extra=extra)
+        self.causes.add(cause)
         self.is_failing = True
 
     def succeeded(self, **extra: object) -> None:
         """Log the recovery, if it was failing."""
         if self.is_failing:
             self.logger.info(self.recovery, extra=extra)
+            self.causes.clear()
         self.is_failing = False
 
 

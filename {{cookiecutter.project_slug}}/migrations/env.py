@@ -94,15 +94,15 @@ def configure(connection: Connection) -> bool:
 
 
 def run(_: Connection | None = None) -> None:
-    """Run the command of Alembic. Exits with 1 and a line if it is ambiguous: two heads."""
+    """Run the command of Alembic. Exits with 1 and a line if two are the newest."""
     try:
         with context.begin_transaction():
             context.run_migrations()
     except CommandError as error:
         if not isinstance(error.__cause__, MultipleHeads):
             raise
-        heads = ", ".join(context.script.get_heads())
-        logger.error("the migrations have several heads, %s: %s", heads, REMEDY)
+        newest = " and ".join(context.script.get_heads())
+        logger.error("several migrations are the newest, %s: %s", newest, REMEDY)
         sys.exit(1)
 
 

@@ -2,26 +2,25 @@
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 import uvicorn
 
 from app.settings import load_settings
-from app.telemetry import logs
+from app.telemetry import logs, metrics_directory
 from scripts.dev_consumer import consuming  # example
 
 
 def main() -> None:
     """Serve until Ctrl-C. A change in `app/` restarts the server."""
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="metrics-"))
         os.environ["ENVIRONMENT"] = "development"
         os.environ["WEB_CONCURRENCY"] = "1"
         os.environ["DRAIN_SECONDS"] = "0"
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+        directory = metrics_directory.claim(None)
+        stack.callback(directory.release)
         stack.enter_context(consuming())  # example
-        serve(Path(directory))
+        serve(directory.path)
 
 
 def serve(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands of Alembic, and migrations under faults: signals, locks, parallel heads.
+"""The commands of Alembic, and migrations under faults: signals, locks, parallel branches.
 
 Alembic's documentation: "Working with Branches", "Generating SQL Scripts (a.k.a. Offline Mode)",
 `MigrationContext.autocommit_block` and `transaction_per_migration`. PostgreSQL's: ALTER TYPE (a new
@@ -122,7 +122,7 @@ def test_every_command_works_with_generated_revisions(migrations: Migrations) ->
         assert done.returncode == 0, done.stdout.decode()
 
 
-def test_parallel_heads_are_one_line_with_the_remedy(migrations: Migrations) -> None:
+def test_parallel_branches_are_one_line_with_the_remedy(migrations: Migrations) -> None:
     migrations.add("root")
     migrations.add("left", after="root")
     migrations.add("right", after="root")
@@ -131,7 +131,7 @@ def test_parallel_heads_are_one_line_with_the_remedy(migrations: Migrations) -> 
         output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
         assert process.returncode == 1
         text = errors if "--sql" in command else json.loads(output.splitlines()[-1])["message"]
-        assert "left, right" in text or "right, left" in text
+        assert "left and right" in text or "right and left" in text
         assert "alembic merge heads" in text
         assert len(errors.splitlines()) == ("--sql" in command)
     migrations.run("upgrade", "heads")

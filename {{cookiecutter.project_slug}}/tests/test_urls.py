@@ -250,7 +250,7 @@ def test_causes_of_503s_are_logged_once_without_secrets(
 
 
 async def test_cause_of_redis_503_is_logged_once(database_url: str, redis: Redis) -> None:
-    """Redis' documentation, "Key eviction" and "ACL": OOM and NOPERM leave PING as it is."""
+    """Redis' documentation, "Key eviction" and "ACL": OOM and NOPERM."""
     client: Any = RedisClient.from_url(redis.url)
     await client.execute_command("ACL", "SETUSER", "limited", "on", ">hunter2", "+@connection")
     limited = redis.url.replace("//", "//limited:hunter2@")
@@ -273,6 +273,6 @@ async def test_cause_of_redis_503_is_logged_once(database_url: str, redis: Redis
 def assert_logged_once(service: Service, cause: str) -> None:
     for _ in range(3):
         assert service.http.post("/cache").status_code == 503
-    lines = [line for line in service.messages if line.startswith(f"responded 503: {cause}")]
+    lines = [line for line in service.messages if cause in line]
     assert len(lines) == 1, service.messages
     assert "hunter2" not in service.text

@@ -10,17 +10,20 @@ import math
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from types import FrameType
 
+from gunicorn.arbiter import Arbiter
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
-from app.lifecycle import Lifecycle
+from app import lifecycle
 from app.serving import shared_flags
 from app.serving.http_protocol import HttpRequestProtocol, ServiceState
 from app.serving.listener import stop_accepting
+from app.serving.websocket_protocol import ServiceWebSocket
 from app.settings import Settings
 
 #: How long a worker that retires alone keeps listening: its replacement needs that to start.
@@ -50,8 +53,8 @@ class ServiceServer(Server):
     def __init__(self, worker: UvicornWorker) -> None:
         super().__init__(worker.config)
         self.worker = worker
-        self.settings: Settings = worker.wsgi.state.settings
-        self.lifecycle: Lifecycle = worker.wsgi.state.lifecycle
+        self.settings: Settings = worker.settings
+        self.lifecycle = lifecycle.PROCESS
         self.server_state = ServiceState(self.settings)
         #: By `time.monotonic()`, as all times here.
         self.shutdown_requested_at = math.inf
@@ -65,6 +68,14 @@ class ServiceServer(Server):
         """
         with self.capture_signals():
             await self._serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start. Exits if the lifespan has not reached the service, in which nothing would work."""
+        await super().startup(sockets)
+        if not self.lifespan.state:
+            await self.lifespan.shutdown()
+            logger.error("lifespan did not run: what wraps the service must pass `lifespan` on")
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     def handle_exit(self, sig: int, frame: FrameType | None = None) -> None:
         """Request a shutdown; with SIGINT or SIGQUIT a quick one, as in gunicorn.
@@ -81,8 +92,9 @@ class ServiceServer(Server):
         self._notice_shutdown()
         self._request_replacement_when_due()
         if counter % TICKS_PER_SECOND == 0:
-            for connection in self._http_connections():
-                connection.enforce_timeouts()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, HttpRequestProtocol | ServiceWebSocket):
+                    connection.enforce_timeouts()
         self.should_exit = time.monotonic() >= self._stop_at()
         return await super().on_tick(counter)
 

@@ -20,7 +20,9 @@ from prometheus_client.exposition import ThreadingWSGIServer, _SilentHandler
 
 from app.setting_types import HostPort
 from app.settings import fail
-from app.telemetry.multiprocess import WorkersCollector, claim_directory
+from app.telemetry.metric_files import retry_writes
+from app.telemetry.metrics_directory import remove_abandoned
+from app.telemetry.multiprocess import WorkersCollector
 
 #: How often the process checks that its parent is still running.
 PARENT_CHECK_SECONDS = 1.0
@@ -44,42 +46,41 @@ class MetricsProcess:
     """Serves `GET /metrics` on `host:port` from a child process."""
 
     def __init__(self, address: HostPort, directory: Path) -> None:
-        """Listen on the address, and claim the directory.
+        """Listen on the address.
 
-        Raises `SystemExit` with one line that identifies the setting, if one of the two fails.
+        Raises `SystemExit` with one line that identifies the setting, if that fails.
         """
+        self.parent = os.getpid()
+        self.workers = WorkersCollector(directory)
         try:
-            self.server = _listen(address, directory)
+            self.server = _listen(address, self.workers)
         except OSError as error:
             fail("METRICS_BIND", address, f"cannot listen there: {error.strerror}")
-        try:
-            self.owner = claim_directory(directory)
-        except BlockingIOError:
-            problem = "another instance uses it; set another directory"
-            fail("PROMETHEUS_MULTIPROC_DIR", directory, problem)
-        except OSError as error:
-            problem = f"{error.strerror}; set another directory"
-            fail("PROMETHEUS_MULTIPROC_DIR", directory, problem)
         self.pid = 0
 
     def ensure(self, inherited: Iterable[Any] = ()) -> None:
-        """Start the process unless it is running. It closes the `inherited` sockets."""
+        """Start the process unless it is running. It closes the `inherited` sockets.
+
+        The master calls this once a second, and so also writes its own values here, those of
+        metrics that are set when the application is imported.
+        """
+        retry_writes()
         if self._is_running():
             return
-        parent = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             for listener in inherited:
                 listener.close()
-            self._serve(parent)
+            self._serve()
 
     def stop(self) -> None:
-        """End the process, and release its address and its directory."""
+        """End the process, and release its address. In a child of the master, do nothing."""
+        if os.getpid() != self.parent:
+            return
         self.server.socket.close()
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(self.pid, STOP_SIGNAL)
             os.waitpid(self.pid, 0)
-        self.owner.close()
 
     def _is_running(self) -> bool:
         if self.pid == 0:
@@ -90,15 +91,24 @@ class MetricsProcess:
             return False
         return True
 
-    def _serve(self, parent: int) -> NoReturn:
+    def _serve(self) -> NoReturn:
         """Serve, in the child, until it is stopped or its parent has ended."""
         for number in IGNORED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(STOP_SIGNAL, _exit)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        while os.getppid() == parent:
+        while os.getppid() == self.parent:
+            self._clean_up()
             time.sleep(PARENT_CHECK_SECONDS)
         os._exit(0)
+
+    def _clean_up(self) -> None:
+        """Archive the metrics of dead processes, and delete the directories of killed masters."""
+        try:
+            self.workers.archive_dead()
+            remove_abandoned()
+        except Exception:  # would end the process, which serves the metrics
+            logger.exception("cannot clean up the metrics directory")
 
 
 def _exit(*_: object) -> NoReturn:
@@ -106,18 +116,18 @@ def _exit(*_: object) -> NoReturn:
     os._exit(0)
 
 
-def _listen(address: HostPort, directory: Path) -> WSGIServer:
+def _listen(address: HostPort, workers: WorkersCollector) -> WSGIServer:
     """Return a server of `GET /metrics`. Raises `OSError` if it cannot listen there."""
 
     class Server(ThreadingWSGIServer):
         address_family = address.family
 
-    return make_server(address.host, address.port, _wsgi_app(directory), Server, _SilentHandler)
+    return make_server(address.host, address.port, _wsgi_app(workers), Server, _SilentHandler)
 
 
-def _wsgi_app(directory: Path) -> WSGIApp:
+def _wsgi_app(workers: WorkersCollector) -> WSGIApp:
     registry = CollectorRegistry()
-    registry.register(WorkersCollector(directory))
+    registry.register(workers)
     metrics: WSGIApp = make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from asyncpg import Pool
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from redis.asyncio import ConnectionPool
+
+from app.telemetry.metric_files import retry_writes
 
 POOL = "db_client_connection_pool_name"
 STATE = "db_client_connection_state"
@@ -20,6 +22,12 @@ def dependency_gauge(registry: CollectorRegistry) -> Gauge:
     text = "1 if the dependency responds, to all workers."
     labels = ["dependency"]
     return Gauge("dependency_up", text, labels, registry=registry, multiprocess_mode="livemin")
+
+
+def dropped_log_lines(registry: CollectorRegistry) -> Counter:
+    """Return the counter `log_dropped_lines_total`, for `LOG_LINES.take_dropped()`."""
+    text = "Log lines other than access lines, dropped because stdout did not accept them."
+    return Counter("log_dropped_lines", text, registry=registry)
 
 
 class WorkerMetrics:
@@ -49,6 +57,7 @@ class WorkerMetrics:
         """Update the gauges every `UPDATE_SECONDS`, until cancelled."""
         while True:
             self.update()
+            retry_writes()
             await asyncio.sleep(UPDATE_SECONDS)
 
     def update(self) -> None:

@@ -19,11 +19,20 @@ EXPIRY_SECONDS = 0.5
 #: The key of `scope["state"]` with which the protocol has a request rejected: its value is the
 #: status of the response.
 REJECTED_STATUS = "rejected_status"
+#: The key with which the protocol reports a client that has disconnected before the response.
+CLIENT_LEFT = "client_left"
 _DETAILS = {
     400: "The request is not valid HTTP.",
     408: "The request did not arrive in time.",
     413: "The request body is too large.",
+    426: "The WebSocket version is not supported.",
     431: "The request headers are too large.",
+    501: "The request needs something that this server does not implement.",
+}
+_CLOSE = {"Connection": "close"}
+_HEADERS = {
+    # RFC 6455, section 4.4, and RFC 9110, section 15.5.22
+    426: {"Sec-WebSocket-Version": "13", "Upgrade": "websocket", "Connection": "Upgrade, close"}
 }
 
 
@@ -39,11 +48,11 @@ class Exchange(Protocol):
 
 
 class RejectedError(ServiceError):
-    """A request that is not read to its end: 400, 408, 413 or 431; the connection is closed."""
+    """A request that is not read to its end: one of `_DETAILS`; the connection is closed."""
 
     def __init__(self, status: int) -> None:
         self.status = status
-        super().__init__(_DETAILS[status], {"Connection": "close"})
+        super().__init__(_DETAILS[status], _HEADERS.get(status, _CLOSE))
 
 
 class Limits:

@@ -10,22 +10,30 @@ import asyncpg
 import pytest
 from asyncpg import connect_utils
 from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
+from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Histogram, values
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
-from redis.asyncio import BlockingConnectionPool
+from prometheus_client.values import MultiProcessValue
+from redis._parsers.base import BaseParser
+from redis.asyncio import BlockingConnectionPool, ConnectionPool
+from redis.asyncio.connection import AbstractConnection
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
-from starlette.routing import Router
+from starlette.routing import Mount, Router
 from uvicorn.config import Config
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import Server, ServerState
 from uvicorn_worker import UvicornWorker
+from websockets.server import ServerProtocol
 
 from app.serving.arbiter import ServiceArbiter
+from app.telemetry.metric_files import MetricFile, encode_entries, read_entries
 
 Function = Callable[..., Any]
 
@@ -44,6 +52,7 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     # uvicorn_worker
     UvicornWorker.__init__: ("gunicorn_worker.py changes its config", "d51a1f9f91fd"),
     UvicornWorker._serve: ("gunicorn_worker.py replaces it", "eb799ef03d63"),
+    UvicornWorker.run: ("gunicorn_worker.py replaces it", "00ca1919b3ed"),
     UvicornWorker.init_signals: ("gunicorn_worker.py adds to it", "0c611981788f"),
     # uvicorn: the server
     Server.serve: ("server.py replaces it", "112ef41af521"),
@@ -59,10 +68,11 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     Server._wait_tasks_to_complete: ("it waits for connections, then for tasks", "17209be1e991"),
     LifespanOn.main: ("it fills the state that each request copies", "699f9a37e3f8"),
     # uvicorn: HTTP
-    HttpToolsProtocol.data_received: (
-        "http_protocol.py counts the bytes of headers around it",
-        "010a7ae59a5d",
-    ),
+    HttpToolsProtocol.__init__: ("http_protocol.py makes the same parser", "4f0899941034"),
+    HttpToolsProtocol.data_received: ("http_protocol.py replaces it", "010a7ae59a5d"),
+    HttpToolsProtocol.handle_websocket_upgrade: ("http_protocol.py replaces it", "179c4f769386"),
+    HttpToolsProtocol._start_asgi_task: ("http_response.py replaces it", "9c08c2571ae9"),
+    HttpToolsProtocol.on_message_complete: ("it asks `_should_upgrade`", "1fbad42dc31f"),
     HttpToolsProtocol.on_message_begin: (
         "http_protocol.py detects a new request by its new scope",
         "96d377fdc7c2",
@@ -87,17 +97,45 @@ REVIEWED: dict[Function, tuple[str, str]] = {
         "it writes to http_response.py, which keeps the headers",
         "abdd8601b326",
     ),
+    RequestResponseCycle.run_asgi: (
+        "it logs an incomplete response, unless the client has disconnected",
+        "0f33f2449a44",
+    ),
     RequestResponseCycle.receive: (
         "http_protocol.py wakes it when a body is rejected",
         "8124ae006be7",
     ),
     # uvicorn: WebSocket
+    WebSocketsSansIOProtocol.handle_connect: (
+        "websocket_protocol.py calls it with a request of its own, and changes its scope",
+        "fc648c2161ff",
+    ),
+    WebSocketsSansIOProtocol.handle_parser_exception: ("it requires a close frame", "ff5cf13c764f"),
+    ServerProtocol.parse: ("it parses a request before the frames", "70dba1c6c9bf"),
+    ServerProtocol.accept: ("websocket_protocol.py negotiates with it", "cd815e1b95a6"),
     WebSocketsSansIOProtocol.shutdown: ("it closes with 1012", "e8ace796ada6"),
     # prometheus_client
     Histogram.observe: ("http_metrics.py adds to its sum and buckets", "38beca3be1d1"),
-    MultiProcessCollector.collect: ("multiprocess.py merges files as it does", "86fc50ce2593"),
+    MultiProcessCollector._read_metrics: ("multiprocess.py reads files as it does", "c8d3db164cc9"),
+    MultiProcessCollector._accumulate_metrics: ("multiprocess.py merges with it", "a7834784c48c"),
+    MultiProcessValue: (
+        "it makes, reads, writes and closes metric_files.py's MetricFile, by pid",
+        "8077cd2c482f",
+    ),
+    MmapedDict._init_value: ("metric_files.py writes entries as it does", "b07be9310c27"),
+    MmapedDict.read_all_values_from_file: ("metric_files.py reads files with it", "949b6512ed6a"),
     # FastAPI
     FastAPI.build_middleware_stack: ("main.py removes its outermost middleware", "11dddac6c1b6"),
+    FastAPI.__call__: ("main.py runs it inside of the request middleware", "0795712e5427"),
+    ServerErrorMiddleware.__call__: ("main.py removes it if it would do nothing", "a7d082263a5c"),
+    ExceptionTelemetryMiddleware.__call__: (
+        "main.py removes it if it would do nothing",
+        "f00be47366e9",
+    ),
+    iter_route_contexts: ("routes.py finds the routes of included routers with it", "087db59981fa"),
+    # Starlette
+    Mount.matches: ("routes.py recognizes a mount by `app_root_path`", "ac97bc77afea"),
+    CORSMiddleware.send: ("cors.py adds the headers that it would add", "e6a44d3c8aba"),
     # asyncpg
     vars(asyncpg.Connection)["_cancel_current_command"]: (
         "postgres_errors.py bounds the wait that it begins",
@@ -111,6 +149,27 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     BlockingConnectionPool.get_connection_count: (
         "process_metrics.py reads idle and used, in this order",
         "fc3e24e630af",
+    ),
+    BlockingConnectionPool.get_connection: (
+        "it calls ensure_connection, before which storage/redis.py closes old connections",
+        "6382c8e6cc28",
+    ),
+    BlockingConnectionPool.ensure_connection: (
+        "it connects where a connection is closed",
+        "d144a7b72ed3",
+    ),
+    ConnectionPool.release: ("it closes a connection that is marked for reconnect", "e7d317be9fa6"),
+    AbstractConnection.connect_check_health: (
+        "it calls on_connect_check_health, after which storage/redis.py has the time",
+        "5cfa2c49e83e",
+    ),
+    AbstractConnection.read_response: (
+        "it raises the errors that storage/redis.py looks at",
+        "c1b374bc1a30",
+    ),
+    BaseParser.parse_error: (
+        "it sets `status_code`, and removes the code from the text",
+        "66c735931d7e",
     ),
 }
 
@@ -157,6 +216,7 @@ def test_outermost_middleware_is_server_error_middleware() -> None:
     """Below it, each layer has the next one in `app`, down to the router."""
     stack = FastAPI().build_middleware_stack()
     assert isinstance(stack, ServerErrorMiddleware)
+    assert isinstance(stack.app, ExceptionTelemetryMiddleware)
     layer: Any = stack
     while hasattr(layer, "app") and not isinstance(layer, Router):
         layer = layer.app
@@ -169,20 +229,31 @@ def test_histogram_buckets_are_not_cumulative() -> None:
     child = histogram.labels("b")
     child._sum.inc(3)
     child._buckets[1].inc(2)
-    values = {}
+    found = {}
     for metric in registry.collect():
         for sample in metric.samples:
-            values[sample.name + sample.labels.get("le", "")] = sample.value
+            found[sample.name + sample.labels.get("le", "")] = sample.value
     expected = {"h_bucket1.0": 0, "h_bucket2.0": 2, "h_bucket+Inf": 2, "h_count": 2, "h_sum": 3}
-    assert expected.items() <= values.items()
+    assert expected.items() <= found.items()
 
 
-def test_metric_files_can_be_read_and_updated(tmp_path: Path) -> None:
-    path = str(tmp_path / "counter_1.db")
-    file = MmapedDict(path)
-    file.write_value("key", 2.0, 0.0)
-    assert file.read_value("key")[0] == 2
-    file.close()
-    ((key, value, _, _),) = MmapedDict.read_all_values_from_file(path)
-    assert key == "key"
-    assert value == 2
+def test_metric_files_have_the_format_of_prometheus_client(tmp_path: Path) -> None:
+    ours = MetricFile(str(tmp_path / "ours.db"))
+    theirs = MmapedDict(str(tmp_path / "theirs.db"))
+    for key in ("1234", "12345678901", "é"):
+        for file in (ours, theirs):
+            file.read_value(key)
+            file.write_value(key, 2.0, 3.0)
+    ours.close()
+    theirs.close()
+    expected = MmapedDict.read_all_values_from_file(theirs._fname)
+    assert list(MmapedDict.read_all_values_from_file(ours.path)) == list(expected)
+    entries = read_entries(Path(ours.path))
+    archive = tmp_path / "archive.db"
+    archive.write_bytes(encode_entries(entries))
+    assert read_entries(archive) == entries
+
+
+def test_metric_files_replace_those_of_prometheus_client() -> None:
+    """`MultiProcessValue` looks the class up in its module, for each file that it makes."""
+    assert vars(values)["MmapedDict"] is MetricFile

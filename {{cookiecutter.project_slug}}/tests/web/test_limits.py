@@ -139,7 +139,7 @@ def test_oversized_body_is_rejected_with_413(service: Service, chunked: bool) ->
     else:
         length = b"Content-Length: 200000\r\n"
         part = b"a" * 20_000
-    head = POST + b"X-Request-ID: large\r\n" + length + b"\r\n"
+    head = POST + b"X-Request-ID: large-%d\r\n" % chunked + length + b"\r\n"
     response = send(service, head, *[part] * 10, pause_seconds=0.01)
     assert_rejected(service, response, 413)
 
