@@ -8,6 +8,7 @@ tasks.py             background tasks: of a request, of the process
 process.py           runs a process without routes: probes, metrics, shutdown
 lifecycle.py         the shutdown of a process, as the server reports it; forked children
 setting_types.py     validated types for settings
+connection_urls.py   validation of the URLs of Postgres and Redis
 payments/            a feature: what a team writes  # example
     router.py  service.py  repository.py  schemas.py  # example
     events.py  gateway.py  consumer.py  # example

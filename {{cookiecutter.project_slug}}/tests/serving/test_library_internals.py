@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 import uvloop
 from anyio._backends._asyncio import AsyncIOBackend
+from asyncpg import connect_utils
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
@@ -160,6 +161,10 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     vars(asyncpg.Connection)["_cancel_current_command"]: (
         "postgres_errors.py bounds the wait that it begins",
         "c96c8240531a",
+    ),
+    vars(connect_utils)["_parse_connect_dsn_and_args"]: (
+        "connection_urls.py validates with it, and reads the hosts",
+        "b8013c6fb220",
     ),
     # redis-py
     BlockingConnectionPool.get_connection_count: (
