@@ -5,10 +5,10 @@ lifespan.py          what the API process holds while it serves
 settings.py          every setting, validated and frozen
 errors.py            the errors that clients see
 tasks.py             background tasks: of a request, of the process
-forks.py             makes forked processes independent of the one that forks
 process.py           runs a process without routes: probes, metrics, shutdown
-lifecycle.py         what the server tells the application about its shutdown
+lifecycle.py         the shutdown of a process, as the server reports it; forked children
 setting_types.py     validated types for settings
+connection_urls.py   validation of the URLs of Postgres and Redis
 payments/            a feature: what a team writes  # example
     router.py  service.py  repository.py  schemas.py  # example
     events.py  gateway.py  consumer.py  # example
@@ -18,7 +18,7 @@ patterns/            building blocks to copy  # example
     stream_consumer.py  stream_handler.py  stream_group.py  # example
     http_client.py  circuit_breaker.py  # example
 web/                 what surrounds every request
-    middleware.py  limits.py  headers.py  proxies.py  threads.py
+    application.py  middleware.py  limits.py  headers.py  proxies.py  threads.py
     problems.py  health.py  principal.py  routes.py  cors.py  head.py
 storage/             Postgres and Redis
     postgres.py  postgres_errors.py  redis.py

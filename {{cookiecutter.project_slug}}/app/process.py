@@ -15,8 +15,7 @@ import uvicorn
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Gauge, generate_latest
 
-from app.forks import isolate_children
-from app.lifecycle import Lifecycle
+from app.lifecycle import Lifecycle, isolate_children
 from app.settings import Settings, fail
 from app.storage import Storage, open_storage
 from app.tasks import background_task

@@ -3,6 +3,7 @@
 import ipaddress
 import re
 import socket
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -17,6 +18,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 from pydantic_settings import NoDecode
+
+from app.connection_urls import check_postgres_url, check_redis_url
 
 
 def _check(text: str, pattern: str, requirement: str) -> None:
@@ -40,6 +43,16 @@ def _matches(pattern: str, requirement: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _accepted_by(check: Callable[[str], None]) -> AfterValidator:
+    """Return a validator of a secret: `check` raises `ValueError`, without the secret."""
+
+    def validate(value: SecretStr) -> SecretStr:
+        check(value.get_secret_value())
+        return value
+
+    return AfterValidator(validate)
 
 
 class HostPort(str):
@@ -177,7 +190,5 @@ ServiceName = Annotated[
 PathPrefix = Annotated[
     str, _matches(r"(/\S*[^/\s])?", "a path without a slash at its end, for example /api")
 ]
-PostgresUrl = Annotated[
-    SecretStr, _matches(r"postgres(ql)?://\S+", "postgresql://user:password@host:port/database")
-]
-RedisUrl = Annotated[SecretStr, _matches(r"rediss?://\S+", "redis://:password@host:port/0")]
+PostgresUrl = Annotated[SecretStr, _accepted_by(check_postgres_url)]
+RedisUrl = Annotated[SecretStr, _accepted_by(check_redis_url)]

@@ -10,7 +10,6 @@ from redis.exceptions import RedisError, ResponseError
 
 from app.patterns.stream_group import Message
 from app.patterns.stream_handler import StreamHandler
-from app.storage.redis import reason
 from app.tasks import StateLog, background_task, run_to_completion
 
 #: Interval at which the messages in progress are kept alive.
@@ -56,7 +55,7 @@ class StreamConsumer:
             try:
                 await self._fill()
             except Exception as error:  # noqa: BLE001 - the consumer outlives every error
-                state.failed(reason(error))
+                state.failed(self.group.redis.reason(error))
                 await asyncio.sleep(PAUSE_SECONDS)
             else:
                 state.succeeded()

@@ -9,12 +9,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis.exceptions import RedisError, ResponseError
 
-from app.storage.redis import RETRIES, RedisClient
+if TYPE_CHECKING:
+    from app.storage.redis import RedisClient
 
+
+#: Retries of a read after a lost connection, as of any command.
+READ_RETRIES = 3
 #: Idle time after which a message is redelivered.
 RECLAIM_SECONDS = 5.0
 #: Time limit of a read. It doubles with each read that fails, of half as many messages, since these
@@ -43,11 +47,11 @@ class StreamGroup:
     another service, whose stream this one reads with a group of its own.
     """
 
-    def __init__(self, redis: RedisClient, stream: str, group: str, publisher: str = "") -> None:
+    def __init__(self, redis: "RedisClient", stream: str, group: str, publisher: str = "") -> None:
         # The annotations of redis-py are less precise than its documentation.
         self.redis: Any = redis
         #: For reads. Close it, or use `async with`.
-        self.reader: Any = redis.unhurried(RETRIES)
+        self.reader: Any = redis.unhurried(READ_RETRIES)
         self.failed_reads = 0
         #: The name without the prefix, for metrics.
         self.name = stream

@@ -17,7 +17,7 @@ from gunicorn.arbiter import Arbiter
 from uvicorn_worker import UvicornWorker
 
 from app import lifecycle
-from app.forks import isolate_children
+from app.lifecycle import isolate_children
 from app.serving import shared_flags
 from app.serving.http_protocol import HttpRequestProtocol
 from app.serving.server import ServiceServer

@@ -137,7 +137,7 @@ class HttpResponseProtocol(HttpToolsProtocol):
         return int(size)
 
     def enforce_delivery(self, seconds: float) -> None:
-        """Abort the connection if its client has received no byte for this number of calls."""
+        """Abort the connection if its client receives no byte during that many calls."""
         self.undelivered_bytes = self.transport.get_write_buffer_size()
         moved_bytes = self.stream_bytes - self.undelivered_bytes - self._kernel_bytes()
         if moved_bytes != self.moved_bytes:

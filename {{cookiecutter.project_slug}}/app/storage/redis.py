@@ -134,6 +134,9 @@ class _Pool(BlockingConnectionPool):
 class RedisClient(Redis):
     """A client that knows the prefix of the service's keys, streams and groups."""
 
+    #: For modules that get a client, and need not import this one.
+    reason = staticmethod(reason)
+
     def __init__(self, settings: Settings, pool: _Pool) -> None:
         super().__init__(connection_pool=pool)
         self.auto_close_connection_pool = True

@@ -1,5 +1,6 @@
 """Problem details (RFC 9457): every error response has this shape and carries the request ID."""
 
+import logging
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -13,9 +14,13 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
 from app.errors import ServiceError
+from app.tasks import RecentCauses, describe
 from app.telemetry.context import request_context
 from app.web.routes import allowed_methods
 
+logger = logging.getLogger("app.problems")
+#: The causes of 503s, those of the readiness probe included: each is logged once.
+recent_causes = RecentCauses()
 MEDIA_TYPE = "application/problem+json"
 _TITLES = {status.value: status.phrase for status in HTTPStatus}
 _SCHEMA = {
@@ -91,6 +96,8 @@ async def respond_to_bug(_: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 503 and error.__cause__ is not None:
+        _log_cause(error.__cause__)
     if error.status_code in {204, 304}:  # without a body (RFC 9110, sections 15.3.5 and 15.4.5)
         return Response(status_code=error.status_code, headers=error.headers)
     if error.status_code == 405:
@@ -103,9 +110,16 @@ async def _validation_error(_: Request, error: RequestValidationError) -> Respon
     return problem(422, "Request validation failed.", errors=errors)
 
 
-async def _redis_unavailable(_: Request, __: Exception) -> Response:
+async def _redis_unavailable(_: Request, error: Exception) -> Response:
     """Respond 503 to a request that needs Redis."""
+    _log_cause(error)
     return problem(503, "Redis is not available.", {"Retry-After": "1"})
+
+
+def _log_cause(error: BaseException) -> None:
+    cause = describe(error)
+    if recent_causes.is_new(cause):
+        logger.warning("responded 503: %s", cause, extra={"reason": type(error).__name__})
 
 
 def _with_allowed_methods(request: Request, given: Mapping[str, str]) -> dict[str, str]:

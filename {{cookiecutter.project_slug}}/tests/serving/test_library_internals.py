@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 import uvloop
 from anyio._backends._asyncio import AsyncIOBackend
+from asyncpg import connect_utils
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
@@ -127,11 +128,17 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     MmapedDict._init_value: ("metric_files.py writes entries as it does", "b07be9310c27"),
     MmapedDict.read_all_values_from_file: ("metric_files.py reads files with it", "949b6512ed6a"),
     # FastAPI
-    FastAPI.build_middleware_stack: ("main.py removes its outermost middleware", "11dddac6c1b6"),
-    FastAPI.__call__: ("main.py runs it inside of the request middleware", "0795712e5427"),
-    ServerErrorMiddleware.__call__: ("main.py removes it if it would do nothing", "a7d082263a5c"),
+    FastAPI.build_middleware_stack: (
+        "application.py removes its outermost middleware",
+        "11dddac6c1b6",
+    ),
+    FastAPI.__call__: ("application.py runs it inside of the request middleware", "0795712e5427"),
+    ServerErrorMiddleware.__call__: (
+        "application.py removes it if it would do nothing",
+        "a7d082263a5c",
+    ),
     ExceptionTelemetryMiddleware.__call__: (
-        "main.py removes it if it would do nothing",
+        "application.py removes it if it would do nothing",
         "f00be47366e9",
     ),
     iter_route_contexts: ("routes.py finds the routes of included routers with it", "087db59981fa"),
@@ -154,6 +161,10 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     vars(asyncpg.Connection)["_cancel_current_command"]: (
         "postgres_errors.py bounds the wait that it begins",
         "c96c8240531a",
+    ),
+    vars(connect_utils)["_parse_connect_dsn_and_args"]: (
+        "connection_urls.py validates with it, and reads the hosts",
+        "b8013c6fb220",
     ),
     # redis-py
     BlockingConnectionPool.get_connection_count: (

@@ -10,8 +10,9 @@ from fastapi import APIRouter
 from prometheus_client import REGISTRY
 from starlette.requests import ClientDisconnect
 
-from app.main import Service, create_app
+from app.main import create_app
 from app.settings import Settings
+from app.web.application import Service
 from tests.conftest import InProcess
 
 #: Stands for any text of a query, which no log line may contain.
