@@ -160,7 +160,7 @@ class Exchange:
             return self._start_response(message)
         # The connection of a large response may be lost, and the application go on for a while.
         is_small = self.size_bytes <= LARGE_RESPONSE_BYTES
-        if is_small or not self._is_disconnected(default=False):
+        if is_small or not self._is_cut():
             self.size_bytes += len(message.get("body", b""))
         if message.get("more_body", False):
             self.middleware.limits.start_stream(self)
@@ -182,6 +182,12 @@ class Exchange:
             add_missing_headers(self.middleware.cors, self.scope, message)
         self.status = self.status or message["status"]
         return self._send(message)
+
+    def _is_cut(self) -> bool:
+        """Whether the server can write no more; it may not have reported that yet."""
+        cycle = getattr(self._send, "__self__", None)
+        connection = getattr(cycle, "transport", None)
+        return connection is not None and connection.is_closing()
 
     async def _send_last(self, message: Message) -> None:
         """Send the end of the response, which then counts as sent; the server may reject it."""
