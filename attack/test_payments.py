@@ -21,6 +21,7 @@ from uuid import uuid4
 import httpx
 import psutil
 import pytest
+from app.settings import Settings
 from redis import Redis as Client
 from redis.exceptions import RedisError
 from scripts.fake_gateway import FakeGateway
@@ -33,7 +34,7 @@ from test_faults import durable, sql, workers  # noqa: F401 - durable is a fixtu
 CLIENTS = 12
 #: Time limit for a payment to be settled once everything works again.
 SETTLED_SECONDS = 30
-STREAM = "payment-events"
+STREAM = f"{Settings().redis_key_prefix}:payment-events"
 #: Time limit for a consumer to end after SIGTERM.
 STOP_SECONDS = 20
 FAULT_STEPS = 36

@@ -18,6 +18,7 @@ from app.telemetry import logs, metrics_directory
 
 settings = load_settings()
 logs.configure(settings)
+logs.capture_prints(settings)
 plan = plan_workers(settings, detect_resources())
 
 # prometheus_client chooses between files and memory when it is imported, and the application may

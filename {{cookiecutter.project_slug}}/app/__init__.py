@@ -6,8 +6,9 @@ settings.py          every setting, validated and frozen
 errors.py            the errors that clients see
 tasks.py             background tasks: of a request, of the process
 process.py           runs a process without routes: probes, metrics, shutdown
-lifecycle.py         what the server tells the application about its shutdown
+lifecycle.py         the shutdown of a process, as the server reports it; forked children
 setting_types.py     validated types for settings
+connection_urls.py   validation of the URLs of Postgres and Redis
 payments/            a feature: what a team writes  # example
     router.py  service.py  repository.py  schemas.py  # example
     events.py  gateway.py  consumer.py  # example
@@ -17,13 +18,14 @@ patterns/            building blocks to copy  # example
     stream_consumer.py  stream_handler.py  stream_group.py  # example
     http_client.py  circuit_breaker.py  # example
 web/                 what surrounds every request
-    middleware.py  limits.py  headers.py  problems.py  health.py  principal.py
+    application.py  middleware.py  limits.py  headers.py  proxies.py  threads.py
+    problems.py  health.py  principal.py  routes.py  cors.py  head.py
 storage/             Postgres and Redis
     postgres.py  postgres_errors.py  redis.py
 telemetry/           logs and metrics
-    logs.py  access_log.py  context.py
+    logs.py  access_log.py  stdout.py  context.py
     http_metrics.py  process_metrics.py  metric_files.py  multiprocess.py
-    metrics_directory.py  metrics_server.py
+    metrics_directory.py  metrics_server.py  scrape_server.py
 sizing/              how many workers and connections fit here
     resources.py  plan.py  checks.py
 serving/             the gunicorn runtime: nothing imports it, a team rarely opens it

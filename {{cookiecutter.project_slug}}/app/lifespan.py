@@ -8,8 +8,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypedDict
 
-from redis.asyncio import Redis
-
 from app.lifecycle import Lifecycle
 from app.payments.service import Payments, open_payments  # example
 from app.settings import Settings
@@ -17,6 +15,7 @@ from app.sizing.plan import plan_workers
 from app.sizing.resources import detect_resources
 from app.storage import Storage, open_storage
 from app.storage.postgres import Database
+from app.storage.redis import RedisClient
 from app.tasks import Background, background_task
 from app.telemetry.process_metrics import WorkerMetrics
 from app.web.health import Health
@@ -27,7 +26,7 @@ class State(TypedDict):
 
     settings: Settings
     database: Database
-    redis: Redis
+    redis: RedisClient
     background: Background
     health: Health
     payments: Payments  # example

@@ -15,12 +15,13 @@ import uvicorn
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Gauge, generate_latest
 
-from app.lifecycle import Lifecycle
+from app.lifecycle import Lifecycle, isolate_children
 from app.settings import Settings, fail
 from app.storage import Storage, open_storage
 from app.tasks import background_task
 from app.telemetry import logs
-from app.telemetry.process_metrics import dependency_gauge
+from app.telemetry.process_metrics import dependency_gauge, dropped_log_lines
+from app.telemetry.stdout import LOG_LINES
 from app.web.health import Health
 from app.web.health import router as health_router
 
@@ -41,12 +42,15 @@ def run(settings: Settings, work: Work, name: str = "consumer") -> None:
     while both respond; neither has to at the start. Raises `SystemExit` if `METRICS_BIND` is in
     use.
     """
+    logs.capture_prints(settings)
     up = dependency_gauge(REGISTRY)
+    dropped_lines = dropped_log_lines(REGISTRY)
     app = FastAPI(lifespan=lambda _: _open(settings, work, name, up), openapi_url=None)
     app.include_router(health_router)
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        dropped_lines.inc(LOG_LINES.take_dropped())
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     options: dict[str, Any] = {
@@ -54,6 +58,7 @@ def run(settings: Settings, work: Work, name: str = "consumer") -> None:
         "access_log": False,
         "server_header": False,
     }
+    isolate_children()
     config = uvicorn.Config(app, lifespan="on", **options)
     _Server(config).run(sockets=[_listen(settings)])
 

@@ -1,7 +1,9 @@
 """Validated types for settings. Each error describes a valid value."""
 
+import ipaddress
 import re
 import socket
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -16,6 +18,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 from pydantic_settings import NoDecode
+
+from app.connection_urls import check_postgres_url, check_redis_url
 
 
 def _check(text: str, pattern: str, requirement: str) -> None:
@@ -39,6 +43,16 @@ def _matches(pattern: str, requirement: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _accepted_by(check: Callable[[str], None]) -> AfterValidator:
+    """Return a validator of a secret: `check` raises `ValueError`, without the secret."""
+
+    def validate(value: SecretStr) -> SecretStr:
+        check(value.get_secret_value())
+        return value
+
+    return AfterValidator(validate)
 
 
 class HostPort(str):
@@ -77,6 +91,83 @@ def _split(value: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 CommaSeparated = (NoDecode, BeforeValidator(_split))
+
+
+def _check_proxies(text: str) -> str:
+    """Return the addresses, comma-separated. Raises `ValueError` for one that never matches."""
+    proxies = _split(text)
+    if proxies == ("*",):
+        return "*"
+    if not proxies or "*" in proxies:
+        msg = "must be addresses and networks, for example 10.0.0.0/8,::1, or * alone"
+        raise ValueError(msg)
+    return ",".join(_check_proxy(each) for each in proxies)
+
+
+def _check_proxy(text: str) -> str:
+    """Return an address or a network, one of IPv4-mapped IPv6 (RFC 4291, 2.5.5.2) as IPv4."""
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError:
+        network = None
+    if network is None or "%" in text:
+        msg = f"{text!r} must be an IP address, or a network whose host bits are 0"
+        raise ValueError(msg)
+    first = network.network_address
+    is_address = network.prefixlen == network.max_prefixlen
+    if first.is_multicast or (is_address and first.is_unspecified):
+        msg = f"{text!r} is never the address of a proxy"
+        raise ValueError(msg)
+    mapped = first.ipv4_mapped if isinstance(first, ipaddress.IPv6Address) else None
+    if mapped is None or network.prefixlen < _MAPPED_PREFIX:
+        return text
+    return str(mapped) if is_address else f"{mapped}/{network.prefixlen - _MAPPED_PREFIX}"
+
+
+#: The bits before the IPv4 address in `::ffff:0:0/96`.
+_MAPPED_PREFIX = 96
+
+ForwardedAllowIps = Annotated[str, AfterValidator(_check_proxies)]
+
+
+def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """Raise `ValueError` for an origin that no browser sends."""
+    if "*" in origins and len(origins) > 1:
+        msg = "must be origins, or * alone"
+        raise ValueError(msg)
+    for origin in origins:
+        if origin not in {"*", "null"} and origin != _serialize_origin(origin):
+            msg = (
+                f"{origin!r} must be an origin as browsers send it: https://a.example or "
+                "https://a.example:8443, in lower case, without path, default port and wildcard"
+            )
+            raise ValueError(msg)
+    return origins
+
+
+def _serialize_origin(text: str) -> str | None:
+    """Return an origin as browsers serialize it (RFC 6454, section 6.2), or None."""
+    match = re.fullmatch(r"([a-z][a-z\d+.-]*)://(\[[\da-f:]+\]|[a-z\d_.-]+)(?::(\d+))?", text)
+    if match is None:
+        return None
+    scheme, host, port = match.groups()
+    number = int(port) if port else 0
+    if port and (number == _DEFAULT_PORTS.get(scheme) or not 1 <= number <= MAX_PORT):
+        return None
+    try:
+        if host.startswith("["):
+            host = f"[{ipaddress.IPv6Address(host[1:-1])}]"
+        elif re.fullmatch(r"[\d.]+", host):
+            host = str(ipaddress.IPv4Address(host))
+    except ValueError:
+        return None
+    return f"{scheme}://{host}:{number}" if port else f"{scheme}://{host}"
+
+
+_DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443, "ftp": 21}
+MAX_PORT = 65_535
+
+Origins = Annotated[tuple[str, ...], *CommaSeparated, AfterValidator(_check_origins)]
 LowerCase = BeforeValidator(str.lower)
 LogLevel = Annotated[Literal["debug", "info", "warning", "error", "critical"], LowerCase]
 
@@ -99,7 +190,5 @@ ServiceName = Annotated[
 PathPrefix = Annotated[
     str, _matches(r"(/\S*[^/\s])?", "a path without a slash at its end, for example /api")
 ]
-PostgresUrl = Annotated[
-    SecretStr, _matches(r"postgres(ql)?://\S+", "postgresql://user:password@host:port/database")
-]
-RedisUrl = Annotated[SecretStr, _matches(r"rediss?://\S+", "redis://:password@host:port/0")]
+PostgresUrl = Annotated[SecretStr, _accepted_by(check_postgres_url)]
+RedisUrl = Annotated[SecretStr, _accepted_by(check_redis_url)]

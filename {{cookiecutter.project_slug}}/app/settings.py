@@ -18,11 +18,13 @@ from pydantic_settings.sources import InitSettingsSource, SecretsSettingsSource
 
 from app.setting_types import (
     CommaSeparated,
+    ForwardedAllowIps,
     HostPort,
     HttpUrl,  # example
     LogLevel,
     LowerCase,
     NonNegative,
+    Origins,
     PathPrefix,
     Positive,
     PostgresUrl,
@@ -36,6 +38,10 @@ SHOWN_CHARACTERS = 80
 
 def _default_docs_enabled(data: dict[str, Any]) -> bool:
     return data.get("environment") == "development"
+
+
+def _default_key_prefix(data: dict[str, Any]) -> str:
+    return str(data.get("service_name"))
 
 
 def _default_bind(data: dict[str, Any]) -> HostPort:
@@ -74,15 +80,16 @@ class Settings(BaseSettings):
         "postgres",
     )
     readiness_timeout_seconds: Positive = 1
+    redis_key_prefix: ServiceName = Field(default_factory=_default_key_prefix)
 
     # Logs, documentation, and the proxy in front
     log_level: LogLevel = "info"
     log_format: Annotated[Literal["auto", "json", "console"], LowerCase] = "auto"
     access_log_flush_ms: NonNegativeInt = 100
     docs_enabled: bool = Field(default_factory=_default_docs_enabled)
-    cors_allow_origins: Annotated[tuple[str, ...], *CommaSeparated] = ()
+    cors_allow_origins: Origins = ()
     root_path: PathPrefix = ""
-    forwarded_allow_ips: Annotated[str, Field(pattern=r"^[0-9a-fA-F.:/*, ]+$")] = "127.0.0.1,::1"
+    forwarded_allow_ips: ForwardedAllowIps = "127.0.0.1,::1"
 
     # Addresses to listen on
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
@@ -98,6 +105,7 @@ class Settings(BaseSettings):
     request_body_timeout_seconds: Positive = 15
     request_timeout_seconds: Positive = 30
     keepalive_seconds: PositiveInt = 75
+    max_streams: PositiveInt = 256
 
     # example: begin
     # Payments

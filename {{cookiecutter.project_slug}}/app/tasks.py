@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Annotated, Any, Self, TypeVar
 
@@ -12,6 +13,11 @@ from fastapi import Depends, Request
 POLL_SECONDS = 0.1
 #: Time limit for a cancelled task to end.
 CANCEL_SECONDS = 1.0
+#: A cause that has not occurred for this time is logged again.
+QUIET_SECONDS = 60.0
+#: Causes that are remembered, and characters of a message that are logged.
+MAX_CAUSES = 100
+MAX_MESSAGE = 300
 Result = TypeVar("Result")
 request_task_logger = logging.getLogger("app.background")
 process_task_logger = logging.getLogger("app.lifespan")
@@ -105,9 +111,9 @@ async def run_to_completion(step: Awaitable[Result]) -> Result:
 
 
 class StateLog:
-    """Logs a failing state once when it begins and once when it ends.
+    """Logs a failing state once per cause, and once when it ends.
 
-    A loop that fails ten times a second during an outage writes two lines, not hundreds.
+    A loop that fails ten times a second during an outage writes a few lines, not hundreds.
     """
 
     def __init__(self, logger: logging.Logger, failure: str, recovery: str) -> None:
@@ -116,18 +122,53 @@ class StateLog:
         self.failure = failure
         self.recovery = recovery
         self.is_failing = False
+        #: The causes that were logged since the state began.
+        self.causes: set[str] = set()
 
     def failed(self, reason: str, /, **extra: object) -> None:
-        """Log a warning with the reason, unless it is failing already."""
-        if not self.is_failing:
+        """Log a warning with the reason, unless one of this cause was logged since the state began.
+
+        The first word of the reason is the cause. The others may differ each time.
+        """
+        cause = reason.partition(" ")[0]
+        if cause not in self.causes:
             self.logger.warning("%s: %s", self.failure, reason, extra=extra)
+        self.causes.add(cause)
         self.is_failing = True
 
     def succeeded(self, **extra: object) -> None:
         """Log the recovery, if it was failing."""
         if self.is_failing:
             self.logger.info(self.recovery, extra=extra)
+            self.causes.clear()
         self.is_failing = False
+
+
+def describe(error: BaseException) -> str:
+    """Return class and message of a client's error, for the log.
+
+    Without the details, which may quote a row, and without a command's arguments.
+    """
+    first_line = str(error).partition("\n")[0]
+    message = first_line.partition(", with args beginning")[0][:MAX_MESSAGE]
+    name = type(error).__name__
+    return f"{name}: {message}" if message else name
+
+
+class RecentCauses:
+    """The causes of failures that occurred in the last minute, so that each is logged once."""
+
+    def __init__(self) -> None:
+        self.seen_at: dict[str, float] = {}
+
+    def is_new(self, cause: str) -> bool:
+        """Note a cause; return whether it has not occurred for a minute."""
+        now = time.monotonic()
+        is_new = now - self.seen_at.get(cause, float("-inf")) > QUIET_SECONDS
+        if len(self.seen_at) >= MAX_CAUSES:
+            self.seen_at.clear()
+        self.seen_at[cause] = now
+        return is_new
 
 
 async def _background(request: Request) -> Background:

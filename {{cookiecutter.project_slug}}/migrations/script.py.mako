@@ -1,16 +1,43 @@
-"""${message}."""
+<%
+    import json
 
+    # A revision, or several, in double quotes.
+    def literal(value):
+        if value is None:
+            return "None"
+        if isinstance(value, str):
+            return json.dumps(value, ensure_ascii=False)
+        items = ", ".join(map(literal, value))
+        return f"({items},)" if len(value) == 1 else f"({items})"
+
+    title = message.strip().rstrip(".").replace("\\", "\\\\").replace('"', "'")
+    is_merge = isinstance(down_revision, (list, tuple))
+%>\
+"""${title}."""
+
+% if not is_merge:
 from alembic import op
 
-revision = "${up_revision}"
-down_revision = ${f'"{down_revision}"' if down_revision else None}
+% endif
+revision = ${literal(up_revision)}
+down_revision = ${literal(down_revision)}
+% if branch_labels:
+branch_labels = ${literal(branch_labels)}
+% endif
+% if depends_on:
+depends_on = ${literal(depends_on)}
+% endif
 
 
 def upgrade() -> None:
-    """Apply the change."""
+    """${"Merge; nothing to apply" if is_merge else "Apply the change"}."""
+% if not is_merge:
     op.execute("")
+% endif
 
 
 def downgrade() -> None:
-    """Revert the change."""
+    """${"Split; nothing to revert" if is_merge else "Revert the change"}."""
+% if not is_merge:
     op.execute("")
+% endif

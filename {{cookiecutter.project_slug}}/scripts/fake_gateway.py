@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import NamedTuple
 
 from scripts.quiet_http import QuietHandler
@@ -55,6 +56,12 @@ class FakeGateway(ThreadingHTTPServer):
         #: Delay of the response to a charge.
         self.delay_seconds = 0.0
         self.honors_keys = True
+
+    def server_bind(self) -> None:
+        """Bind without asking a name server for the name of the address."""
+        TCPServer.server_bind(self)
+        self.server_name = str(self.server_address[0])
+        self.server_port = int(self.server_address[1])
 
     def charge(self, key: str, headers: dict[str, str]) -> tuple[int, dict[str, str]]:
         """Return the status and the body of the response to a request."""

@@ -61,6 +61,7 @@ PATHS = [
     "tests/payments/test_consumer.py",
     "tests/payments/test_gateway_tls.py",
     "tests/payments/test_payments.py",
+    "tests/payments/test_redis.py",
     "scripts/remove_example.py",
 ]
 #: Files with blocks between `example: begin` and `example: end`, or with marked rows of tables.
@@ -108,6 +109,7 @@ LINES = {
         "from scripts.dev_consumer import consuming  # example",
         "        stack.enter_context(consuming())  # example",
     ],
+    "tests/serving/test_addresses.py": ['        ("app.payments.consumer", False),  # example'],
     "tests/serving/test_processes.py": [
         '        payment = {"amount": 1, "currency": "EUR", "reference": "a"}  # example',
         '        headers = {"Idempotency-Key": "a"}  # example',

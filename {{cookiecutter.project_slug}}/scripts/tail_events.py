@@ -1,6 +1,7 @@
 """Print payment events as they are published, one JSON object per line.
 
-Usage: `python -m scripts.tail_events [STREAM]`
+Usage: `python -m scripts.tail_events [STREAM]`, where STREAM is the whole name in Redis, by default
+`payment-events` after the key prefix of this service.
 """
 
 import json
@@ -12,15 +13,15 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from app.payments.events import STREAM
-from app.settings import load_settings
+from app.settings import Settings, load_settings
 
 BATCH = 1000
 POLL_SECONDS = 0.2
 
 
-def tail(stream: str) -> None:
+def tail(settings: Settings, stream: str) -> None:
     """Print the events of the stream, old and new, until Ctrl-C."""
-    url = load_settings().redis_url.get_secret_value()
+    url = settings.redis_url.get_secret_value()
     redis: Any = Redis.from_url(url, decode_responses=True)
     start = "-"
     while True:
@@ -34,9 +35,11 @@ def tail(stream: str) -> None:
 
 def main() -> None:
     """Print until Ctrl-C. Raises `SystemExit` if Redis does not respond."""
-    stream = sys.argv[1] if len(sys.argv) > 1 else STREAM
+    settings = load_settings()
+    default = f"{settings.redis_key_prefix}:{STREAM}"
+    stream = sys.argv[1] if len(sys.argv) > 1 else default
     try:
-        tail(stream)
+        tail(settings, stream)
     except KeyboardInterrupt:
         pass
     except RedisError as error:

@@ -48,7 +48,7 @@ def test_env_example_contains_the_defaults(monkeypatch: pytest.MonkeyPatch) -> N
 def test_env_example_comments_out_secrets_and_missing_defaults() -> None:
     """Settings whose default depends on another one are commented out too."""
     commented = set(re.findall(r"^#([A-Z_]+)=", EXAMPLE, re.MULTILINE))
-    computed = {"BIND", "DOCS_ENABLED"}
+    computed = {"BIND", "DOCS_ENABLED", "REDIS_KEY_PREFIX"}
     empty = {name.upper() for name, value in Settings() if value in (None, "", ())}
     secret = {name.upper() for name, value in Settings() if isinstance(value, SecretStr)}
     assert commented == empty | secret | computed
@@ -120,7 +120,7 @@ def test_settings_are_immutable() -> None:
         ("BIND", "127.0.0.1:0", "must be host:port"),
         ("SERVICE_NAME", "My Service", "must be a name without spaces"),
         ("WORKERS_PER_CORE", "inf", "finite"),
-        ("FORWARDED_ALLOW_IPS", "10.0.0.0/8,nonsense", "should match pattern"),
+        ("FORWARDED_ALLOW_IPS", "10.0.0.0/8,nonsense", "'nonsense' must be an IP address"),
         ("READINESS_REQUIRED", "mysql", "'postgres' or 'redis'"),
         ("ROOT_PATH", "api/", "must be a path without a slash at its end, for example /api"),
         ("DATABASE_COMMAND_TIMEOUT_SECONDS", "-1", "greater than 0"),
@@ -133,6 +133,123 @@ def test_invalid_value_is_reported_with_its_requirement(
     line = load_error(monkeypatch, **{name: value})
     assert line.startswith(f"{name}={value}: ")
     assert requirement in line
+
+
+@pytest.mark.parametrize(
+    ("value", "culprit"),
+    [
+        ("10.0.0.256", "'10.0.0.256'"),
+        ("10.0.0.0/33", "'10.0.0.0/33'"),
+        ("10.0.0.1/8", "'10.0.0.1/8'"),
+        ("127.0.0.1,10.0.0", "'10.0.0'"),
+        ("10.0.0.01", "'10.0.0.01'"),
+        ("10.0.0.1:8000", "'10.0.0.1:8000'"),
+        ("[::1]", "'[::1]'"),
+        ("::1/129", "'::1/129'"),
+        ("fd00::1/8", "'fd00::1/8'"),
+        ("fe80::1%eth0", "'fe80::1%eth0'"),
+        ("localhost", "'localhost'"),
+        ("/run/nginx.sock", "'/run/nginx.sock'"),
+        ("0.0.0.0", "'0.0.0.0' is never"),
+        ("::", "'::' is never"),
+        ("224.0.0.1", "'224.0.0.1' is never"),
+        ("*,10.0.0.1", "or * alone"),
+        ("10.*", "'10.*'"),
+        (",", "must be addresses"),
+    ],
+)
+def test_trusted_proxy_that_never_matches_is_rejected_by_name(
+    monkeypatch: pytest.MonkeyPatch, value: str, culprit: str
+) -> None:
+    """uvicorn compares such a value with the text of an address, and never trusts it."""
+    line = load_error(monkeypatch, FORWARDED_ALLOW_IPS=value)
+    assert line.startswith(f"FORWARDED_ALLOW_IPS={value}: ")
+    assert culprit in line
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("*", "*"),
+        ("10.0.0.0/8,::1", "10.0.0.0/8,::1"),
+        (" 10.0.0.1 , fd00::/8 ", "10.0.0.1,fd00::/8"),
+        ("10.0.0.1 10.0.0.2", "10.0.0.1,10.0.0.2"),
+        ("10.0.0.0/255.0.0.0", "10.0.0.0/255.0.0.0"),
+        ("0.0.0.0/0,::/0", "0.0.0.0/0,::/0"),
+        ("::ffff:10.0.0.1", "10.0.0.1"),
+        ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
+        ("::ffff:0:0/96", "0.0.0.0/0"),
+    ],
+)
+def test_trusted_proxies_are_addresses_and_networks(
+    monkeypatch: pytest.MonkeyPatch, value: str, expected: str
+) -> None:
+    """IPv4-mapped ones (RFC 4291, section 2.5.5.2) are those of IPv4, as all clients are."""
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", value)
+    assert load_settings().forwarded_allow_ips == expected
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://a.example/",
+        "https://a.example/path",
+        "https://a.example?query",
+        "https://user@a.example",
+        "a.example",
+        "//a.example",
+        "https://",
+        "https:a.example",
+        "https://A.example",
+        "HTTPS://a.example",
+        "https://a.example:443",
+        "http://a.example:80",
+        "https://a.example:",
+        "https://a.example:0",
+        "https://a.example:08443",
+        "https://a.example:65536",
+        "https://*.a.example",
+        "https://bücher.example",
+        "https://10.0.0.256",
+        "http://[::0001]:8080",
+        "http://::1",
+        "file://",
+        "localhost:3000",
+    ],
+)
+def test_origin_that_no_browser_sends_is_rejected_by_name(
+    monkeypatch: pytest.MonkeyPatch, origin: str
+) -> None:
+    """RFC 6454, section 6.2. Starlette compares the whole text with the `Origin` header."""
+    line = load_error(monkeypatch, CORS_ALLOW_ORIGINS=f"https://ok.example,{origin}")
+    assert line.startswith("CORS_ALLOW_ORIGINS=")
+    assert f"{origin!r} must be an origin" in line
+
+
+def test_wildcard_is_rejected_next_to_other_origins(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = load_error(monkeypatch, CORS_ALLOW_ORIGINS="https://a.example,*")
+    assert line.endswith("must be origins, or * alone")
+
+
+@pytest.mark.parametrize(
+    "origins",
+    [
+        "*",
+        "null",
+        "https://a.example",
+        "https://a.example,http://localhost:3000",
+        "https://xn--bcher-kva.example",
+        "http://[::1]:8080",
+        "http://10.0.0.1",
+        "capacitor://localhost",
+        "chrome-extension://abcdefghijklmnop",
+    ],
+)
+def test_origins_that_browsers_send_are_accepted(
+    monkeypatch: pytest.MonkeyPatch, origins: str
+) -> None:
+    monkeypatch.setenv("CORS_ALLOW_ORIGINS", origins)
+    assert load_settings().cors_allow_origins == tuple(origins.split(","))
 
 
 def test_several_errors_are_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

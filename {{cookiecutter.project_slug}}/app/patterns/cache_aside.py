@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from prometheus_client import Counter
-from redis.asyncio import Redis
 
 from app.patterns.fail_open import FailOpen
+from app.storage.redis import RedisClient
 
 #: Time limit for a Redis command.
 BUDGET_SECONDS = 0.1
@@ -44,11 +44,13 @@ LoadKey = tuple[str, bytes]
 class Cache:
     """Values of bytes by key. The time to live bounds the effect of a late deletion."""
 
-    def __init__(self, redis: Redis, name: str) -> None:
+    def __init__(self, redis: RedisClient, name: str) -> None:
         self.redis = redis
         self.name = name
         self.script = redis.register_script(_STORE)
-        self.fail_open = FailOpen(BUDGET_SECONDS)
+        self.fail_open = FailOpen(BUDGET_SECONDS, f"cache {name}")
+        #: Apart: while Redis accepts no writes, one load a second tries to store, and reads go on.
+        self.storing = FailOpen(BUDGET_SECONDS, f"values for cache {name}")
         self.loads: dict[LoadKey, asyncio.Task[bytes | None]] = {}
 
     async def get(self, key: str, load: Load) -> bytes | None:
@@ -82,7 +84,7 @@ class Cache:
         """Return the names of the value and of its fence."""
         # Redis Cluster hashes the part in braces only, so that both are on one node.
         tag = "{" + f"{self.name}:{key}" + "}"
-        return f"cache:{tag}", f"fence:{tag}"
+        return self.redis.key(f"cache:{tag}"), self.redis.key(f"fence:{tag}")
 
     async def _shared_load(self, load_key: LoadKey, load: Load) -> bytes | None:
         """Wait for the load in progress, or start one."""
@@ -104,7 +106,9 @@ class Cache:
         milliseconds = int(seconds * random.uniform(900, 1000))  # noqa: S311
         key, fence = load_key
         arguments: list[bytes | int] = [value, milliseconds, fence]
-        await self.fail_open.call(lambda: self.script(keys=self._names(key), args=arguments))
+        await self.storing.call_if_available(
+            lambda: self.script(keys=self._names(key), args=arguments)
+        )
         return value
 
     def _load_finished(self, load_key: LoadKey, load: asyncio.Task[bytes | None]) -> None:

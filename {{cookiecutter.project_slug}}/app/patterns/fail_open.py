@@ -1,25 +1,31 @@
 """Optional Redis commands: during an outage callers continue without Redis.
 
 One caller a second checks whether Redis responds again; it waits for a bounded time, the others not
-at all.
+at all. Commands that Redis rejects are logged, once per cause.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
+
+from app.storage.redis import reason, server_code
+from app.tasks import StateLog
 
 COOL_DOWN_SECONDS = 1.0
 Result = TypeVar("Result")
+logger = logging.getLogger("app.redis")
 
 
 class FailOpen:
-    """Calls Redis for at most `budget_seconds`."""
+    """Calls Redis for at most `budget_seconds`. `user` names the caller in the log."""
 
-    def __init__(self, budget_seconds: float) -> None:
+    def __init__(self, budget_seconds: float, user: str = "optional commands") -> None:
         self.budget_seconds = budget_seconds
+        self.state = StateLog(logger, f"redis rejects {user}", f"redis accepts {user} again")
         #: Until then Redis is not called, by `time.monotonic()`. Zero while it responds.
         self.unavailable_until = 0.0
 
@@ -45,6 +51,10 @@ class FailOpen:
         """Call Redis in any case. Return None if it does not respond in time."""
         try:
             async with asyncio.timeout(self.budget_seconds):
-                return await command()
-        except (RedisError, OSError, TimeoutError):
+                result = await command()
+        except (RedisError, OSError, TimeoutError) as error:
+            if isinstance(error, ResponseError) or server_code(error):
+                self.state.failed(reason(error))
             return None
+        self.state.succeeded()
+        return result

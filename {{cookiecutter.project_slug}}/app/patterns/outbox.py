@@ -3,35 +3,65 @@
 A relay claims rows, publishes them to Redis streams, deletes them, and commits. After a crash in
 between they are published again, with the same `event_id`. There is no watermark ("all after the
 last ID"): it would skip rows, since transactions do not commit in the order of their IDs.
+
+Batches are bounded in number, bytes and time, and each response of Redis counts: over a slow link,
+or one that breaks again and again, what Redis has accepted is deleted. An event that Redis rejects,
+or that breaks the connection, is retried later, and the others pass it.
 """
 
 import asyncio
 import logging
+import time
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
 from prometheus_client import Gauge
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from app.storage.postgres import Connection, Database
+from app.storage.redis import RedisClient, reason, server_code
 from app.tasks import StateLog, run_to_completion
 
-#: Events in one transaction.
+#: Events in one transaction, and bytes of their payloads. A larger event is the last of its batch.
 BATCH = 200
+BATCH_BYTES = 1 << 20
+#: A batch sends nothing more after this time. Its database connection waits meanwhile.
+BATCH_SECONDS = 1.0
+#: Maximum of the bytes for which Redis has not responded yet. A larger event is alone.
+WINDOW_BYTES = 1 << 16
+#: Time limit for each response: a constant, and the time that a slow link needs for a window.
+RESPONSE_SECONDS = 1.0
+LINK_BYTES_PER_SECOND = 1 << 16
 #: Pause of a relay that has found less than a whole batch.
 POLL_SECONDS = 0.2
-#: Time limit for a batch to be published, during which its database connection waits.
-PUBLISH_TIMEOUT_SECONDS = 1.0
 #: The pause after an error starts at `POLL_SECONDS` and doubles up to this.
 MAX_PAUSE_SECONDS = 5.0
+#: An event that fails is passed by the others for a second, then for twice the time, up to this.
+MAX_POSTPONED_SECONDS = 60.0
+#: Doublings of a pause or a time limit, so that no number overflows.
+MAX_DOUBLINGS = 10
+#: Failing events and topics that a relay remembers.
+MAX_REMEMBERED = 10_000
+#: Codes of errors that the other events of the topic get as well.
+_TOPIC_CODES = ("WRONGTYPE", "NOPERM", "MOVED")
 _ADD = """
     insert into outbox (topic, event_id, type, payload) values ($1, $2, $3, $4)
     on conflict do nothing
 """
+#: The payloads that would make the batch too large are never read.
 _CLAIM = """
-    select id, topic, event_id, type, payload from outbox
-    order by id limit $1 for update skip locked
+    with claimed as materialized (
+        select * from outbox where topic <> all($3) and id <> all($4)
+        order by id limit $1 for update skip locked
+    ), measured as (
+        select *, octet_length(payload) as bytes,
+            sum(octet_length(payload)) over (order by id) as total
+        from claimed
+    )
+    select id, topic, event_id, type, payload, bytes from measured
+    where total - bytes < $2 order by id
 """
 _BACKLOG = """
     select count(*) as events,
@@ -61,68 +91,186 @@ async def add(connection: Connection, topic: str, event_id: UUID, kind: str, pay
     await connection.execute(_ADD, topic, event_id, kind, payload)
 
 
-async def relay(database: Database, redis: Redis, max_length: int) -> None:
+async def relay(database: Database, redis: RedisClient, max_length: int) -> None:
     """Publish events until cancelled. Outages only delay them.
 
     Any number of relays may run. Streams keep about `max_length` events.
     """
     state = StateLog(logger, "outbox publishing paused", "outbox publishing resumed")
     backoff_seconds = POLL_SECONDS
-    while True:
+    async with redis.unhurried() as unhurried:
+        publisher = Publisher(database, unhurried, max_length)
+        while True:
+            try:
+                # First, so that no database connection waits for a Redis that is unavailable.
+                await run_to_completion(redis.ping())
+                await run_to_completion(publisher.publish())
+            except Exception as error:  # noqa: BLE001 - the relay outlives every error
+                state.failed(reason(error))
+                pause_seconds = backoff_seconds
+                backoff_seconds = min(2 * backoff_seconds, MAX_PAUSE_SECONDS)
+            else:
+                state.succeeded()
+                pause_seconds = 0 if publisher.has_more else POLL_SECONDS
+                backoff_seconds = POLL_SECONDS
+            await asyncio.sleep(pause_seconds)
+
+
+class Publisher:
+    """Publishes batches of events, and remembers those that fail."""
+
+    def __init__(self, database: Database, redis: RedisClient, max_length: int) -> None:
+        self.database = database
+        self.redis = redis
+        self.max_length = max_length
+        #: Whether the last batch has left events that may be published at once.
+        self.has_more = False
+        #: Halved when the connection breaks, which then repeats fewer events; doubled when it does
+        #: not.
+        self.window_bytes = WINDOW_BYTES
+        #: By the ID of an event, or by topic: the number of failures, and the time until which the
+        #: others pass it, by `time.monotonic()`.
+        self.failing: dict[int | str, tuple[int, float]] = {}
+        self.state = StateLog(logger, "outbox event rejected", "no outbox event is rejected now")
+
+    async def publish(self) -> int:
+        """Publish the oldest events, up to a batch; return how many.
+
+        Raises an error of Redis or of its connection if nothing was published. Events that Redis
+        has accepted are deleted, also if it rejects others or if the connection is lost.
+        """
+        accepted: list[int] = []
+        failure: Exception | None = None
+        async with self.database.acquire() as connection, connection.transaction():
+            events = await self._claim(connection)
+            try:
+                await self._add_to_streams(events, accepted)
+            except (RedisError, OSError) as error:
+                # Raised after the block, since `acquire` would take it for the database's.
+                failure = error
+            await connection.execute("delete from outbox where id = any($1)", accepted)
+        is_full = len(events) == BATCH or sum(event["bytes"] for event in events) >= BATCH_BYTES
+        self.has_more = is_full or len(accepted) < len(events)
+        if failure and not accepted:
+            raise failure
+        if not self.failing:
+            self.state.succeeded()
+        return len(accepted)
+
+    async def _claim(self, connection: Connection) -> list[Any]:
+        """Lock and return the oldest events, without those that wait for their next attempt."""
+        now = time.monotonic()
+        waiting = [key for key, (_, retry_at) in self.failing.items() if now < retry_at]
+        topics = [key for key in waiting if isinstance(key, str)]
+        ids = [key for key in waiting if isinstance(key, int)]
+        events: list[Any] = await connection.fetch(_CLAIM, BATCH, BATCH_BYTES, topics, ids)
+        return events
+
+    async def _add_to_streams(self, events: list[Any], accepted: list[int]) -> None:
+        """Add events to their streams, and the IDs of accepted ones to `accepted`."""
+        end = time.monotonic() + BATCH_SECONDS
+        remaining = deque(events)
+        while remaining and time.monotonic() < end:
+            window = self._take_window(remaining)
+            try:
+                await self._add_window(window, accepted)
+            except (RedisError, OSError):
+                self.window_bytes //= 2
+                raise
+            self.window_bytes = min(2 * self.window_bytes + 1, WINDOW_BYTES)
+
+    def _take_window(self, remaining: deque[Any]) -> list[Any]:
+        """Remove the first events from `remaining` and return them: one at least."""
+        window = [remaining.popleft()]
+        size = window[0]["bytes"]
+        while remaining and size + remaining[0]["bytes"] <= self.window_bytes:
+            size += remaining[0]["bytes"]
+            window.append(remaining.popleft())
+        return window
+
+    async def _add_window(self, window: list[Any], accepted: list[int]) -> None:
+        """Send events at once. Raises an error that is not due to a single one of them."""
+        unanswered = deque(window)
+        failure: Exception | None = None
+        limit_seconds = self._limit_seconds(window)
+        loop = asyncio.get_running_loop()
         try:
-            # First, so that no database connection waits for a Redis that is unavailable.
-            await run_to_completion(redis.ping())
-            published = await run_to_completion(publish(database, redis, max_length))
-        except Exception as error:  # noqa: BLE001 - the relay outlives every error
-            state.failed(repr(error))
-            pause_seconds = backoff_seconds
-            backoff_seconds = min(2 * backoff_seconds, MAX_PAUSE_SECONDS)
+            async with asyncio.timeout(limit_seconds) as limit, self.redis.lend() as connection:
+                commands = [self._command(event) for event in window]
+                await connection.send_packed_command(connection.pack_commands(commands))
+                while unanswered:
+                    error = await _read_error(connection)
+                    event = unanswered.popleft()
+                    failure = self._conclude(event, error, accepted) or failure
+                    limit.reschedule(loop.time() + limit_seconds)
+        except (RedisError, OSError) as error:
+            self._blame(unanswered, error)
+            raise
+        if failure:
+            raise failure
+
+    def _limit_seconds(self, window: list[Any]) -> float:
+        """Return the time limit of each response. It doubles with each failure of the event."""
+        size = sum(event["bytes"] for event in window)
+        failures, _ = self.failing.get(window[0]["id"], (0, 0.0))
+        patience = 2.0 ** min(failures, MAX_DOUBLINGS)
+        return float(RESPONSE_SECONDS + size / LINK_BYTES_PER_SECOND * patience)
+
+    def _command(self, event: Any) -> tuple[Any, ...]:
+        stream = self.redis.key(event["topic"])
+        fields = (
+            *("event_id", str(event["event_id"])),
+            *("type", event["type"]),
+            *("payload", event["payload"]),
+        )
+        return ("XADD", stream, "MAXLEN", "~", self.max_length, "*", *fields)
+
+    def _conclude(
+        self, event: Any, error: ResponseError | None, accepted: list[int]
+    ) -> ResponseError | None:
+        """Note the response to an event. Return an error that others would get as well."""
+        if error is None:
+            accepted.append(event["id"])
+            self.failing.pop(event["id"], None)
+            self.failing.pop(event["topic"], None)
+        elif reason(error).startswith(_TOPIC_CODES):
+            self._postpone(event["topic"], event, error)
+        elif server_code(error):
+            return error
         else:
-            state.succeeded()
-            pause_seconds = 0 if published == BATCH else POLL_SECONDS
-            backoff_seconds = POLL_SECONDS
-        await asyncio.sleep(pause_seconds)
+            self._postpone(event["id"], event, error)
+        return None
+
+    def _blame(self, unanswered: Sequence[Any], error: Exception) -> None:
+        """Note that a connection was lost while an event waited for its response.
+
+        Redis closes the connection at an event that is too large for it. But any event may lose
+        its connection once.
+        """
+        if unanswered and not server_code(error):
+            event = unanswered[0]
+            self._postpone(event["id"], event, error, tolerated=1)
+
+    def _postpone(self, key: int | str, event: Any, error: Exception, tolerated: int = 0) -> None:
+        """Let the other events pass this one, or those of its topic, for a growing time."""
+        if len(self.failing) >= MAX_REMEMBERED:
+            self.failing.clear()
+        failures = self.failing.get(key, (0, 0.0))[0] + 1
+        retry_at = 0.0
+        if failures > tolerated:
+            doublings = min(failures - tolerated - 1, MAX_DOUBLINGS)
+            retry_at = time.monotonic() + min(2.0**doublings, MAX_POSTPONED_SECONDS)
+            self.state.failed(reason(error), topic=event["topic"], event_id=str(event["event_id"]))
+        self.failing[key] = (failures, retry_at)
 
 
-async def publish(database: Database, redis: Redis, max_length: int) -> int:
-    """Publish the oldest events, up to `BATCH`; return how many.
-
-    Raises `RedisError` if Redis does not respond in time, or has rejected an event. Rejected events
-    stay in the outbox; the others are deleted from it.
-    """
-    async with database.acquire() as connection, connection.transaction():
-        events = await connection.fetch(_CLAIM, BATCH)
-        errors = await _add_to_streams(redis, events, max_length)
-        published = [event["id"] for event in events if event["id"] not in errors]
-        await connection.execute("delete from outbox where id = any($1)", published)
-    for error in errors.values():
-        raise error
-    return len(events)
-
-
-async def _add_to_streams(redis: Redis, events: list[Any], max_length: int) -> dict[int, Exception]:
-    """Add events to their streams; return the errors of rejected ones by row ID."""
-    # Not a transaction: Redis would not roll it back.
-    pipeline: Any = redis.pipeline(transaction=False)
-    for event in events:
-        fields = {
-            "event_id": str(event["event_id"]),
-            "type": event["type"],
-            "payload": event["payload"],
-        }
-        pipeline.xadd(event["topic"], fields, maxlen=max_length)
+async def _read_error(connection: Any) -> ResponseError | None:
+    """Read a response; return it if it is an error."""
     try:
-        async with asyncio.timeout(PUBLISH_TIMEOUT_SECONDS):
-            results = await pipeline.execute(raise_on_error=False)
-    except TimeoutError as error:
-        # Translated here, since `acquire` would take a TimeoutError for the database's.
-        msg = f"no response in {PUBLISH_TIMEOUT_SECONDS} s"
-        raise RedisError(msg) from error
-    return {
-        event["id"]: result
-        for event, result in zip(events, results, strict=True)
-        if isinstance(result, Exception)
-    }
+        await connection.read_response()
+    except ResponseError as error:
+        return error
+    return None
 
 
 async def update_metrics(connection: Connection, _: int) -> int:

@@ -12,10 +12,10 @@ import time
 
 from fastapi import Request
 from prometheus_client import Counter
-from redis.asyncio import Redis
 
 from app.errors import ServiceError
 from app.patterns.fail_open import FailOpen
+from app.storage.redis import RedisClient
 from app.web.principal import principal
 
 #: Time limit for a Redis command.
@@ -51,12 +51,15 @@ class TooManyRequestsError(ServiceError):
 class RateLimit:
     """A named limit. Each caller has a window of its own."""
 
-    def __init__(self, redis: Redis, name: str, requests: int, window_seconds: int = 60) -> None:
+    def __init__(
+        self, redis: RedisClient, name: str, requests: int, window_seconds: int = 60
+    ) -> None:
+        self.redis = redis
         self.name = name
         self.requests = requests
         self.window_seconds = window_seconds
         self.script = redis.register_script(_COUNT)
-        self.fail_open = FailOpen(BUDGET_SECONDS)
+        self.fail_open = FailOpen(BUDGET_SECONDS, f"rate limit {name}")
         #: By caller, the end of the window in which it is over the limit, by `time.monotonic()`.
         self.rejected_until: dict[str, float] = {}
 
@@ -65,7 +68,7 @@ class RateLimit:
         seconds_left = self.rejected_until.get(caller, 0.0) - time.monotonic()
         if seconds_left > 0:
             raise self._rejection(seconds_left)
-        key = f"rate:{self.name}:{caller}"
+        key = self.redis.key(f"rate:{self.name}:{caller}")
         window_ms = self.window_seconds * 1000
         counted = await self.fail_open.call_if_available(
             lambda: self.script(keys=[key], args=[window_ms])

@@ -44,7 +44,7 @@ class StreamConsumer:
         Time limit for these: `grace_seconds`. Messages that take longer are cancelled, and left to
         other consumers.
         """
-        async with background_task(self._heartbeat()):
+        async with self.group.reader, background_task(self._heartbeat()):
             await self._consume()
             await self._finish(grace_seconds)
 
@@ -55,7 +55,7 @@ class StreamConsumer:
             try:
                 await self._fill()
             except Exception as error:  # noqa: BLE001 - the consumer outlives every error
-                state.failed(repr(error))
+                state.failed(self.group.redis.reason(error))
                 await asyncio.sleep(PAUSE_SECONDS)
             else:
                 state.succeeded()
@@ -124,4 +124,4 @@ class StreamConsumer:
                 await run_to_completion(self.group.keep_alive(self.in_progress))
                 waiting = await run_to_completion(self.group.waiting())
                 for state, number in waiting.items():
-                    _WAITING.labels(self.group.stream, state).set(number)
+                    _WAITING.labels(self.group.name, state).set(number)

@@ -5,16 +5,26 @@ message that is idle for `RECLAIM_SECONDS` has failed, or its consumer has died.
 one name: the names of dead ones would accumulate.
 """
 
+import asyncio
 import logging
 import time
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
+if TYPE_CHECKING:
+    from app.storage.redis import RedisClient
+
+
+#: Retries of a read after a lost connection, as of any command.
+READ_RETRIES = 3
 #: Idle time after which a message is redelivered.
 RECLAIM_SECONDS = 5.0
+#: Time limit of a read. It doubles with each read that fails, of half as many messages, since these
+#: may be large and the link slow.
+READ_SECONDS = 0.5
+MAX_DOUBLINGS = 5
 #: Pause between two scans of all pending messages.
 SCAN_SECONDS = 1.0
 #: Approximate length of the dead-letter stream.
@@ -31,13 +41,23 @@ class Message(NamedTuple):
 
 
 class StreamGroup:
-    """The group on the stream. Its dead-letter stream is called `<stream>.dead`."""
+    """The group on a stream. Its dead-letter stream is called `<stream>.dead`.
 
-    def __init__(self, redis: Redis, stream: str, group: str) -> None:
+    In Redis the names begin with the key prefix of this service. `publisher` is the prefix of
+    another service, whose stream this one reads with a group of its own.
+    """
+
+    def __init__(self, redis: "RedisClient", stream: str, group: str, publisher: str = "") -> None:
         # The annotations of redis-py are less precise than its documentation.
         self.redis: Any = redis
-        self.stream = stream
-        self.group = group
+        #: For reads. Close it, or use `async with`.
+        self.reader: Any = redis.unhurried(READ_RETRIES)
+        self.failed_reads = 0
+        #: The name without the prefix, for metrics.
+        self.name = stream
+        self.stream = f"{publisher}:{stream}" if publisher else redis.key(stream)
+        self.dead_letters = redis.key(f"{stream}.dead")
+        self.group = redis.key(group)
         self.scan_cursor = _START
         self.next_scan_at = 0.0
 
@@ -55,7 +75,9 @@ class StreamGroup:
     async def read(self, count: int) -> list[Message]:
         """Return up to `count` new messages. Raises `ResponseError` if there is no group."""
         streams = {self.stream: ">"}
-        found = await self.redis.xreadgroup(self.group, self.group, streams, count=count)
+        found = await self._fetch(
+            count, lambda up_to: self.reader.xreadgroup(self.group, self.group, streams, up_to)
+        )
         return [Message(*entry) for _, entries in found for entry in entries]
 
     async def reclaim(self, count: int) -> list[Message]:
@@ -66,12 +88,31 @@ class StreamGroup:
         if time.monotonic() < self.next_scan_at:
             return []
         idle_ms = int(RECLAIM_SECONDS * 1000)
-        self.scan_cursor, entries, *_ = await self.redis.xautoclaim(
-            self.stream, self.group, self.group, idle_ms, self.scan_cursor, count
+        self.scan_cursor, entries, *_ = await self._fetch(
+            count,
+            lambda up_to: self.reader.xautoclaim(
+                self.stream, self.group, self.group, idle_ms, self.scan_cursor, up_to
+            ),
         )
         if self.scan_cursor == _START:
             self.next_scan_at = time.monotonic() + SCAN_SECONDS
         return [Message(*entry) for entry in entries]
+
+    async def _fetch(self, count: int, command: Callable[[int], Awaitable[Any]]) -> Any:
+        """Return the response to a command that returns up to a number of messages."""
+        if self.failed_reads:
+            # A server that hangs is not worth a long wait.
+            await self.redis.ping()
+        try:
+            async with asyncio.timeout(READ_SECONDS * 2**self.failed_reads):
+                found = await command(max(1, count >> self.failed_reads))
+        except ResponseError:
+            raise
+        except (RedisError, OSError):
+            self.failed_reads = min(self.failed_reads + 1, MAX_DOUBLINGS)
+            raise
+        self.failed_reads = max(0, self.failed_reads - 1)
+        return found
 
     async def keep_alive(self, entries: Iterable[bytes]) -> None:
         """Reset the idle time of messages in progress: no other consumer claims them."""
@@ -91,7 +132,7 @@ class StreamGroup:
         A crash in between leaves it in both, which is better than in none.
         """
         fields = message.fields | {b"reason": reason.encode(), b"entry": message.entry}
-        await self.redis.xadd(f"{self.stream}.dead", fields, maxlen=MAX_DEAD_LETTERS)
+        await self.redis.xadd(self.dead_letters, fields, maxlen=MAX_DEAD_LETTERS)
         await self.acknowledge(message)
 
     async def waiting(self) -> dict[str, float]:

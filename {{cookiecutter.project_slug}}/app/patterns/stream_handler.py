@@ -89,7 +89,7 @@ class StreamHandler:
             logger.exception("message %s cannot be concluded, will retry", name)
         if outcome in {Outcome.DONE, Outcome.DEAD_LETTERED}:
             self.failures.pop(message.entry, None)
-        _HANDLED.labels(self.group.stream, outcome).inc()
+        _HANDLED.labels(self.group.name, outcome).inc()
 
     async def _attempt(self, message: Message) -> tuple[Outcome, Exception | None]:
         """Handle a message once; return the outcome, and the error if there was one."""

@@ -9,8 +9,6 @@ import contextlib
 from collections.abc import AsyncIterator
 from uuid import UUID
 
-from redis.asyncio import Redis
-
 from app import process
 from app.patterns import inbox
 from app.patterns.cache_aside import Cache
@@ -25,6 +23,7 @@ from app.payments.service import CACHE
 from app.settings import Settings, fail, load_settings
 from app.storage import Storage
 from app.storage.postgres import Database
+from app.storage.redis import RedisClient
 from app.tasks import background_task
 from app.telemetry import logs
 from app.telemetry.context import request_context
@@ -39,7 +38,7 @@ CLOSING_SECONDS = 5
 class ChargeHandler(StreamHandler):
     """Charges each payment once and settles it."""
 
-    def __init__(self, database: Database, redis: Redis, gateway: CardGateway) -> None:
+    def __init__(self, database: Database, redis: RedisClient, gateway: CardGateway) -> None:
         super().__init__(StreamGroup(redis, STREAM, GROUP))
         self.database = database
         self.cache = Cache(redis, CACHE)

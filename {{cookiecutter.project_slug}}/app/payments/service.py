@@ -6,7 +6,6 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import Depends, Request
-from redis.asyncio import Redis
 
 from app.patterns import idempotency, inbox, outbox
 from app.patterns.cache_aside import Cache, Loaded
@@ -20,6 +19,7 @@ from app.payments.schemas import NewPayment, Page, Payment
 from app.settings import Settings
 from app.storage import Storage
 from app.storage.postgres import Connection, Database
+from app.storage.redis import RedisClient
 from app.tasks import background_task
 from app.telemetry.context import request_id
 
@@ -38,7 +38,7 @@ JOBS_SECONDS = 5.0
 class Payments:
     """Creates and reads payments."""
 
-    def __init__(self, settings: Settings, database: Database, redis: Redis) -> None:
+    def __init__(self, settings: Settings, database: Database, redis: RedisClient) -> None:
         self.database = database
         self.cache = Cache(redis, CACHE)
         self.limit = RateLimit(redis, "payments", settings.rate_limit_per_minute)

@@ -6,6 +6,7 @@
 import asyncio
 import faulthandler
 import logging
+import math
 import signal
 import socket
 import sys
@@ -15,10 +16,13 @@ from typing import Any, ClassVar
 from gunicorn.arbiter import Arbiter
 from uvicorn_worker import UvicornWorker
 
+from app import lifecycle
+from app.lifecycle import isolate_children
 from app.serving import shared_flags
 from app.serving.http_protocol import HttpRequestProtocol
 from app.serving.server import ServiceServer
 from app.serving.websocket_protocol import ServiceWebSocket
+from app.settings import Settings, load_settings
 
 logger = logging.getLogger("app.worker")
 
@@ -27,6 +31,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     """Serves the application in a process that gunicorn's master has forked."""
 
     CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
+        # uvicorn would guess, wrongly for a callable that is no coroutine function.
+        "interface": "asgi3",
         "loop": "uvloop",
         "http": HttpRequestProtocol,
         "ws": ServiceWebSocket,
@@ -39,6 +45,9 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         # By default timeout / 2, which kills a worker whose loop is blocked for only that long.
         "timeout_notify": 1,
     }
+
+    #: Whether another process, such as systemd, owns the listening sockets. The arbiter sets it.
+    has_inherited_sockets = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Create, while still in the master, everything that master and worker share."""
@@ -67,23 +76,40 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
             text = "worker %s timed out or crashed; see `stacks`"
             logger.critical(text, self.pid, extra={"stacks": stacks})
 
+    def run(self) -> None:
+        """Serve until shutdown.
+
+        `sys.exit` in a task, such as that of a streaming response, ends this task alone. asyncio
+        would end the loop, and every other request with it.
+        """
+        with asyncio.Runner(loop_factory=self.config.get_loop_factory()) as runner:
+            serving = runner.get_loop().create_task(self._serve())
+            while not serving.done():
+                try:
+                    runner.get_loop().run_until_complete(serving)
+                except (SystemExit, KeyboardInterrupt):
+                    if serving.done():
+                        raise
+
     async def _serve(self) -> None:
         self._configure()
         server = ServiceServer(self)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGQUIT, server.handle_exit, signal.SIGQUIT)
+        isolate_children(server.descriptors)
         await server.serve(self._take_sockets())
         if not server.started:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     def _configure(self) -> None:
         """Connect uvicorn's configuration and the application, which is loaded by now."""
-        app = self.wsgi
-        settings = app.state.settings
-        app.state.lifecycle.is_draining = shared_flags.is_draining
-        self.config.app = app
-        self.config.root_path = settings.root_path
-        self.config.ws_max_size = settings.max_body_bytes
+        self.settings = _settings_of(self.wsgi)
+        lifecycle.PROCESS.is_draining = shared_flags.is_draining
+        lifecycle.PROCESS.closing_deadline = math.inf
+        # Without the frame of `Service.__call__`, which does nothing else.
+        self.config.app = getattr(self.wsgi, "request_middleware", self.wsgi)
+        self.config.root_path = self.settings.root_path
+        self.config.ws_max_size = self.settings.max_body_bytes
 
     def _take_sockets(self) -> list[socket.socket]:
         """Return copies of gunicorn's listening sockets, and close the originals.
@@ -95,3 +121,9 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         for original in self.sockets:
             original.close()
         return copies
+
+
+def _settings_of(app: Any) -> Settings:
+    """Return the settings of the application, or those of the environment if it is wrapped."""
+    settings = getattr(getattr(app, "state", None), "settings", None)
+    return settings if isinstance(settings, Settings) else load_settings()

@@ -8,13 +8,16 @@ import asyncio
 from collections import deque
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from app.serving import shared_flags
-from app.serving.http_response import HttpResponseProtocol
+from app.serving.http_response import Http10Cycle, HttpResponseProtocol
+from app.serving.websocket_protocol import ServiceWebSocket, requests_websocket
 from app.settings import Settings
 from app.web.limits import REJECTED_STATUS
+from app.web.proxies import client_address
 
 #: Pipelined requests that may wait for the one being served. Each uses memory before any limit
 #: counts it.
@@ -53,6 +56,11 @@ class HttpRequestProtocol(HttpResponseProtocol):
         self.header_bytes = 0
         self.header_seconds = 0
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Accept a connection; a client of IPv4 has an IPv4 address, also on a socket of IPv6."""
+        super().connection_made(transport)
+        self.client = client_address(self.client)
+
     @property
     def has_complete_headers(self) -> bool:
         """Whether the headers of the newest request are complete; never true for a WebSocket."""
@@ -69,7 +77,13 @@ class HttpRequestProtocol(HttpResponseProtocol):
             return
         scope_before = self.scope
         self.header_bytes += len(data)
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            (headers_end,) = upgrade.args
+            self._handle_upgrade(data[headers_end:])
+        except httptools.HttpParserError:  # the input is not HTTP
+            self.reject(400)
         if self.has_complete_headers:
             self.header_bytes = 0
             self.first_read_bytes = 0
@@ -79,11 +93,64 @@ class HttpRequestProtocol(HttpResponseProtocol):
         elif self.header_bytes > self.max_header_bytes and self in self.connections:
             self.reject(431)
 
+    def _should_upgrade(self) -> bool:
+        """Have the parser stop after the headers of every request with an upgrade."""
+        return True
+
+    def _handle_upgrade(self, rest: bytes) -> None:
+        """Switch to WebSocket, or ignore the upgrade (RFC 9110, section 7.8).
+
+        An upgrade cannot overtake a response that is due: it is ignored too.
+        """
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if self.scope["method"] == "CONNECT":  # not a request for a resource of this server
+            self.reject(501)
+        elif REJECTED_STATUS in self.scope["state"]:
+            self.reject(self.scope["state"][REJECTED_STATUS])
+        elif not (is_idle and requests_websocket(self.scope)):
+            self._serve_without_upgrade(rest)
+        else:
+            self._handle_handshake(rest)
+
+    def _handle_handshake(self, rest: bytes) -> None:
+        websocket = ServiceWebSocket(self.config, self.server_state, self.app_state)
+        status = websocket.negotiate(self.scope)
+        if status != 101:
+            self._serve_without_upgrade(rest, status)
+            return
+        self.connections.discard(self)
+        websocket.connection_made(self.transport)
+        self.context.copy().run(websocket.start, self.scope, self.url)
+        self.transport.set_protocol(websocket)
+        if rest:
+            websocket.data_received(rest)
+
+    def _serve_without_upgrade(self, rest: bytes, rejected_status: int | None = None) -> None:
+        """Parse the request again without its `Upgrade`, since the parser has skipped its body."""
+        scope = self.scope
+        lines = [
+            f"{scope['method']} ".encode(),
+            self.url,
+            f" HTTP/{scope['http_version']}".encode(),
+        ]
+        for name, value in scope["headers"]:
+            if name != b"upgrade":
+                lines += [b"\r\n", name, b": ", value]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.data_received(b"".join([*lines, b"\r\n\r\n"]))
+        if self.discards_input:
+            return
+        if rejected_status is not None:
+            self.scope["state"][REJECTED_STATUS] = rejected_status
+        if rest:
+            self.data_received(rest)
+
     def on_headers_complete(self) -> None:
         """Start the request. While shutting down, the response has `Connection: close`.
 
-        Raises `ValueError` for too many pipelined requests: the parser stops, and uvicorn calls
-        `send_400_response`.
+        Raises `ValueError` for too many pipelined requests: the parser stops, which rejects the
+        request with 400.
         """
         if len(self.pipeline) >= MAX_PIPELINED:
             msg = "too many pipelined requests"
@@ -106,12 +173,11 @@ class HttpRequestProtocol(HttpResponseProtocol):
         self.headers = DISCARD  # type: ignore[assignment]
         if not self.pipeline:
             self.active_cycle = cycle
+        if not cycle.keep_alive and self.scope["http_version"] == "1.0":
+            cycle.__class__ = Http10Cycle
+            cycle.waiting_for_100_continue = False  # RFC 9110, section 10.1.1
         if shared_flags.is_draining() or self.server_state.is_retiring:
             cycle.keep_alive = False
-
-    def send_400_response(self, msg: str) -> None:
-        """Reject input that is not valid HTTP."""
-        self.reject(400)
 
     def reject(self, status: int) -> None:
         """Respond with this status after the responses that are due, and read no more."""
@@ -150,11 +216,14 @@ class HttpRequestProtocol(HttpResponseProtocol):
     def enforce_timeouts(self) -> None:
         """Close an idle connection; reject headers that arrive too slowly with 408.
 
-        To be called once a second: it counts its calls.
+        To be called once a second: it counts its calls. A connection over which a response moves
+        is not idle.
         """
-        if self.discards_input:
+        if self.transport.get_write_buffer_size():
+            self.enforce_delivery(self.settings.keepalive_seconds)
+        elif self.discards_input:
             return
-        if not self.has_complete_headers:
+        elif not self.has_complete_headers:
             self._enforce_header_timeout()
         elif self.cycle.response_complete:
             self._enforce_keepalive()

@@ -45,7 +45,8 @@ _DROP_SYN = (
 def stop_accepting(listener: socket.socket) -> None:
     """Have the kernel begin no new connection here; those already begun still arrive.
 
-    This holds for every process that shares the socket. A client that tries to connect repeats its
+    This holds for every process that shares the socket, and as long as the socket exists: only for
+    sockets that this service has opened itself. A client that tries to connect repeats its
     SYN a second later, and is refused then if the socket is closed. Only Linux can do this;
     elsewhere the function does nothing.
     """

@@ -10,17 +10,21 @@ import math
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from types import FrameType
+from typing import Any
 
+from gunicorn.arbiter import Arbiter
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker
 
-from app.lifecycle import Lifecycle
+from app import lifecycle
 from app.serving import shared_flags
 from app.serving.http_protocol import HttpRequestProtocol, ServiceState
 from app.serving.listener import stop_accepting
+from app.serving.websocket_protocol import ServiceWebSocket
 from app.settings import Settings
 
 #: How long a worker that retires alone keeps listening: its replacement needs that to start.
@@ -50,13 +54,14 @@ class ServiceServer(Server):
     def __init__(self, worker: UvicornWorker) -> None:
         super().__init__(worker.config)
         self.worker = worker
-        self.settings: Settings = worker.wsgi.state.settings
-        self.lifecycle: Lifecycle = worker.wsgi.state.lifecycle
+        self.settings: Settings = worker.settings
+        self.lifecycle = lifecycle.PROCESS
         self.server_state = ServiceState(self.settings)
         #: By `time.monotonic()`, as all times here.
         self.shutdown_requested_at = math.inf
         self.quick_shutdown_requested_at = math.inf
         self.replacement_requested = False
+        self.loop: Any = asyncio.get_running_loop()
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until signaled to stop.
@@ -65,6 +70,14 @@ class ServiceServer(Server):
         """
         with self.capture_signals():
             await self._serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start. Exits if the lifespan has not reached the service, in which nothing would work."""
+        await super().startup(sockets)
+        if not self.lifespan.state:
+            await self.lifespan.shutdown()
+            logger.error("lifespan did not run: what wraps the service must pass `lifespan` on")
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     def handle_exit(self, sig: int, frame: FrameType | None = None) -> None:
         """Request a shutdown; with SIGINT or SIGQUIT a quick one, as in gunicorn.
@@ -81,8 +94,9 @@ class ServiceServer(Server):
         self._notice_shutdown()
         self._request_replacement_when_due()
         if counter % TICKS_PER_SECOND == 0:
-            for connection in self._http_connections():
-                connection.enforce_timeouts()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, HttpRequestProtocol | ServiceWebSocket):
+                    connection.enforce_timeouts()
         self.should_exit = time.monotonic() >= self._stop_at()
         return await super().on_tick(counter)
 
@@ -167,8 +181,9 @@ class ServiceServer(Server):
         Closing the sockets would reset these connections.
         """
         copies = [listener.dup() for listener in sockets]
-        # A worker that retires alone shares its sockets with others, which go on accepting.
-        if shared_flags.is_draining():
+        # A worker that retires alone shares its sockets with others, which go on accepting. So does
+        # a service with the next one, if systemd owns the sockets.
+        if shared_flags.is_draining() and not self.worker.has_inherited_sockets:
             for listener in copies:
                 stop_accepting(listener)
         for server in self.servers:
@@ -178,6 +193,20 @@ class ServiceServer(Server):
             connection.setblocking(False)
             loop = asyncio.get_running_loop()
             await loop.connect_accepted_socket(self._create_protocol, connection)
+
+    def descriptors(self) -> list[int]:
+        """Return the descriptors of the event loop, of its listeners and of its connections.
+
+        A forked child that kept them would take the loop's events, and hold the port and the
+        connections open.
+        """
+        connections = self.server_state.connections
+        sockets = [each.transport.get_extra_info("socket") for each in connections]
+        for server in self.servers:
+            sockets.extend(server.sockets)
+        descriptors = [self.loop._get_backend_id()]  # uvloop's epoll
+        descriptors += [each.fileno() for each in sockets]
+        return [each for each in descriptors if each >= 0]
 
     def _create_protocol(self) -> HttpRequestProtocol:
         return HttpRequestProtocol(self.config, self.server_state, self.lifespan.state)

@@ -4,18 +4,16 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import NamedTuple
 
-from redis.asyncio import Redis
-
 from app.settings import Settings
 from app.storage.postgres import Database
-from app.storage.redis import create_redis
+from app.storage.redis import RedisClient, create_redis
 
 
 class Storage(NamedTuple):
     """The clients of one process, and a check of each for the readiness probe."""
 
     database: Database
-    redis: Redis
+    redis: RedisClient
     checks: Mapping[str, Callable[[], Awaitable[object]]]
 
 
@@ -33,4 +31,4 @@ async def open_storage(
         database = await stack.enter_async_context(Database(settings, connections, process))
         redis = await stack.enter_async_context(create_redis(settings))
         probe = await stack.enter_async_context(create_redis(settings, max_connections=1))
-        yield Storage(database, redis, {"postgres": database.check, "redis": probe.ping})
+        yield Storage(database, redis, {"postgres": database.check, "redis": probe.check})

@@ -6,18 +6,22 @@ import itertools
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import asyncpg
 from fastapi import Depends, Request
 
+from app.connection_urls import postgres_addresses
 from app.errors import UnavailableError
 from app.settings import Settings
 from app.storage.postgres_errors import (
     CONNECTION_ERRORS,
+    SCHEMA_ERRORS,
     SHUTDOWN_ERRORS,
     BoundedCancelConnection,
     ConnectionLostError,
+    TransientError,
+    has_schema_changed,
     translate_errors,
 )
 
@@ -28,6 +32,9 @@ CLOSE_TIMEOUT_SECONDS = 1.0
 #: Growth of the pause between attempts, and its maximum. The first retry follows at once.
 BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 0.5
+
+#: Errors after which the next host is tried, as by asyncpg.
+NEXT_HOST_ERRORS = (OSError, asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched)
 
 Connection = asyncpg.pool.PoolConnectionProxy
 Result = TypeVar("Result")
@@ -47,11 +54,14 @@ class Database:
         self.settings = settings
         self.application_name = f"{settings.service_name}-{process}"
         self.url = settings.database_url.get_secret_value()
+        # Typed as asyncpg's own class by its stubs.
+        connector: Any = connect
         self.pool = asyncpg.create_pool(
             self.url,
             min_size=0,
             max_size=connections - 1,
-            timeout=CONNECT_TIMEOUT_SECONDS,
+            connect=connector,
+            timeout=min(CONNECT_TIMEOUT_SECONDS, settings.database_acquire_timeout_seconds),
             command_timeout=settings.database_command_timeout_seconds,
             statement_cache_size=settings.database_statement_cache_size,
             connection_class=BoundedCancelConnection,
@@ -87,14 +97,24 @@ class Database:
             with translate_errors(connection):
                 yield connection
             self.unavailable_since = None
+        except SCHEMA_ERRORS as error:
+            if not await has_schema_changed(error, connection):
+                raise
+            # Every connection of the pool prepares its statements again. asyncpg itself would use
+            # them for five minutes.
+            await connection.reload_schema_state()
+            raise TransientError("The database schema has changed.") from error
         finally:
             with contextlib.suppress(asyncpg.PostgresError, *CONNECTION_ERRORS):
                 await self.pool.release(connection)
 
     async def retry(self, work: Callable[[Connection], Awaitable[Result]]) -> Result:
-        """Call `work` with a connection, again if the connection is lost. It must be idempotent.
+        """Call `work` with a connection. It must be idempotent.
 
-        Raises `UnavailableError` when an outage lasts longer than `DATABASE_RETRY_SECONDS`, or at
+        It is called again if the connection is lost, or if its transaction was rolled back because
+        of a conflict: a deadlock, a serialization failure, a lock timeout, a migration.
+
+        Raises `UnavailableError` when that lasts longer than `DATABASE_RETRY_SECONDS`, or at
         once when a command times out: a server that does not respond may still be executing it.
         """
 
@@ -110,14 +130,15 @@ class Database:
         self.probe = None
         try:
             if probe is None or not await _is_usable(probe):
-                names = {"application_name": f"{self.application_name}-probe"}
-                probe = await asyncpg.connect(
-                    self.url, statement_cache_size=0, server_settings=names
+                probe = await connect(
+                    self.url,
+                    timeout=self.settings.readiness_timeout_seconds,
+                    statement_cache_size=0,
+                    server_settings={"application_name": f"{self.application_name}-probe"},
                 )
                 await probe.execute("select")
-        except (
-            BaseException
-        ) as error:  # the caller's timeout too: the connection's state is unknown
+        # The caller's timeout too: the state of the connection is unknown.
+        except BaseException as error:
             if probe is not None:
                 probe.terminate()
             if isinstance(error, (*SHUTDOWN_ERRORS, OSError)):
@@ -138,14 +159,20 @@ class Database:
             raise UnavailableError("The database is not available.") from error
 
     async def _until_available(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
-        """Repeat an attempt that loses its connection, within the retry window."""
+        """Repeat an attempt that loses its connection or meets a conflict, within the window."""
+        conflict_since: float | None = None
         for number in itertools.count():
             try:
                 return await attempt()
             except ConnectionLostError:
                 if self._mark_unavailable() >= self.settings.database_retry_seconds:
                     raise
-                await _back_off(number)
+            except TransientError:
+                now = time.monotonic()
+                conflict_since = conflict_since or now
+                if now - conflict_since >= self.settings.database_retry_seconds:
+                    raise
+            await _back_off(number)
         raise AssertionError  # unreachable; for mypy
 
     def _mark_unavailable(self) -> float:
@@ -154,6 +181,34 @@ class Database:
         if self.unavailable_since is None:
             self.unavailable_since = now
         return now - self.unavailable_since
+
+
+async def connect(
+    url: str,
+    *,
+    timeout: float,  # noqa: ASYNC109 - its name in asyncpg, whose pool passes it
+    **options: Any,
+) -> asyncpg.Connection:
+    """Connect to the first host that `target_session_attrs` accepts.
+
+    Each host gets its share of the time: asyncpg itself would spend all of it on a first host that
+    does not respond. Raises the error of the last host.
+    """
+    addresses, wanted = postgres_addresses(url)
+    if len(addresses) == 1:
+        return await asyncpg.connect(url, timeout=timeout, **options)
+    rounds = ("standby", "any") if wanted == "prefer-standby" else (wanted,)
+    options["timeout"] = timeout / len(addresses) / len(rounds)
+    failure: Exception | None = None
+    for attributes, (host, port) in itertools.product(rounds, addresses):
+        address: dict[str, Any] = {"host": host, "port": port or None}
+        address["target_session_attrs"] = attributes
+        try:
+            return await asyncpg.connect(url, **address, **options)
+        except NEXT_HOST_ERRORS as error:
+            failure = error
+    assert failure is not None  # noqa: S101 - for mypy
+    raise failure
 
 
 async def delete_older(

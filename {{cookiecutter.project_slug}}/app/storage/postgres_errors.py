@@ -1,10 +1,12 @@
 """Translate asyncpg's errors.
 
-A lost connection, a timeout and a read-only server become a 503; bugs pass unchanged.
+A lost connection, a timeout, a conflict with another transaction and a read-only server become a
+503; bugs pass unchanged.
 """
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,10 +31,36 @@ CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientErro
 READ_ONLY_ERRORS = (asyncpg.ReadOnlySQLTransactionError, asyncpg.InsufficientResourcesError)
 #: Errors of a command that exceeds our timeout, or the server's own `statement_timeout`.
 TIMEOUT_ERRORS = (TimeoutError, asyncpg.QueryCanceledError)
+#: Errors of a command that conflicts with another transaction, or with a migration: a deadlock, a
+#: serialization failure, a lock timeout, a statement prepared before a change of the schema.
+#: PostgreSQL, "Serialization Failure Handling": repeat the whole transaction.
+TRANSIENT_ERRORS = (
+    asyncpg.TransactionRollbackError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.InvalidCachedStatementError,
+    asyncpg.OutdatedSchemaCacheError,
+)
+#: Errors of a statement that a migration has made invalid by changing or dropping a type: "column
+#: is of type uuid but expression is of type text", "operator does not exist: uuid = text", "cache
+#: lookup failed for type 16385". Bugs raise them too.
+SCHEMA_ERRORS = (
+    asyncpg.DatatypeMismatchError,
+    asyncpg.UndefinedFunctionError,
+    asyncpg.InternalServerError,
+)
+#: The beginnings of Postgres' internal errors after a type or table was dropped. Internal messages
+#: are never translated.
+_DROPPED = ("cache lookup failed for ", "could not open relation with OID ", "tuple concurrently ")
+#: The context of an error in a parameter, in any language: "unnamed portal parameter $1".
+_PARAMETER_CONTEXT = re.compile(r"\$\d+$")
 
 
 class ConnectionLostError(UnavailableError):
     """The server cannot be reached, or was lost; the last command may have been executed."""
+
+
+class TransientError(UnavailableError):
+    """A conflict ended the command and rolled its transaction back; a repetition may succeed."""
 
 
 class BoundedCancelConnection(asyncpg.Connection):
@@ -56,11 +84,14 @@ class BoundedCancelConnection(asyncpg.Connection):
 def translate_errors(connection: asyncpg.pool.PoolConnectionProxy) -> Iterator[None]:
     """Translate the errors of commands on this connection.
 
-    Raises `ConnectionLostError` for a lost connection, `UnavailableError` for a timeout or a
-    read-only server. Anything else is a bug, and raised as it is.
+    Raises `ConnectionLostError` for a lost connection, `TransientError` for a conflict,
+    `UnavailableError` for a timeout or a read-only server. Anything else is a bug, and raised as it
+    is.
     """
     try:
         yield
+    except TRANSIENT_ERRORS as conflict:
+        raise TransientError("The database transaction met a conflict.") from conflict
     except (*SHUTDOWN_ERRORS, *CONNECTION_ERRORS, *TIMEOUT_ERRORS, *READ_ONLY_ERRORS) as raised:
         error = _cause(raised)
         if isinstance(error, asyncio.CancelledError):
@@ -80,6 +111,26 @@ def _cause(error: BaseException) -> BaseException:
     while isinstance(error, asyncpg.InterfaceError) and error.__context__ is not None:
         error = error.__context__
     return error
+
+
+async def has_schema_changed(
+    error: asyncpg.PostgresError, connection: asyncpg.pool.PoolConnectionProxy
+) -> bool:
+    """Return whether one of `SCHEMA_ERRORS` comes from a migration, not from a bug.
+
+    The types of a statement's parameters are fixed when it is prepared: here the same statement is
+    valid if it is prepared now. An error in a function that it calls is a bug of the function.
+    """
+    if isinstance(error, asyncpg.InternalServerError):
+        return str(error).startswith(_DROPPED)
+    context = error.context or ""
+    if error.internal_query or (context and not _PARAMETER_CONTEXT.search(context)):
+        return False
+    try:
+        await connection.prepare(getattr(error, "query", ""))
+    except (asyncpg.PostgresError, *CONNECTION_ERRORS):
+        return False
+    return True
 
 
 def _is_lost(connection: asyncpg.pool.PoolConnectionProxy) -> bool:

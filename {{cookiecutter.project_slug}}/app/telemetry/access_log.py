@@ -1,12 +1,9 @@
-"""Access lines: collected, and written together.
-
-A write(2) for each line costs more than to make the line.
-"""
+"""Access lines: bounded in size, collected, and written together."""
 
 import asyncio
+import contextlib
 import logging
 import os
-import select
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,23 +12,22 @@ import orjson
 
 from app.settings import Settings
 from app.telemetry import logs
+from app.telemetry.stdout import ACCESS_LINES, STDOUT
 
-#: Maximum size of a write that a pipe accepts whole, so that lines of several processes do not mix
-#: (POSIX, PIPE_BUF).
-CHUNK_BYTES = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
-#: Limit for chunks that wait for a slow reader. Beyond it, lines are dropped and counted.
-MAX_PENDING_BYTES = 1 << 20
-#: Pause before pending chunks are written again, at least.
-MIN_RETRY_SECONDS = 0.1
-#: Time limit at shutdown for the reader, per chunk.
-CLOSE_MS = 500
+#: Size of the lines that are written together. A write costs 10 us, with its lock.
+CHUNK_BYTES = 16_384
+#: Maximum size of a line.
+MAX_LINE_BYTES = 4096
+#: Maximum size of a text in a line that would be larger, in bytes of JSON. If that is not enough,
+#: half of it, and so on.
+MAX_TEXT_BYTES = 1024
 
 
 class AccessLog:
     """Writes one line for each request, within `ACCESS_LOG_FLUSH_MS`.
 
-    Lines are collected in `chunk`. A full chunk becomes `pending`, and is written when stdout
-    accepts it: a reader that stalls must not stall the service.
+    Lines are collected in `chunk`, which is written when it is full: a write(2) for each line
+    costs more than to make the line.
     """
 
     def __init__(self, settings: Settings, dropped: Callable[[int], None]) -> None:
@@ -46,16 +42,15 @@ class AccessLog:
         self.time_prefix = b""
         self.constant_keys = _constant_keys(settings)
         self.chunk = bytearray()
-        self.pending: list[bytes] = []
-        self.pending_bytes = 0
         self.timer: asyncio.TimerHandle | None = None
-        self.stdout = select.poll()
-        self.stdout.register(1, select.POLLOUT)
+        with contextlib.suppress(OSError):  # closed; each line is counted as dropped
+            STDOUT.follow_redirection()
 
-    def write(self, fields: dict[str, Any]) -> None:
+    def write(self, fields: dict[str, Any], max_text_bytes: int = MAX_TEXT_BYTES) -> None:
         """Write a line with these fields, at once if the delay is 0.
 
-        Their values must be JSON types.
+        Their values must be JSON types. If the line is larger than `MAX_LINE_BYTES`, its texts are
+        truncated to `max_text_bytes`: a client chooses its method, its path and `X-Forwarded-For`.
         """
         if not self.is_enabled:
             return
@@ -72,8 +67,11 @@ class AccessLog:
             self.constant_keys,
             orjson.dumps(fields)[1:],
         )
+        if len(line) > MAX_LINE_BYTES and max_text_bytes:
+            self.write(_truncate_texts(fields, max_text_bytes), max_text_bytes // 2)
+            return
         if len(self.chunk) + len(line) > CHUNK_BYTES:
-            self._seal_chunk()
+            self._write_chunk()
         self.chunk += line
         if not self.delay_seconds:
             self.flush()
@@ -83,22 +81,13 @@ class AccessLog:
     def flush(self) -> None:
         """Write all lines, as far as stdout accepts them."""
         self.timer = None
-        if self.chunk:
-            self._seal_chunk()
-        else:
-            self._write_pending()
-        if self.pending:
-            delay_seconds = max(self.delay_seconds, MIN_RETRY_SECONDS)
-            self.timer = asyncio.get_running_loop().call_later(delay_seconds, self.flush)
+        self._write_chunk()
 
     def close(self) -> None:
         """Write the remaining lines; drop and count those that stdout does not accept."""
         self.flush()
-        while self.pending and self.stdout.poll(CLOSE_MS):
-            self._write_pending()
-        for chunk in self.pending:
-            self.dropped(chunk.count(b"\n"))
-        self.pending.clear()
+        STDOUT.drain(ACCESS_LINES)
+        self._count_dropped()
 
     def _start_second(self, second: int) -> None:
         """Render the time of the lines of this second, once for all of them."""
@@ -106,29 +95,17 @@ class AccessLog:
         template = '{"timestamp":"%Y-%m-%dT%H:%M:%S.'
         self.time_prefix = time.strftime(template, time.gmtime(second)).encode()
 
-    def _seal_chunk(self) -> None:
-        """Move the chunk to the pending ones, or drop it at their limit; then write them."""
-        if self.pending_bytes < MAX_PENDING_BYTES:
-            self.pending.append(bytes(self.chunk))
-            self.pending_bytes += len(self.chunk)
-        else:
-            self.dropped(self.chunk.count(b"\n"))
-        self.chunk.clear()
-        self._write_pending()
+    def _write_chunk(self) -> None:
+        """Write the chunk, or have it written as soon as stdout accepts it."""
+        if self.chunk:
+            STDOUT.write(bytes(self.chunk), ACCESS_LINES)
+            self.chunk.clear()
+        self._count_dropped()
 
-    def _write_pending(self) -> None:
-        """Write the pending chunks until stdout would block."""
-        written = 0
-        for chunk in self.pending:
-            if not self.stdout.poll(0):
-                break
-            try:
-                logs.write_stdout(chunk)
-            except OSError:  # the reader is gone
-                self.dropped(chunk.count(b"\n"))
-            written += 1
-            self.pending_bytes -= len(chunk)
-        del self.pending[:written]
+    def _count_dropped(self) -> None:
+        dropped = ACCESS_LINES.take_dropped()
+        if dropped:
+            self.dropped(dropped)
 
 
 def _constant_keys(settings: Settings) -> bytes:
@@ -142,3 +119,19 @@ def _constant_keys(settings: Settings) -> bytes:
     }
     without_braces = orjson.dumps(keys)[1:-1]
     return b'Z",' + without_braces + b","
+
+
+def _truncate_texts(fields: dict[str, Any], max_bytes: int) -> dict[str, Any]:
+    """Return the fields, each text truncated to this size in JSON."""
+    return {
+        key: _truncate_json(value, max_bytes) if isinstance(value, str) else value
+        for key, value in fields.items()
+    }
+
+
+def _truncate_json(text: str, max_bytes: int) -> str:
+    """Return the start of a text, at most this size in JSON: a control character is six bytes."""
+    start = logs.truncate(text, max_bytes)
+    while len(orjson.dumps(start)) - 2 > max_bytes:
+        start = start[: len(start) * 3 // 4]
+    return start

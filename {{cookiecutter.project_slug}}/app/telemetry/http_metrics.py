@@ -9,6 +9,9 @@ from collections.abc import Sized
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from app.telemetry.process_metrics import dropped_log_lines
+from app.telemetry.stdout import LOG_LINES
+
 #: Seconds; OpenTelemetry's advice for `http.server.request.duration`.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 #: Maximum age of counts that are not in the files yet; the metrics process waits for them.
@@ -38,6 +41,7 @@ class HttpMetrics:
         name = "access_log_dropped_lines"
         text = "Access lines dropped because stdout did not accept them."
         self.dropped_lines = Counter(name, text, registry=registry)
+        self.dropped_log_lines = dropped_log_lines(registry)
         self.in_flight = in_flight
         #: By method, route and status: the requests in each bucket, then their seconds in total.
         self.counts: dict[tuple[str, str, int], list[float]] = {}
@@ -64,6 +68,7 @@ class HttpMetrics:
         """Add the counts since the last flush to the files of this worker."""
         self.is_flush_scheduled = False
         self.active.set(len(self.in_flight))
+        self.dropped_log_lines.inc(LOG_LINES.take_dropped())
         for labels, counts in self.counts.items():
             if counts[-1]:
                 self._add(labels, counts)

@@ -3,13 +3,17 @@
 On a terminal the lines are plain text.
 """
 
+import contextlib
+import io
 import json
 import logging
 import logging.config
 import os
 import re
+import select
 import sys
 import threading
+import time
 import traceback
 from datetime import UTC, datetime
 from types import TracebackType
@@ -19,9 +23,27 @@ import orjson
 
 from app.settings import Settings
 from app.telemetry.context import request_context
+from app.telemetry.stdout import LOG_LINES, STDOUT
 
-#: The password in `scheme://user:password@host`, or in a query: `?password=...`.
-_PASSWORD = re.compile(r"(://[^/\s:\"]*:)[^/\s\"]*(?=@)|(?<=[?&])(password=)[^&\s\"]+")
+# A character of a URL in a line of JSON, other than a slash: no white space, and not the end of a
+# JSON string, but a quote within one (`\"`).
+_CHARACTER = r"""(?:[^/\s"\\]|\\[^nrt])"""
+_PASSWORD_PATTERNS = (
+    # scheme://user:password@host; with slashes in it, unless that is a port and a path
+    r"(?P<url>:\\{0,4}/\\{0,4}/(?:[^/\s:\"\\]|\\[^nrt])*:)"
+    rf"(?:{_CHARACTER}*|(?!\d{{1,5}}[/?#])(?:{_CHARACTER}|/(?!/))*)(?=@)",
+    # the same, percent-encoded once or more: a URL that is a parameter of another
+    r"(?P<encoded>%(?:25)*3A(?:%(?:25)*2F){2}(?:(?!%(?:25)*(?:3A|2F|40))[^\s\"&])*%(?:25)*3A)"
+    r"(?:(?!(?:%(?:25)*2F){2})[^\s\"&])*(?=%(?:25)*40)",
+    # password=...
+    r"(?P<key>passw(?:or)?d=)[^&\s\"',;)\\]+",
+    # "password": "...", password='...'
+    r"(?P<quoted>passw(?:or)?d(?:\\?[\"'])?\s?[=:]\s?(?P<quote>\\?[\"']))"
+    r"(?:(?!(?P=quote))(?:\\.|[^\"\\]))+",
+)
+#: Each pattern is linear in the size of the text, which a client may have sent.
+_PASSWORD = re.compile("|".join(_PASSWORD_PATTERNS), re.IGNORECASE)
+_REDACTED = r"\g<url>\g<encoded>\g<key>\g<quoted>***"
 #: Keys that only this module sets; an `extra` of the same name gets the prefix `extra_`.
 _RESERVED_KEYS = frozenset(
     {"timestamp", "level", "logger", "service", "pid", "request_id", "exception", "stack"}
@@ -33,13 +55,22 @@ _RECORD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
     "taskName",
     "color_message",
 }
+#: Size at which a printed text is logged without a newline.
+MAX_UNFINISHED_BYTES = 1 << 16
+#: The start of the line with which `app.settings` exits. It stays plain text.
+CONFIGURATION_ERROR = "configuration error: "
 _JSON_OPTIONS = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
 
 
 def redact(text: str) -> str:
-    """Hide the password of every URL in a text: `redis://user:***@host`."""
-    may_have_password = "@" in text or "password=" in text
-    return _PASSWORD.sub(r"\1\2***", text) if may_have_password else text
+    """Hide the passwords in a text or a line of JSON: `redis://user:***@host`."""
+    may_have_password = "@" in text or "%" in text or "passw" in text.lower()
+    return _PASSWORD.sub(_REDACTED, text) if may_have_password else text
+
+
+def truncate(text: str, max_bytes: int) -> str:
+    """Return the start of a text: at most this many bytes of UTF-8, no half character."""
+    return text.encode(errors="replace")[:max_bytes].decode(errors="ignore")
 
 
 def safe_str(value: object) -> str:
@@ -47,6 +78,14 @@ def safe_str(value: object) -> str:
     try:
         return str(value)
     except Exception:  # noqa: BLE001 - a `__str__` may raise anything
+        return f"<{type(value).__name__} that cannot be printed>"
+
+
+def safe_repr(value: object) -> str:
+    """Return `repr(value)`, or a placeholder if that raises."""
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001 - a `__repr__` may raise anything
         return f"<{type(value).__name__} that cannot be printed>"
 
 
@@ -67,9 +106,9 @@ def format_line(
     }
     try:
         return orjson.dumps(entry, default=safe_str, option=_JSON_OPTIONS)
-    except TypeError:
+    except Exception:  # noqa: BLE001 - a value can raise anything while it is read
         # orjson rejects lone surrogates, integers over 64 bits, circular and deeply nested values.
-        texts = {name: safe_str(value) for name, value in entry.items()}
+        texts = {safe_str(name): safe_str(value) for name, value in entry.items()}
         return json.dumps(texts).encode() + b"\n"
 
 
@@ -79,24 +118,54 @@ def _timestamp(seconds: float) -> str:
     return text.replace("+00:00", "Z")
 
 
-def write_stdout(data: bytes) -> None:
-    """Write to stdout with one write(2).
-
-    So lines of several processes do not mix on a pipe. Raises `OSError`.
-    """
-    while data:
-        written = os.write(1, data)
-        data = data[written:]
-
-
 class LineHandler(logging.Handler):
-    """Writes each formatted record to stdout at once."""
+    """Writes each record to stdout as one line, also if it cannot be formatted."""
 
     def emit(self, record: logging.LogRecord) -> None:  # noqa: D102
+        error: Exception | None
         try:
-            write_stdout(self.format(record).encode(errors="backslashreplace"))
-        except Exception:  # noqa: BLE001 - as in the standard library: a line must not stop the service
-            self.handleError(record)
+            line = self.format(record).encode(errors="backslashreplace")
+            is_urgent = (record.levelno or 0) >= logging.CRITICAL
+            STDOUT.write(line, LOG_LINES, is_urgent=is_urgent)
+            error = STDOUT.take_error()
+        except Exception as bug:  # noqa: BLE001 - a line must not stop the service
+            error = bug
+        if error:
+            message = f"log lines are lost: {safe_str(error)}"
+            fields = {"pid": os.getpid()}
+            _write_stderr(format_line(time.time(), "error", "app", message, fields))
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record; if that fails, as with a wrong argument, its parts.
+
+        logging would print them to stderr, with their passwords.
+        """
+        try:
+            return super().format(record)
+        except Exception as error:  # noqa: BLE001 - a `__str__` may raise anything
+            return super().format(_printable(record, error))
+
+
+def _printable(record: logging.LogRecord, error: Exception) -> logging.LogRecord:
+    """Return a copy of a record that can be formatted, with the error as `format_error`."""
+    values = dict(vars(record))
+    values["msg"] = safe_str(record.msg)
+    values["args"] = ()
+    values["arguments"] = safe_repr(record.args)
+    values["format_error"] = f"{type(error).__name__}: {safe_str(error)}"
+    if not isinstance(record.exc_info, tuple):
+        values["exc_info"] = None
+    return logging.makeLogRecord(values)
+
+
+def _write_stderr(line: bytes) -> None:
+    """Write a line to the real stderr, unless that would block."""
+    stderr = select.poll()
+    stderr.register(2, select.POLLOUT)
+    with contextlib.suppress(Exception):
+        if sys.__stderr__ and stderr.poll(0):
+            sys.__stderr__.write(redact(line.decode()))
+            sys.__stderr__.flush()
 
 
 class JsonFormatter(logging.Formatter):
@@ -113,7 +182,7 @@ class JsonFormatter(logging.Formatter):
             fields["exception"] = {
                 "type": type(error).__qualname__,
                 "message": safe_str(error),
-                "traceback": "".join(traceback.format_exception(error)),
+                "traceback": _traceback(error),
             }
         if record.stack_info:
             fields["stack"] = record.stack_info
@@ -122,13 +191,22 @@ class JsonFormatter(logging.Formatter):
         return redact(line.decode())
 
 
+def _traceback(error: BaseException) -> str:
+    """Return the traceback of an exception; of one that cannot be printed, its frames."""
+    try:
+        return "".join(traceback.format_exception(error))
+    except Exception:  # noqa: BLE001 - attributes of an exception may raise anything
+        return "".join(traceback.format_tb(error.__traceback__))
+
+
 class ConsoleFormatter(logging.Formatter):
     """Formats a record as plain text: time, level, logger, message, extra fields."""
 
     def format(self, record: logging.LogRecord) -> str:  # noqa: D102
         fields = _extras(record) | (request_context.get() or {})
         first_line, *trace = super().format(record).split("\n", 1)
-        first_line = " ".join([first_line, *(f"{key}={value}" for key, value in fields.items())])
+        pairs = [f"{key}={safe_str(value)}" for key, value in fields.items()]
+        first_line = " ".join([first_line, *pairs])
         return redact("\n".join([first_line, *trace, ""]))
 
 
@@ -186,9 +264,74 @@ def configure(settings: Settings) -> None:
     """Set up logging for this process, with warnings and uncaught exceptions."""
     logging.config.dictConfig(config(settings))
     logging.captureWarnings(capture=True)
+    # For a logger without a handler. logging would print the message alone to stderr.
+    logging.lastResort = logging.getLogger().handlers[0]
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
     sys.unraisablehook = _log_unraisable
+
+
+def capture_prints(settings: Settings) -> None:
+    """Turn every line that is printed to stdout and stderr into a log line, if lines are JSON.
+
+    Libraries print, and logging itself does. For a process whose stdout is its log; a command
+    line tool such as alembic prints its results there.
+    """
+    if uses_json(settings):
+        sys.stdout = _PrintedLines(settings, "stdout", "info", 1).text
+        sys.stderr = _PrintedLines(settings, "stderr", "warning", 2).text
+
+
+class _PrintedLines(io.BufferedIOBase):
+    """Writes each line of text to the log, as a stream for `sys.stdout` or `sys.stderr`.
+
+    Not with a logger: a handler that fails would print, and so log, and so fail.
+    """
+
+    def __init__(self, settings: Settings, name: str, level: str, descriptor: int) -> None:
+        self.log_name = name
+        self.level = level
+        self.descriptor = descriptor
+        self.service = settings.service_name
+        self.unfinished = threading.local()
+        buffer: Any = self
+        self.text = io.TextIOWrapper(buffer, "utf-8", "backslashreplace", write_through=True)
+
+    def writable(self) -> bool:
+        """Return True: `TextIOWrapper` asks."""
+        return True
+
+    def fileno(self) -> int:
+        """Return the descriptor of the real stream, for a child process or a C library."""
+        return self.descriptor
+
+    def write(self, data: Any) -> int:
+        """Log complete lines; keep the rest, for each thread, until its line is complete."""
+        content = bytes(data)
+        text = getattr(self.unfinished, "text", b"") + content
+        *lines, rest = text.split(b"\n")
+        if len(rest) > MAX_UNFINISHED_BYTES:
+            lines.append(rest)
+            rest = b""
+        self.unfinished.text = rest
+        for line in lines:
+            self._log(line)
+        return len(content)
+
+    def flush(self) -> None:
+        """Log what this thread has printed without a newline."""
+        rest = getattr(self.unfinished, "text", b"")
+        self.unfinished.text = b""
+        self._log(rest)
+
+    def _log(self, line: bytes) -> None:
+        text = line.decode(errors="backslashreplace")
+        if text.startswith(CONFIGURATION_ERROR):
+            _write_stderr(line + b"\n")
+        elif text.strip():
+            fields = {"service": self.service, "pid": os.getpid()}
+            entry = format_line(time.time(), self.level, self.log_name, text, fields)
+            STDOUT.write(redact(entry.decode()).encode(), LOG_LINES)
 
 
 def _log_uncaught(_: type[BaseException], error: BaseException, __: TracebackType | None) -> None:
@@ -196,7 +339,9 @@ def _log_uncaught(_: type[BaseException], error: BaseException, __: TracebackTyp
 
 
 def _log_uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
-    logging.getLogger("app").critical("uncaught exception in a thread", exc_info=args.exc_value)
+    if not issubclass(args.exc_type, SystemExit):  # ignored, as `threading.excepthook` documents
+        text = "uncaught exception in a thread"
+        logging.getLogger("app").critical(text, exc_info=args.exc_value)
 
 
 def _log_unraisable(args: Any) -> None:

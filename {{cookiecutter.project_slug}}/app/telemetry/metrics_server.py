@@ -10,19 +10,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
-from wsgiref.simple_server import WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.exposition import ThreadingWSGIServer, _SilentHandler
 
 from app.setting_types import HostPort
 from app.settings import fail
 from app.telemetry.metric_files import retry_writes
 from app.telemetry.metrics_directory import remove_abandoned
 from app.telemetry.multiprocess import WorkersCollector
+from app.telemetry.scrape_server import ScrapeServer, WSGIApp
 
 #: How often the process checks that its parent is still running.
 PARENT_CHECK_SECONDS = 1.0
@@ -38,7 +37,6 @@ IGNORED_SIGNALS = (
 #: The signal with which `MetricsProcess.stop` ends the process.
 STOP_SIGNAL = signal.SIGALRM
 
-WSGIApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
 logger = logging.getLogger("app.metrics")
 
 
@@ -53,7 +51,7 @@ class MetricsProcess:
         self.parent = os.getpid()
         self.workers = WorkersCollector(directory)
         try:
-            self.server = _listen(address, self.workers)
+            self.server = ScrapeServer(address, _wsgi_app(self.workers))
         except OSError as error:
             fail("METRICS_BIND", address, f"cannot listen there: {error.strerror}")
         self.pid = 0
@@ -114,15 +112,6 @@ class MetricsProcess:
 def _exit(*_: object) -> NoReturn:
     """End a forked process without the master's `atexit` handlers."""
     os._exit(0)
-
-
-def _listen(address: HostPort, workers: WorkersCollector) -> WSGIServer:
-    """Return a server of `GET /metrics`. Raises `OSError` if it cannot listen there."""
-
-    class Server(ThreadingWSGIServer):
-        address_family = address.family
-
-    return make_server(address.host, address.port, _wsgi_app(workers), Server, _SilentHandler)
 
 
 def _wsgi_app(workers: WorkersCollector) -> WSGIApp:

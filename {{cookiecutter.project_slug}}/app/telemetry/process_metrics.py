@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncpg import Pool
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from redis.asyncio import ConnectionPool
 
 from app.telemetry.metric_files import retry_writes
@@ -22,6 +22,12 @@ def dependency_gauge(registry: CollectorRegistry) -> Gauge:
     text = "1 if the dependency responds, to all workers."
     labels = ["dependency"]
     return Gauge("dependency_up", text, labels, registry=registry, multiprocess_mode="livemin")
+
+
+def dropped_log_lines(registry: CollectorRegistry) -> Counter:
+    """Return the counter `log_dropped_lines_total`, for `LOG_LINES.take_dropped()`."""
+    text = "Log lines other than access lines, dropped because stdout did not accept them."
+    return Counter("log_dropped_lines", text, registry=registry)
 
 
 class WorkerMetrics:

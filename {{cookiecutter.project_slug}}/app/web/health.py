@@ -18,7 +18,8 @@ from prometheus_client import Gauge
 
 from app.lifecycle import Lifecycle
 from app.settings import Settings
-from app.tasks import StateLog
+from app.tasks import StateLog, describe
+from app.web.problems import recent_causes
 
 #: For how long a result is reused, so that many kubelets and balancers cost one check.
 CACHE_SECONDS = 1.0
@@ -103,14 +104,22 @@ class Health:
             async with asyncio.timeout(self.settings.readiness_timeout_seconds):
                 await check()
         except Exception as error:  # noqa: BLE001 - whatever it is, the dependency is unhealthy
-            reason = type(error).__name__
-            state_log.failed(reason, dependency=name, reason=reason)
+            self._log_failure(name, error)
         else:
             state_log.succeeded(dependency=name, reason=None)
         self.up.labels(name).set(not state_log.is_failing)
         status = "unhealthy" if state_log.is_failing else "healthy"
         milliseconds = (time.perf_counter() - start) * 1000
         return {"status": status, "latency_ms": round(milliseconds, 3)}
+
+    def _log_failure(self, name: str, error: Exception) -> None:
+        """Log that a dependency is unavailable: when it becomes so, and when the cause changes."""
+        cause = describe(error)
+        extra = {"dependency": name, "reason": type(error).__name__}
+        is_new = recent_causes.is_new(cause)
+        if is_new and self.state_logs[name].is_failing:
+            logger.warning("%s still unavailable: %s", name, cause, extra=extra)
+        self.state_logs[name].failed(cause, **extra)
 
 
 router = APIRouter(prefix="/health", tags=["health"])

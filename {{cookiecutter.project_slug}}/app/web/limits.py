@@ -19,11 +19,20 @@ EXPIRY_SECONDS = 0.5
 #: The key of `scope["state"]` with which the protocol has a request rejected: its value is the
 #: status of the response.
 REJECTED_STATUS = "rejected_status"
+#: The key with which the protocol reports a client that has disconnected before the response.
+CLIENT_LEFT = "client_left"
 _DETAILS = {
     400: "The request is not valid HTTP.",
     408: "The request did not arrive in time.",
     413: "The request body is too large.",
+    426: "The WebSocket version is not supported.",
     431: "The request headers are too large.",
+    501: "The request needs something that this server does not implement.",
+}
+_CLOSE = {"Connection": "close"}
+_HEADERS = {
+    # RFC 6455, section 4.4, and RFC 9110, section 15.5.22
+    426: {"Sec-WebSocket-Version": "13", "Upgrade": "websocket", "Connection": "Upgrade, close"}
 }
 
 
@@ -39,11 +48,11 @@ class Exchange(Protocol):
 
 
 class RejectedError(ServiceError):
-    """A request that is not read to its end: 400, 408, 413 or 431; the connection is closed."""
+    """A request that is not read to its end: one of `_DETAILS`; the connection is closed."""
 
     def __init__(self, status: int) -> None:
         self.status = status
-        super().__init__(_DETAILS[status], {"Connection": "close"})
+        super().__init__(_DETAILS[status], _HEADERS.get(status, _CLOSE))
 
 
 class Limits:
@@ -55,6 +64,9 @@ class Limits:
         self.max_body_bytes = settings.max_body_bytes
         self.probe_prefix = f"{settings.root_path}/health/"
         self.in_flight: dict[Exchange, None] = {}  # in the order of their start
+        self.streams: set[Exchange] = set()
+        self.max_streams = settings.max_streams
+        self.is_full_of_streams = False
         self.is_expiry_scheduled = False
 
     def admit(self, exchange: Exchange, body_bytes: int) -> None:
@@ -74,6 +86,26 @@ class Limits:
         self.in_flight[exchange] = None
         if not self.is_expiry_scheduled:
             self._schedule_expiry()
+
+    def start_stream(self, exchange: Exchange) -> None:
+        """Count a request as a stream, and no longer as in flight. Called for each of its parts.
+
+        Streams last, so they have a limit of their own: they must not use up `MAX_IN_FLIGHT`.
+        """
+        if not self.is_full_of_streams and exchange in self.in_flight:
+            del self.in_flight[exchange]
+            self.streams.add(exchange)
+            self.is_full_of_streams = len(self.streams) >= self.max_streams
+
+    def end_stream(self, exchange: Exchange) -> None:
+        """Remove a request that is finished, if it is a stream."""
+        if exchange in self.streams:
+            self.streams.remove(exchange)
+            self.is_full_of_streams = False
+
+    def __len__(self) -> int:
+        """Return the number of requests that are being served, streams included."""
+        return len(self.in_flight) + len(self.streams)
 
     def _schedule_expiry(self) -> None:
         self.is_expiry_scheduled = True

@@ -1,4 +1,6 @@
-"""ASGI middleware around every request.
+"""The outermost ASGI middleware: it wraps the finished application, and every request.
+
+The handshake of a WebSocket is a request too.
 
 In this order:
 
@@ -6,63 +8,100 @@ In this order:
 2. enforce the limits, or reject the request
 3. run the application, behind proxy headers if there are any
 4. turn an error into a problem response: a rejection, a timeout, a shutdown, a bug
-5. when the response is complete, or the client has disconnected: metrics and access log
+5. when the response is sent, or the client has disconnected: metrics and access log
 
 One middleware and not five: fused they keep 0.88 of bare FastAPI's throughput, separate ones
 0.54-0.60.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+from starlette.websockets import WebSocketDisconnect
+from uvicorn.protocols.utils import ClientDisconnected
 
 from app.errors import ServiceError
+from app.lifecycle import Lifecycle
 from app.settings import Settings
 from app.telemetry.access_log import AccessLog
 from app.telemetry.context import request_context
 from app.telemetry.http_metrics import HttpMetrics
-from app.telemetry.logs import redact
+from app.telemetry.logs import redact, truncate
+from app.web.cors import add_missing_headers
+from app.web.head import serve_head
 from app.web.headers import generate_request_ids, parse_headers
-from app.web.limits import Limits
-from app.web.problems import problem
+from app.web.limits import CLIENT_LEFT, Limits
+from app.web.problems import http_problem, problem
+from app.web.proxies import with_proxy_headers
+from app.web.routes import is_mounted, route_template
+from app.web.threads import cancel_after_thread
 
 #: RFC 9110 and RFC 5789. Others are counted as `_OTHER`, or clients could invent time series.
 _METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
 )
-#: Characters of a path in an access line, so that the line fits into one write to a pipe.
-MAX_PATH = 1024
+#: The fields that this service and the server set, once each (RFC 9110, section 5.3).
+_SERVER_FIELDS = frozenset({b"date", b"x-request-id"})
+#: Maximum size of a path in an access line, in bytes of UTF-8.
+MAX_PATH_BYTES = 1024
+#: A path of at most this many characters is not larger: each has up to four bytes.
+SHORT_PATH = MAX_PATH_BYTES // 4
 #: nginx's status for a client that disconnected before the response.
 CLIENT_CLOSED_REQUEST = 499
+#: The bytes of a response from which on its access line waits until the client has received it:
+#: the default limit of a transport's buffer (asyncio, `set_write_buffer_limits`).
+LARGE_RESPONSE_BYTES = 1 << 16
+#: The close code of a WebSocket whose handler failed (RFC 6455, section 7.4.1).
+INTERNAL_ERROR = 1011
+#: The client has disconnected: Starlette's errors, and uvicorn's for a WebSocket.
+_DISCONNECTS = (ClientDisconnect, WebSocketDisconnect, ClientDisconnected)
 
-_with_proxy_headers: Callable[[ASGIApp, str], ASGIApp] = ProxyHeadersMiddleware  # type: ignore[assignment]
 logger = logging.getLogger("app.observe")
 
 
 class RequestMiddleware:
-    """Handles each HTTP request as an `Exchange`; passes other scopes through."""
+    """Handles each request as an `Exchange`, each WebSocket as a `Handshake`.
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    `cors` is the application's middleware for CORS, if it has one. Its headers are added to the
+    responses that it has not seen, such as rejections.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        lifecycle: Lifecycle,
+        router: Router,
+        cors: CORSMiddleware | None = None,
+    ) -> None:
         self.app = app
-        self.app_with_proxy_headers = _with_proxy_headers(app, settings.forwarded_allow_ips)
+        self.router = router
+        self.lifecycle = lifecycle
+        self.cors = cors
+        self.app_with_proxy_headers = with_proxy_headers(app, settings.forwarded_allow_ips)
         self.limits = Limits(settings)
-        self.metrics = HttpMetrics(self.limits.in_flight)
+        self.metrics = HttpMetrics(self.limits)
         self.access_log = AccessLog(settings, self.metrics.dropped_lines.inc)
         self.request_ids = generate_request_ids()
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Handle HTTP requests; pass other scopes through.
+        """Handle requests and WebSockets; pass the lifespan through.
 
         Returns the coroutine unawaited, which saves one frame per request.
         """
         if scope["type"] == "http":
             return Exchange(self, scope, receive, send).serve()
+        if scope["type"] == "websocket":
+            return Handshake(self, scope, receive, send).serve()
         return self._pass_through(scope, receive, send)
 
     async def _pass_through(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,8 +131,7 @@ class Exchange:
 
     async def serve(self) -> None:
         """Run the application; respond in its place if it raises."""
-        headers = self.scope["headers"]
-        parsed = parse_headers(headers, self.middleware.request_ids)
+        parsed = parse_headers(self.scope, self.middleware.request_ids)
         self.context, body_bytes, is_forwarded = parsed
         request_context.set(self.context)
         self.task = asyncio.current_task()
@@ -101,42 +139,82 @@ class Exchange:
             receive = self._admit(body_bytes)
             middleware = self.middleware
             app = middleware.app_with_proxy_headers if is_forwarded else middleware.app
-            await app(self.scope, receive, self.send)
-        except ServiceError as error:
-            await self._respond(problem(error.status_code, error.detail, error.headers))
-        except ClientDisconnect:
-            pass
-        except asyncio.CancelledError:
-            await self._respond_to_cancellation()
-        except Exception:
-            logger.exception("unhandled exception")
-            await self._respond(problem(500))
+            if self.scope["method"] == "HEAD":
+                await serve_head(app, middleware.router, self.scope, receive, self.send)
+            else:
+                await app(self.scope, receive, self.send)
+            if not self.is_finished:
+                await self._complete()
+        except BaseException as error:  # noqa: BLE001 - SystemExit too would stop the worker
+            await self._respond_to_error(error)
         finally:
             if not self.is_finished:
                 self._finish()
 
     def send(self, message: Message) -> Awaitable[None]:
         """Pass a message of the response on, with the request ID: an ASGI `send`."""
-        if self.is_finished and self.timeout_response is not None:  # the 504 has been sent
-            return asyncio.sleep(0)
+        timeout_response = self.timeout_response
+        if timeout_response is not None and asyncio.current_task() is not timeout_response:
+            return asyncio.sleep(0)  # the client gets the 504
         if message["type"] == "http.response.start":
-            self.status = message["status"]
-            request_id = (b"x-request-id", self.context["request_id"].encode())
-            message["headers"] = [*message.get("headers", ()), request_id]
-        else:
+            return self._start_response(message)
+        # The connection of a large response may be lost, and the application go on for a while.
+        is_small = self.size_bytes <= LARGE_RESPONSE_BYTES
+        if is_small or not self._is_disconnected(default=False):
             self.size_bytes += len(message.get("body", b""))
-            if not message.get("more_body", False) and not self.is_finished:
-                self._finish()
+        if message.get("more_body", False):
+            self.middleware.limits.start_stream(self)
+            return self._send(message)
+        return self._send_last(message)
+
+    def _start_response(self, message: Message) -> Awaitable[None]:
+        """Pass the start of the response on; reject a stream over the limit in its place."""
+        if self.middleware.limits.is_full_of_streams and self._is_stream(message):
+            return self._reject_stream()
+        headers = message.get("headers", ())
+        for name, _ in headers:
+            if name in _SERVER_FIELDS:
+                headers = _without_server_fields(headers)
+                break
+        request_id = (b"x-request-id", self.context["request_id"].encode())
+        message["headers"] = [*headers, request_id]
+        if self.middleware.cors is not None:
+            add_missing_headers(self.middleware.cors, self.scope, message)
+        self.status = self.status or message["status"]
         return self._send(message)
+
+    async def _send_last(self, message: Message) -> None:
+        """Send the end of the response, which then counts as sent; the server may reject it."""
+        await self._send(message)
+        if not self.is_finished:
+            self._finish()
 
     def time_out(self) -> None:
         """Respond 504 and cancel the handler.
 
         The response does not wait for a handler that ignores its cancellation.
         """
-        self.timeout_response = asyncio.create_task(self._respond_timeout())
+        self._replace_handler(504, "The request timed out.")
+
+    def _is_stream(self, start: Message) -> bool:
+        """Return whether a response with this start is a stream: its length is not known."""
+        has_body = self.scope["method"] != "HEAD" and start["status"] not in {204, 304}
+        names = {name.lower() for name, _ in start.get("headers", ())}
+        return has_body and b"content-length" not in names
+
+    def _reject_stream(self) -> Awaitable[None]:
+        """Respond 503 in place of a stream; what is returned waits until the handler ends."""
+        self._replace_handler(503, "The service has too many streams.", {"Retry-After": "1"})
+        return asyncio.get_running_loop().create_future()
+
+    def _replace_handler(
+        self, status: int, detail: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Respond with a problem in place of the handler, and cancel it."""
+        response = self._respond_in_place(status, detail, headers)
+        self.timeout_response = asyncio.create_task(response)
         if self.task is not None:
-            self.task.cancel()
+            cancel_after_thread(self.task)
 
     def _admit(self, body_bytes: int | None) -> Receive:
         """Return the `receive` of an admitted request. Raises `ServiceError` at a limit."""
@@ -148,56 +226,195 @@ class Exchange:
             return self.receive
         return middleware.limits.limit_receive(self.scope, self.receive)
 
-    async def _respond(self, response: Response) -> None:
-        """Send a response, unless one has begun."""
-        if not self.status:
-            await response(self.scope, self.receive, self.send)
-
-    async def _respond_timeout(self) -> None:
-        request_context.set(self.context)
-        await self._respond(problem(504, "The request timed out."))
-
-    async def _respond_to_cancellation(self) -> None:
-        """Respond to the cancellation of the handler: a timeout, or the end of the shutdown."""
+    async def _complete(self) -> None:
+        """Raise `RuntimeError` if the application has returned without a complete response."""
         if self.timeout_response is not None:
             await self.timeout_response
-        else:
-            headers = {"Retry-After": "1"}
-            await self._respond(problem(503, "The service is shutting down.", headers))
+        elif not self._is_disconnected(default=False):
+            msg = "the application returned without a complete response"
+            raise RuntimeError(msg)
+
+    async def _respond_to_error(self, error: BaseException) -> None:
+        """Respond in place of the application that raised this. A bug is logged, once."""
+        if not self._is_running():  # Python closes the coroutine, which can await nothing
+            raise error
+        if self.timeout_response is not None:
+            if not isinstance(error, asyncio.CancelledError):
+                logger.error("unhandled exception", exc_info=error)
+            await self.timeout_response
+        elif not self._is_end_of_client(error):
+            await self._respond_once_more(self._response_to(error))
+
+    def _response_to(self, error: BaseException) -> Response:
+        if isinstance(error, ServiceError):
+            return http_problem(error)
+        if isinstance(error, asyncio.CancelledError) and self._is_shut_down():
+            return problem(503, "The service is shutting down.", {"Retry-After": "1"})
+        logger.error("unhandled exception", exc_info=error)
+        return problem(500)
+
+    async def _respond_once_more(self, response: Response) -> None:
+        """Respond, or with 500 if the server rejects the response, such as for its headers."""
+        try:
+            await self._respond(response)
+        except Exception:
+            logger.exception("unhandled exception")
+            await self._respond(problem(500))
+
+    async def _respond(self, response: Response) -> None:
+        """Send a response, unless another has begun that cannot be withdrawn."""
+        if self.is_finished:
+            return
+        if self.status and not self._withdraw_response():
+            return
+        self.size_bytes = 0
+        await response(self.scope, self.receive, self.send)
+
+    def _withdraw_response(self) -> bool:
+        """Have the server discard the response, if it has written nothing of it yet.
+
+        Otherwise it closes the connection, by which the client notices that the response is
+        incomplete (RFC 9112, section 8). Servers other than ours withdraw nothing.
+        """
+        cycle = getattr(self._send, "__self__", None)
+        connection = getattr(cycle, "transport", None)
+        withdraw = getattr(connection, "withdraw_response", None)
+        if withdraw is None or not withdraw(cycle):
+            return False
+        self.status = 0
+        return True
+
+    def _is_disconnected(self, *, default: bool) -> bool:
+        """Return whether the client has disconnected; `default` if the server does not know."""
+        cycle = getattr(self._send, "__self__", None)
+        return bool(getattr(cycle, "disconnected", default))
+
+    def _is_end_of_client(self, error: BaseException) -> bool:
+        """Return whether the application only reports that its client has disconnected."""
+        return isinstance(error, ClientDisconnect) and self._is_disconnected(default=True)
+
+    def _is_shut_down(self) -> bool:
+        """Return whether the server has cancelled this request, and not the application itself."""
+        is_cancelled = self.task is not None and self.task.cancelling() > 0
+        return is_cancelled and self.middleware.lifecycle.may_cancel_requests()
+
+    def _is_running(self) -> bool:
+        try:
+            return asyncio.current_task() is self.task
+        except RuntimeError:  # without an event loop
+            return False
+
+    async def _respond_in_place(
+        self, status: int, detail: str, headers: Mapping[str, str] | None
+    ) -> None:
+        request_context.set(self.context)
+        await self._respond(problem(status, detail, headers))
 
     def _finish(self) -> None:
-        """Count and log the request: its response is complete, or the client disconnected."""
+        """Count and log the request: its response is sent, or the client disconnected."""
         seconds = time.perf_counter() - self.start
         self.is_finished = True
         middleware = self.middleware
-        middleware.limits.in_flight.pop(self, None)
+        is_in_flight = middleware.limits.in_flight.pop(self, self) is None
+        if not is_in_flight:
+            middleware.limits.end_stream(self)
         method = self.scope["method"]
-        route = _route(self.scope)
+        route = route_template(self.scope)
         status = self.status or CLIENT_CLOSED_REQUEST
+        if CLIENT_LEFT in self.scope["state"]:  # the response went nowhere
+            status = CLIENT_CLOSED_REQUEST
         labels = (method if method in _METHODS else "_OTHER", route, status)
         middleware.metrics.record(labels, seconds)
-        is_successful_probe = status < 400 and route.startswith("/health/")
-        if not is_successful_probe:
+        is_probe = route.startswith("/health/") and not is_mounted(self.scope)
+        if is_probe and status < 400:
+            return
+        if self.size_bytes <= LARGE_RESPONSE_BYTES:
             self._log(method, route, status, seconds)
+        else:
+            self._when_delivered(partial(self._log, method, route, status, seconds))
 
-    def _log(self, method: str, route: str, status: int, seconds: float) -> None:
+    def _when_delivered(self, log: Callable[..., None]) -> None:
+        """Log once the client has the response, or once its connection is lost.
+
+        Servers other than ours do not report either.
+        """
+        cycle = getattr(self._send, "__self__", None)
+        connection = getattr(cycle, "transport", None)
+        when_delivered = getattr(connection, "when_delivered", None)
+        if when_delivered is None:
+            log()
+        else:
+            when_delivered(log)
+
+    def _log(
+        self, method: str, route: str, status: int, seconds: float, undelivered_bytes: int = 0
+    ) -> None:
         client = self.scope["client"]
+        # Redacted before it is truncated, or half a password would be left.
+        path = redact(self.scope["path"])
+        if len(path) > SHORT_PATH:
+            path = truncate(path, MAX_PATH_BYTES)
         self.middleware.access_log.write(
             {
                 "method": method,
-                "path": redact(self.scope["path"][:MAX_PATH]),
+                "path": path,
                 "route": route,
                 "status": status,
                 "duration_ms": round(seconds * 1000, 3),
-                "response_bytes": self.size_bytes,
+                "response_bytes": max(self.size_bytes - undelivered_bytes, 0),
                 "client": client[0] if client else None,
                 **self.context,
             }
         )
 
 
-def _route(scope: Scope) -> str:
-    """Return the path template of the route, prefixes included, or `unmatched`."""
-    # FastAPI 0.163 keeps the route of an included router, with its prefixes, here.
-    included = scope.get("fastapi", {}).get("effective_route_context")
-    return getattr(included or scope.get("route"), "path", None) or "unmatched"
+class Handshake(Exchange):
+    """The handshake of a WebSocket: an exchange with status 101, or a rejected request.
+
+    Once accepted, a WebSocket is not in flight, and a bug of its handler closes it.
+    """
+
+    def __init__(
+        self, middleware: RequestMiddleware, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        super().__init__(middleware, scope, receive, send)
+        scope["method"] = "GET"  # the only one (RFC 6455, section 4.1)
+        self.is_closed = False
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Pass a message on, with the request ID; reject with a problem document."""
+        timeout_response = self.timeout_response
+        if timeout_response is not None and asyncio.current_task() is not timeout_response:
+            return asyncio.sleep(0)  # the client gets the 504
+        kind = message["type"]
+        if self.is_finished:
+            self.is_closed = self.is_closed or kind == "websocket.close"
+            return self._send(message)
+        if kind == "websocket.close":
+            return self._respond(problem(403))
+        if kind in {"websocket.accept", "websocket.http.response.start"}:
+            self.status = message.get("status", 101)
+            headers = _without_server_fields(message.get("headers", ()))
+            request_id = (b"x-request-id", self.context["request_id"].encode())
+            message["headers"] = [*headers, request_id]
+        self.size_bytes += len(message.get("body", b""))
+        is_rejected = kind == "websocket.http.response.body" and not message.get("more_body", False)
+        if is_rejected or kind == "websocket.accept":
+            return self._send_last(message)
+        return self._send(message)
+
+    async def _respond(self, response: Response) -> None:
+        """Reject the handshake with a response, or close an open connection."""
+        if not self.is_finished:
+            await super()._respond(response)
+        elif self.status == 101 and not self.is_closed:
+            with contextlib.suppress(ClientDisconnected):
+                await self._send({"type": "websocket.close", "code": INTERNAL_ERROR})
+
+    def _is_end_of_client(self, error: BaseException) -> bool:
+        return isinstance(error, _DISCONNECTS)
+
+
+def _without_server_fields(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers without the application's own: the request ID must be that of the log."""
+    return [each for each in headers if each[0] not in _SERVER_FIELDS]

@@ -1,19 +1,26 @@
 """Problem details (RFC 9457): every error response has this shape and carries the request ID."""
 
+import logging
 import re
 from collections.abc import Mapping
-from http import HTTPMethod, HTTPStatus
+from http import HTTPStatus
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
+from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 
+from app.errors import ServiceError
+from app.tasks import RecentCauses, describe
 from app.telemetry.context import request_context
+from app.web.routes import allowed_methods
 
+logger = logging.getLogger("app.problems")
+#: The causes of 503s, those of the readiness probe included: each is logged once.
+recent_causes = RecentCauses()
 MEDIA_TYPE = "application/problem+json"
 _TITLES = {status.value: status.phrase for status in HTTPStatus}
 _SCHEMA = {
@@ -44,9 +51,22 @@ def problem(
     }
     if detail and detail != document["title"]:
         document["detail"] = detail
-    content = orjson.dumps(document | members)
+    content = orjson.dumps(document | members, option=orjson.OPT_NON_STR_KEYS)
     all_headers = {"Cache-Control": "no-store", **(headers or {})}
     return Response(content, status, all_headers, media_type=MEDIA_TYPE)
+
+
+def http_problem(error: HTTPException, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the problem of an HTTP error, with its headers, or with others.
+
+    A `detail` that is not text is the member `details`: RFC 9457 defines `detail` as text
+    (section 3.1.4), and members of our own for the rest (section 3.2).
+    """
+    detail: object = error.detail
+    headers = error.headers if headers is None else headers
+    if detail is None or isinstance(detail, str | Exception):
+        return problem(error.status_code, str(detail or ""), headers)
+    return problem(error.status_code, None, headers, details=jsonable_encoder(detail))
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -59,18 +79,30 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Turn every error of the application into a problem; the middleware handles bugs."""
+    """Turn every error of the application into a problem.
+
+    A bug is the request middleware's, and this handler's inside of agents such as OpenTelemetry's,
+    which respond themselves. A team may replace it.
+    """
+    app.exception_handler(Exception)(respond_to_bug)
     app.exception_handler(HTTPException)(_http_error)
     app.exception_handler(RequestValidationError)(_validation_error)
     app.exception_handler(RedisError)(_redis_unavailable)
 
 
+async def respond_to_bug(_: Request, error: Exception) -> Response:
+    """Respond 500, or what an error is that middleware has raised. Starlette raises it again."""
+    return http_problem(error) if isinstance(error, ServiceError) else problem(500)
+
+
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    if error.status_code == 405:
-        return problem(405, None, {"Allow": _allowed_methods(request)})
+    if error.status_code == 503 and error.__cause__ is not None:
+        _log_cause(error.__cause__)
     if error.status_code in {204, 304}:  # without a body (RFC 9110, sections 15.3.5 and 15.4.5)
         return Response(status_code=error.status_code, headers=error.headers)
-    return problem(error.status_code, str(error.detail), error.headers)
+    if error.status_code == 405:
+        return http_problem(error, _with_allowed_methods(request, error.headers or {}))
+    return http_problem(error)
 
 
 async def _validation_error(_: Request, error: RequestValidationError) -> Response:
@@ -78,22 +110,32 @@ async def _validation_error(_: Request, error: RequestValidationError) -> Respon
     return problem(422, "Request validation failed.", errors=errors)
 
 
-async def _redis_unavailable(_: Request, __: Exception) -> Response:
+async def _redis_unavailable(_: Request, error: Exception) -> Response:
     """Respond 503 to a request that needs Redis."""
+    _log_cause(error)
     return problem(503, "Redis is not available.", {"Retry-After": "1"})
 
 
-def _allowed_methods(request: Request) -> str:
-    """Return all methods of the path (RFC 9110, section 15.5.6).
+def _log_cause(error: BaseException) -> None:
+    cause = describe(error)
+    if recent_causes.is_new(cause):
+        logger.warning("responded 503: %s", cause, extra={"reason": type(error).__name__})
 
-    Starlette lists those of one route alone.
+
+def _with_allowed_methods(request: Request, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers of a 405 with `Allow`, which is required (RFC 9110, section 15.5.6).
+
+    A handler, or an application that is mounted, may have set it itself.
     """
-    methods = []
-    for method in HTTPMethod:
-        scope = {**request.scope, "method": method}
-        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
-            methods.append(method)
-    return ", ".join(methods)
+    headers = dict(given)
+    own = [headers.pop(name) for name in given if name.lower() == "allow"]
+    methods = allowed_methods(request.scope)
+    is_from_handler = request.method in methods
+    if is_from_handler:
+        methods.remove(request.method)
+    if own and (is_from_handler or not methods):
+        return headers | {"Allow": own[0]}
+    return headers | {"Allow": ", ".join(methods)}
 
 
 def _detail(error: Mapping[str, Any]) -> str:

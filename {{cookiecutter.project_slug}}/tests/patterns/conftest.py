@@ -2,19 +2,20 @@
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
-from redis.asyncio import Redis
+from pydantic import SecretStr
 
 from app.settings import Settings
 from app.storage import redis as redis_storage
 from app.storage.postgres import Database
-from app.storage.redis import create_redis
+from app.storage.redis import RedisClient, create_redis
 from scripts import dev_services
+from tests.tcp_proxy import TcpProxy, proxying
 
 #: Time limit of a Redis command on a busy machine.
 PATIENT_SECONDS = 10.0
@@ -42,7 +43,7 @@ async def database(settings: Settings) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-async def client(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Redis]:
+async def client(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RedisClient]:
     """A client with long timeouts: on a busy machine a response may be later than a worker's."""
     with monkeypatch.context() as patch:
         patch.setattr(redis_storage, "TIMEOUT_SECONDS", PATIENT_SECONDS)
@@ -53,7 +54,7 @@ async def client(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
 
 
 @pytest.fixture
-async def worker_client(client: Redis, settings: Settings) -> AsyncIterator[Redis]:
+async def worker_client(client: RedisClient, settings: Settings) -> AsyncIterator[RedisClient]:
     """A client with the timeouts of a worker, on the Redis that `client` has emptied."""
     async with create_redis(settings) as worker_client:
         yield worker_client
@@ -67,6 +68,22 @@ def real_redis(redis: dev_services.Redis) -> dev_services.Redis:
     return redis
 
 
+@pytest.fixture
+def proxy(redis: dev_services.Redis) -> Iterator[TcpProxy]:
+    with proxying(redis.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def proxied(
+    client: RedisClient, settings: Settings, proxy: TcpProxy
+) -> AsyncIterator[RedisClient]:
+    """A client with the timeouts of a worker, which connects through the proxy."""
+    changed = settings.model_copy(update={"redis_url": SecretStr(proxy.url)})
+    async with create_redis(changed) as proxied:
+        yield proxied
+
+
 async def eventually(look: Callable[[], bool], seconds: float = 30) -> None:
     """Wait until `look` returns true."""
     async with asyncio.timeout(seconds):
@@ -74,7 +91,7 @@ async def eventually(look: Callable[[], bool], seconds: float = 30) -> None:
             await asyncio.sleep(0.01)
 
 
-async def entries(client: Redis, stream: str) -> list[dict[bytes, bytes]]:
-    """Return the fields of all entries of a stream."""
-    found: Any = await client.xrange(stream)
+async def entries(client: RedisClient, stream: str) -> list[dict[bytes, bytes]]:
+    """Return the fields of all entries of a stream of the service."""
+    found: Any = await client.xrange(client.key(stream))
     return [fields for _, fields in found]

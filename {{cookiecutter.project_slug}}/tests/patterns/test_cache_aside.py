@@ -5,11 +5,11 @@ import time
 
 import pytest
 from prometheus_client import REGISTRY
-from redis.asyncio import Redis
 
 from app.patterns import cache_aside
 from app.patterns.cache_aside import BUDGET_SECONDS, Cache
 from app.patterns.fail_open import COOL_DOWN_SECONDS
+from app.storage.redis import RedisClient
 from scripts import dev_services
 from tests.patterns.conftest import PATIENT_SECONDS, eventually
 from tests.service_process import frozen
@@ -43,7 +43,7 @@ def source() -> Source:
     return Source()
 
 
-async def test_second_read_is_served_from_the_cache(client: Redis, source: Source) -> None:
+async def test_second_read_is_served_from_the_cache(client: RedisClient, source: Source) -> None:
     cache = Cache(client, "test")
     assert [await cache.get("a", source.load) for _ in range(3)] == [b"old"] * 3
     assert source.loads == 1
@@ -53,7 +53,7 @@ async def test_second_read_is_served_from_the_cache(client: Redis, source: Sourc
 
 
 async def test_value_read_before_a_change_is_not_stored_after_it(
-    client: Redis, source: Source
+    client: RedisClient, source: Source
 ) -> None:
     """Neither without a fence, in the first round, nor with an earlier one, in the second."""
     cache = Cache(client, "test")
@@ -76,7 +76,7 @@ async def test_value_read_before_a_change_is_not_stored_after_it(
         await cache.delete("a")
 
 
-async def test_concurrent_readers_share_one_load(client: Redis, source: Source) -> None:
+async def test_concurrent_readers_share_one_load(client: RedisClient, source: Source) -> None:
     """A cancelled reader does not cancel the load of the others."""
     cache = Cache(client, "many")
     misses = {"cache": "many", "result": "miss"}
@@ -91,7 +91,9 @@ async def test_concurrent_readers_share_one_load(client: Redis, source: Source) 
     assert cache.loads == {}
 
 
-async def test_missing_values_and_errors_are_not_cached(client: Redis, source: Source) -> None:
+async def test_missing_values_and_errors_are_not_cached(
+    client: RedisClient, source: Source
+) -> None:
     cache = Cache(client, "test")
     source.value = None
     assert await cache.get("a", source.load) is None
@@ -105,14 +107,14 @@ async def test_missing_values_and_errors_are_not_cached(client: Redis, source: S
     assert await cache.get("a", source.load) == b"new"
 
 
-async def test_values_expire(client: Redis, source: Source) -> None:
+async def test_values_expire(client: RedisClient, source: Source) -> None:
     source.seconds = 20
     await Cache(client, "test").get("a", source.load)
-    assert 10_000 < await client.pttl("cache:{test:a}") <= 20_000
+    assert 10_000 < await client.pttl(client.key("cache:{test:a}")) <= 20_000
 
 
 async def test_hung_redis_delays_one_read_by_its_budget(
-    client: Redis, source: Source, real_redis: dev_services.Redis
+    client: RedisClient, source: Source, real_redis: dev_services.Redis
 ) -> None:
     """The other reads are done at their first step, so they have waited for nothing."""
     cache = Cache(client, "test")

@@ -3,122 +3,225 @@
 import asyncio
 import contextlib
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from prometheus_client import generate_latest
-from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from app.patterns import outbox
+from app.patterns.outbox import Publisher
 from app.storage.postgres import Connection, Database
+from app.storage.redis import RedisClient
 from scripts import dev_services
 from tests.patterns.conftest import entries, eventually
 from tests.service_process import frozen
+from tests.tcp_proxy import TcpProxy
 
 MAX_LENGTH = 1000
 PAUSED = "outbox publishing paused"
 RESUMED = "outbox publishing resumed"
 
 
-async def add_events(connection: Connection, number: int = 1) -> list[UUID]:
+async def add_events(
+    connection: Connection, number: int = 1, payload: str = '{"a": 1}'
+) -> list[UUID]:
     """Add events in a transaction; return their IDs."""
     ids = [uuid4() for _ in range(number)]
     async with connection.transaction():
         for event_id in ids:
-            await outbox.add(connection, "events", event_id, "happened", '{"a": 1}')
+            await outbox.add(connection, "events", event_id, "happened", payload)
     return ids
 
 
-async def published_ids(client: Redis) -> list[str]:
+async def published_ids(client: RedisClient) -> list[str]:
     return [fields[b"event_id"].decode() for fields in await entries(client, "events")]
 
 
 async def test_event_is_published_with_id_type_and_payload(
-    database: Database, client: Redis
+    database: Database, client: RedisClient
 ) -> None:
     async with database.acquire() as connection:
         (event_id,) = await add_events(connection)
-    assert await outbox.publish(database, client, MAX_LENGTH) == 1
+    assert await Publisher(database, client, MAX_LENGTH).publish() == 1
     (fields,) = await entries(client, "events")
     assert fields == {
         b"event_id": str(event_id).encode(),
         b"type": b"happened",
         b"payload": b'{"a": 1}',
     }
-    assert await outbox.publish(database, client, MAX_LENGTH) == 0
+    assert await Publisher(database, client, MAX_LENGTH).publish() == 0
 
 
-async def test_event_is_rolled_back_with_its_transaction(database: Database, client: Redis) -> None:
+async def test_event_is_rolled_back_with_its_transaction(
+    database: Database, client: RedisClient
+) -> None:
     async with database.acquire() as connection:
         with contextlib.suppress(KeyError):
             async with connection.transaction():
                 await outbox.add(connection, "events", uuid4(), "happened", "{}")
                 raise KeyError
-    assert await outbox.publish(database, client, MAX_LENGTH) == 0
+    assert await Publisher(database, client, MAX_LENGTH).publish() == 0
 
 
-async def test_event_outside_a_transaction_is_rejected(database: Database, client: Redis) -> None:
+async def test_event_outside_a_transaction_is_rejected(
+    database: Database, client: RedisClient
+) -> None:
     async with database.acquire() as connection:
         with pytest.raises(RuntimeError, match="transaction"):
             await outbox.add(connection, "events", uuid4(), "happened", "{}")
-    assert await outbox.publish(database, client, MAX_LENGTH) == 0
+    assert await Publisher(database, client, MAX_LENGTH).publish() == 0
 
 
-async def test_concurrent_relays_publish_each_event_once(database: Database, client: Redis) -> None:
+async def test_concurrent_relays_publish_each_event_once(
+    database: Database, client: RedisClient
+) -> None:
     async with database.acquire() as connection:
         ids = await add_events(connection, 5 * outbox.BATCH)
-    relays = [outbox.publish(database, client, 10_000) for _ in range(5)]
+    relays = [Publisher(database, client, 10_000).publish() for _ in range(5)]
     assert sum(await asyncio.gather(*relays)) == len(ids)
     assert Counter(await published_ids(client)) == Counter(map(str, ids))
 
 
-async def test_single_relay_keeps_the_order(database: Database, client: Redis) -> None:
+async def test_single_relay_keeps_the_order(database: Database, client: RedisClient) -> None:
     async with database.acquire() as connection:
         ids = await add_events(connection, outbox.BATCH + 10)
     for expected in (outbox.BATCH, 10, 0):
-        assert await outbox.publish(database, client, MAX_LENGTH) == expected
+        assert await Publisher(database, client, MAX_LENGTH).publish() == expected
     assert await published_ids(client) == [str(event_id) for event_id in ids]
 
 
 async def test_lost_response_publishes_the_event_again(
-    database: Database, client: Redis, monkeypatch: pytest.MonkeyPatch
+    database: Database, client: RedisClient, proxied: RedisClient, proxy: TcpProxy
 ) -> None:
     """The event has the same ID, by which a consumer recognizes it."""
     async with database.acquire() as connection:
         (event_id,) = await add_events(connection)
-    execute: Any = Pipeline.execute
-
-    async def lose_response(self: Pipeline, **options: bool) -> None:
-        await execute(self, **options)
-        raise RedisConnectionError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "execute", lose_response)
-        with pytest.raises(RedisConnectionError):
-            await outbox.publish(database, client, MAX_LENGTH)
-    assert await outbox.publish(database, client, MAX_LENGTH) == 1
-    assert await published_ids(client) == 2 * [str(event_id)]
+    await proxied.ping()
+    proxy.drops_responses = True
+    async with proxied.unhurried() as unhurried:
+        with pytest.raises(RedisError):
+            await Publisher(database, unhurried, MAX_LENGTH).publish()
+        proxy.drops_responses = False
+        published = await published_ids(client)
+        assert await Publisher(database, unhurried, MAX_LENGTH).publish() == 1
+    assert await published_ids(client) == [*published, str(event_id)]
 
 
 async def test_rejected_event_waits_and_the_others_are_published_once(
-    database: Database, client: Redis
+    database: Database, client: RedisClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await client.set("no stream", 1)
+    """An event of another type's key is rejected with WRONGTYPE."""
+    await client.set(client.key("no stream"), 1)
     async with database.acquire() as connection, connection.transaction():
-        await outbox.add(connection, "no stream", uuid4(), "happened", "{}")
+        # More than a batch, in front of all others.
+        for _ in range(outbox.BATCH + 1):
+            await outbox.add(connection, "no stream", uuid4(), "happened", "{}")
         ids = await add_events(connection, 3)
-    for _ in range(3):
-        with pytest.raises(RedisError, match="WRONGTYPE"):
-            await outbox.publish(database, client, MAX_LENGTH)
+    publisher = Publisher(database, client, MAX_LENGTH)
+    assert await publisher.publish() == 0
+    assert publisher.has_more
+    assert await publisher.publish() == 3
+    assert await publisher.publish() == 0
+    assert not publisher.has_more
     assert await published_ids(client) == [str(event_id) for event_id in ids]
-    await client.delete("no stream")
-    assert await outbox.publish(database, client, MAX_LENGTH) == 1
+    (record,) = [record for record in caplog.records if record.name == "app.outbox"]
+    assert record.message.startswith("outbox event rejected: WRONGTYPE Operation against a key")
+    await client.delete(client.key("no stream"))
+    assert await Publisher(database, client, MAX_LENGTH).publish() == outbox.BATCH
+
+
+async def test_slow_link_drains_large_events_once_each_in_bounded_memory(
+    database: Database, client: RedisClient, proxied: RedisClient, proxy: TcpProxy
+) -> None:
+    """60 events of 80 KiB over 2 MiB/s: a batch takes longer than any time limit of a response."""
+    proxy.bytes_per_second = 2 << 20
+    payload = "a" * (80 << 10)
+    async with database.acquire() as connection:
+        ids = await add_events(connection, 60, payload)
+    tracemalloc.start()
+    try:
+        async with relaying(database, proxied):
+            await until_published(client, ids)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # The relay may have been stopped between the response and the commit of the last batch.
+    assert await Publisher(database, client, MAX_LENGTH).publish() <= 1
+    assert Counter(await published_ids(client)) == Counter(map(str, ids))
+    # The client that reads all of the stream uses three times its size.
+    assert proxy.sent < 60 * len(payload) * 1.1
+    assert peak < 30 << 20
+
+
+async def test_slower_link_than_expected_still_makes_progress(
+    database: Database,
+    client: RedisClient,
+    proxied: RedisClient,
+    proxy: TcpProxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each failure of an event doubles its time limit."""
+    monkeypatch.setattr(outbox, "RESPONSE_SECONDS", 0.3)
+    monkeypatch.setattr(outbox, "LINK_BYTES_PER_SECOND", 1 << 20)
+    proxy.bytes_per_second = 64 << 10
+    async with database.acquire() as connection:
+        large = await add_events(connection, 1, "a" * (80 << 10))
+        small = await add_events(connection, 3)
+    async with relaying(database, proxied):
+        await until_published(client, small)
+        await until_published(client, large)
+
+
+async def test_link_that_breaks_again_and_again_makes_progress(
+    database: Database, client: RedisClient, proxied: RedisClient, proxy: TcpProxy
+) -> None:
+    """It breaks within each window: the events with a response are not published again."""
+    proxy.cut_after_bytes = 20_000
+    async with database.acquire() as connection:
+        ids = await add_events(connection, 100, "a" * 1000)
+    async with relaying(database, proxied):
+        await until_published(client, ids)
+    assert proxy.connections > 5
+    repeated = Counter(await published_ids(client)).total() - len(ids)
+    assert repeated < 100
+
+
+async def test_event_too_large_for_redis_waits_and_the_others_are_published_once(
+    database: Database,
+    client: RedisClient,
+    worker_client: RedisClient,
+    real_redis: dev_services.Redis,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Redis closes the connection at a string over `proto-max-bulk-len` (redis.conf)."""
+    await client.config_set("proto-max-bulk-len", 1 << 20)
+    try:
+        async with database.acquire() as connection:
+            first = await add_events(connection, 3)
+            large = await add_events(connection, 2, "a" * (2 << 20))
+            last = await add_events(connection, outbox.BATCH)
+        async with relaying(database, worker_client):
+            await until_published(client, [*first, *last])
+            await client.config_set("proto-max-bulk-len", 512 << 20)
+            await until_published(client, large)
+    finally:
+        await client.config_set("proto-max-bulk-len", 512 << 20)
+    assert Counter(await published_ids(client)) == Counter(map(str, [*first, *large, *last]))
+    assert "outbox event rejected" in caplog.text
+
+
+async def test_batch_is_bounded_in_bytes(database: Database, client: RedisClient) -> None:
+    async with database.acquire() as connection:
+        await add_events(connection, 5, "a" * (outbox.BATCH_BYTES // 2))
+        await add_events(connection, 1, "a" * (2 * outbox.BATCH_BYTES))
+        await add_events(connection, 1)
+    publisher = Publisher(database, client, MAX_LENGTH)
+    batches = [(await publisher.publish(), publisher.has_more) for _ in range(5)]
+    assert batches == [(2, True), (2, True), (2, True), (1, False), (0, False)]
 
 
 async def test_metrics_report_the_backlog_and_its_age(database: Database) -> None:
@@ -131,17 +234,17 @@ async def test_metrics_report_the_backlog_and_its_age(database: Database) -> Non
     assert 'outbox_lag_seconds{table="outbox"} 36' in metrics
 
 
-async def test_stream_is_trimmed(database: Database, client: Redis) -> None:
+async def test_stream_is_trimmed(database: Database, client: RedisClient) -> None:
     """Redis trims whole nodes, so the length is approximate."""
     async with database.acquire() as connection:
         for _ in range(3):
             await add_events(connection, outbox.BATCH)
-            await outbox.publish(database, client, 100)
-    assert await client.xlen("events") < 100 + outbox.BATCH
+            await Publisher(database, client, 100).publish()
+    assert await client.xlen(client.key("events")) < 100 + outbox.BATCH
 
 
 @contextlib.asynccontextmanager
-async def relaying(database: Database, client: Redis) -> AsyncIterator[None]:
+async def relaying(database: Database, client: RedisClient) -> AsyncIterator[None]:
     relay = asyncio.create_task(outbox.relay(database, client, MAX_LENGTH))
     try:
         yield
@@ -150,7 +253,7 @@ async def relaying(database: Database, client: Redis) -> AsyncIterator[None]:
         await asyncio.wait([relay])
 
 
-async def until_published(client: Redis, ids: list[UUID]) -> None:
+async def until_published(client: RedisClient, ids: list[UUID]) -> None:
     expected = {str(event_id) for event_id in ids}
     async with asyncio.timeout(15):
         while True:
@@ -162,8 +265,8 @@ async def until_published(client: Redis, ids: list[UUID]) -> None:
 
 async def test_hung_redis_delays_events_and_holds_no_connection(
     database: Database,
-    client: Redis,
-    worker_client: Redis,
+    client: RedisClient,
+    worker_client: RedisClient,
     real_redis: dev_services.Redis,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -192,7 +295,7 @@ async def test_hung_redis_delays_events_and_holds_no_connection(
 
 async def test_relay_survives_a_postgres_restart(
     database: Database,
-    client: Redis,
+    client: RedisClient,
     postgres: dev_services.Postgres,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

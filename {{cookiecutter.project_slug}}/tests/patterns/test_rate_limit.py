@@ -5,11 +5,11 @@ import time
 
 import pytest
 from fastapi import Request
-from redis.asyncio import Redis
 
 from app.patterns import rate_limit
 from app.patterns.fail_open import COOL_DOWN_SECONDS
 from app.patterns.rate_limit import BUDGET_SECONDS, RateLimit, TooManyRequestsError, caller
+from app.storage.redis import RedisClient
 from scripts import dev_services
 from tests.patterns.conftest import PATIENT_SECONDS
 from tests.service_process import frozen
@@ -21,7 +21,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rate_limit, "BUDGET_SECONDS", PATIENT_SECONDS)
 
 
-async def test_requests_over_the_limit_are_rejected(client: Redis) -> None:
+async def test_requests_over_the_limit_are_rejected(client: RedisClient) -> None:
     limit = RateLimit(client, "test", 2, 60)
     for _ in range(2):
         await limit.check("one")
@@ -39,7 +39,7 @@ async def test_requests_over_the_limit_are_rejected(client: Redis) -> None:
     await RateLimit(client, "another", 2).check("one")
 
 
-async def test_new_window_begins_when_the_old_one_has_ended(client: Redis) -> None:
+async def test_new_window_begins_when_the_old_one_has_ended(client: RedisClient) -> None:
     limit = RateLimit(client, "test", 2, 2)
     for _ in range(2):
         for _ in range(2):
@@ -49,7 +49,7 @@ async def test_new_window_begins_when_the_old_one_has_ended(client: Redis) -> No
         await asyncio.sleep(int((rejected.value.headers or {})["Retry-After"]))
 
 
-async def test_caller_over_the_limit_is_rejected_without_redis(client: Redis) -> None:
+async def test_caller_over_the_limit_is_rejected_without_redis(client: RedisClient) -> None:
     """A flood slows Redis down, and must not let itself through by that."""
     limit = RateLimit(client, "test", 2)
     for _ in range(2):
@@ -62,15 +62,16 @@ async def test_caller_over_the_limit_is_rejected_without_redis(client: Redis) ->
     await limit.check("other")
 
 
-async def test_counter_without_expiry_is_reset(client: Redis) -> None:
-    await client.set("rate:test:one", 5)
+async def test_counter_without_expiry_is_reset(client: RedisClient) -> None:
+    key = client.key("rate:test:one")
+    await client.set(key, 5)
     await RateLimit(client, "test", 2).check("one")
-    assert await client.get("rate:test:one") == b"1"
-    assert await client.pttl("rate:test:one") > 0
+    assert await client.get(key) == b"1"
+    assert await client.pttl(key) > 0
 
 
 async def test_hung_redis_lets_requests_pass_and_delays_one(
-    client: Redis, real_redis: dev_services.Redis
+    client: RedisClient, real_redis: dev_services.Redis
 ) -> None:
     """The other requests are done at their first step, so they have waited for nothing."""
     limit = RateLimit(client, "test", 1)

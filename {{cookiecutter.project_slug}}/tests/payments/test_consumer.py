@@ -20,7 +20,7 @@ import httpx
 import pytest
 from redis import Redis as Client
 
-from app.settings import load_settings
+from app.settings import Settings, load_settings
 from scripts import dev_services
 from scripts.dev_services import free_port
 from scripts.fake_gateway import FakeGateway, run_gateway
@@ -29,8 +29,9 @@ from tests.service_process import PROJECT, Running, Service, eventually, frozen,
 #: More than a busy machine needs; less than the minute after which pending payments are
 #: republished.
 SETTLED_SECONDS = 40
-STREAM = "payment-events"
-DEAD_LETTERS = "payment-events.dead"
+PREFIX = Settings().redis_key_prefix
+STREAM = f"{PREFIX}:payment-events"
+DEAD_LETTERS = f"{STREAM}.dead"
 
 
 class Consumer(Running):
@@ -385,7 +386,7 @@ def test_pending_payment_is_cached_for_a_second(
 ) -> None:
     """It is soon read as settled, even if Redis is down when it is settled."""
     payment_id = pay(service)
-    key = "cache:{payments:" + payment_id + "}"
+    key = PREFIX + ":cache:{payments:" + payment_id + "}"
 
     def is_cached(expected: str, min_ms: int, max_ms: int) -> bool:
         is_expected = status(service, payment_id) == expected

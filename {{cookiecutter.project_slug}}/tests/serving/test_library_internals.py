@@ -8,22 +8,32 @@ from typing import Any
 
 import asyncpg
 import pytest
+import uvloop
+from anyio._backends._asyncio import AsyncIOBackend
+from asyncpg import connect_utils
 from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
+from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
 from prometheus_client import CollectorRegistry, Histogram, values
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.values import MultiProcessValue
-from redis.asyncio import BlockingConnectionPool
+from redis._parsers.base import BaseParser
+from redis.asyncio import BlockingConnectionPool, ConnectionPool
+from redis.asyncio.connection import AbstractConnection
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
-from starlette.routing import Router
+from starlette.routing import Mount, Router
 from uvicorn.config import Config
 from uvicorn.lifespan.on import LifespanOn
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware, _TrustedHosts
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import Server, ServerState
 from uvicorn_worker import UvicornWorker
+from websockets.server import ServerProtocol
 
 from app.serving.arbiter import ServiceArbiter
 from app.telemetry.metric_files import MetricFile, encode_entries, read_entries
@@ -45,6 +55,7 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     # uvicorn_worker
     UvicornWorker.__init__: ("gunicorn_worker.py changes its config", "d51a1f9f91fd"),
     UvicornWorker._serve: ("gunicorn_worker.py replaces it", "eb799ef03d63"),
+    UvicornWorker.run: ("gunicorn_worker.py replaces it", "00ca1919b3ed"),
     UvicornWorker.init_signals: ("gunicorn_worker.py adds to it", "0c611981788f"),
     # uvicorn: the server
     Server.serve: ("server.py replaces it", "112ef41af521"),
@@ -60,10 +71,11 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     Server._wait_tasks_to_complete: ("it waits for connections, then for tasks", "17209be1e991"),
     LifespanOn.main: ("it fills the state that each request copies", "699f9a37e3f8"),
     # uvicorn: HTTP
-    HttpToolsProtocol.data_received: (
-        "http_protocol.py counts the bytes of headers around it",
-        "010a7ae59a5d",
-    ),
+    HttpToolsProtocol.__init__: ("http_protocol.py makes the same parser", "4f0899941034"),
+    HttpToolsProtocol.data_received: ("http_protocol.py replaces it", "010a7ae59a5d"),
+    HttpToolsProtocol.handle_websocket_upgrade: ("http_protocol.py replaces it", "179c4f769386"),
+    HttpToolsProtocol._start_asgi_task: ("http_response.py replaces it", "9c08c2571ae9"),
+    HttpToolsProtocol.on_message_complete: ("it asks `_should_upgrade`", "1fbad42dc31f"),
     HttpToolsProtocol.on_message_begin: (
         "http_protocol.py detects a new request by its new scope",
         "96d377fdc7c2",
@@ -88,11 +100,22 @@ REVIEWED: dict[Function, tuple[str, str]] = {
         "it writes to http_response.py, which keeps the headers",
         "abdd8601b326",
     ),
+    RequestResponseCycle.run_asgi: (
+        "it logs an incomplete response, unless the client has disconnected",
+        "0f33f2449a44",
+    ),
     RequestResponseCycle.receive: (
         "http_protocol.py wakes it when a body is rejected",
         "8124ae006be7",
     ),
     # uvicorn: WebSocket
+    WebSocketsSansIOProtocol.handle_connect: (
+        "websocket_protocol.py calls it with a request of its own, and changes its scope",
+        "fc648c2161ff",
+    ),
+    WebSocketsSansIOProtocol.handle_parser_exception: ("it requires a close frame", "ff5cf13c764f"),
+    ServerProtocol.parse: ("it parses a request before the frames", "70dba1c6c9bf"),
+    ServerProtocol.accept: ("websocket_protocol.py negotiates with it", "cd815e1b95a6"),
     WebSocketsSansIOProtocol.shutdown: ("it closes with 1012", "e8ace796ada6"),
     # prometheus_client
     Histogram.observe: ("http_metrics.py adds to its sum and buckets", "38beca3be1d1"),
@@ -105,16 +128,69 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     MmapedDict._init_value: ("metric_files.py writes entries as it does", "b07be9310c27"),
     MmapedDict.read_all_values_from_file: ("metric_files.py reads files with it", "949b6512ed6a"),
     # FastAPI
-    FastAPI.build_middleware_stack: ("main.py removes its outermost middleware", "11dddac6c1b6"),
+    FastAPI.build_middleware_stack: (
+        "application.py removes its outermost middleware",
+        "11dddac6c1b6",
+    ),
+    FastAPI.__call__: ("application.py runs it inside of the request middleware", "0795712e5427"),
+    ServerErrorMiddleware.__call__: (
+        "application.py removes it if it would do nothing",
+        "a7d082263a5c",
+    ),
+    ExceptionTelemetryMiddleware.__call__: (
+        "application.py removes it if it would do nothing",
+        "f00be47366e9",
+    ),
+    iter_route_contexts: ("routes.py finds the routes of included routers with it", "087db59981fa"),
+    # Starlette
+    Mount.matches: ("routes.py recognizes a mount by `app_root_path`", "ac97bc77afea"),
+    CORSMiddleware.send: ("cors.py adds the headers that it would add", "e6a44d3c8aba"),
+    # anyio
+    AsyncIOBackend.run_sync_in_worker_thread: (
+        "threads.py relies on its shielded scope, and on its limiter",
+        "65f1902c1314",
+    ),
+    # uvicorn: proxy headers
+    ProxyHeadersMiddleware.__call__: ("proxies.py replaces its trusted hosts", "b601df964c02"),
+    _TrustedHosts.__init__: (
+        "it caches `_compute_trust`, which proxies.py overrides",
+        "6470d2577cb2",
+    ),
+    _TrustedHosts.__contains__: ("proxies.py adds clients without an address", "c91fce85486c"),
     # asyncpg
     vars(asyncpg.Connection)["_cancel_current_command"]: (
         "postgres_errors.py bounds the wait that it begins",
         "c96c8240531a",
     ),
+    vars(connect_utils)["_parse_connect_dsn_and_args"]: (
+        "connection_urls.py validates with it, and reads the hosts",
+        "b8013c6fb220",
+    ),
     # redis-py
     BlockingConnectionPool.get_connection_count: (
         "process_metrics.py reads idle and used, in this order",
         "fc3e24e630af",
+    ),
+    BlockingConnectionPool.get_connection: (
+        "it calls ensure_connection, before which storage/redis.py closes old connections",
+        "6382c8e6cc28",
+    ),
+    BlockingConnectionPool.ensure_connection: (
+        "it connects where a connection is closed",
+        "d144a7b72ed3",
+    ),
+    ConnectionPool.release: ("it closes a connection that is marked for reconnect", "e7d317be9fa6"),
+    AbstractConnection.connect_check_health: (
+        "it calls on_connect_check_health, after which storage/redis.py has the time",
+        "5cfa2c49e83e",
+    ),
+    AbstractConnection.read_response: (
+        "it raises the errors that storage/redis.py looks at",
+        "c1b374bc1a30",
+    ),
+    BaseParser.parse_error: (
+        "it sets `status_code`, and removes the code from the text",
+        "66c735931d7e",
     ),
 }
 
@@ -143,6 +219,13 @@ def test_arbiter_class_can_be_replaced() -> None:
     assert Arbiter.WORKER_BOOT_ERROR == 3
 
 
+def test_event_loop_has_a_descriptor() -> None:
+    """A forked child must not use it."""
+    loop: Any = uvloop.new_event_loop()
+    assert loop._get_backend_id() > 2
+    loop.close()
+
+
 def test_server_has_the_expected_attributes() -> None:
     state = ServerState()
     assert state.total_requests == 0
@@ -161,6 +244,7 @@ def test_outermost_middleware_is_server_error_middleware() -> None:
     """Below it, each layer has the next one in `app`, down to the router."""
     stack = FastAPI().build_middleware_stack()
     assert isinstance(stack, ServerErrorMiddleware)
+    assert isinstance(stack.app, ExceptionTelemetryMiddleware)
     layer: Any = stack
     while hasattr(layer, "app") and not isinstance(layer, Router):
         layer = layer.app

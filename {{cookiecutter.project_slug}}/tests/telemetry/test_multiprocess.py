@@ -90,6 +90,7 @@ def test_dead_workers_are_archived_in_one_file_per_kind(
             f"http_server_request_duration_seconds_sum{labels}": 4,
             "http_server_active_requests": 1,
             "access_log_dropped_lines_total": 0,
+            "log_dropped_lines_total": 0,
         }
         assert collect(collector) == expected
         collector.archive_dead()

@@ -21,7 +21,7 @@ async def healthy() -> None:
 
 async def failing() -> None:
     """A dependency that fails, with a text that no client may see."""
-    raise OSError("secret")
+    raise OSError("no route")
 
 
 async def hung() -> None:
@@ -64,7 +64,7 @@ async def test_only_required_dependencies_affect_readiness(
 ) -> None:
     found, body = await started_health(*checks, readiness_required=required).readiness()
     assert found == status
-    assert "secret" not in str(body)
+    assert "no route" not in str(body)
     assert body["status"] == ("ready" if status == 200 else "not_ready")
 
 
@@ -114,9 +114,31 @@ async def test_change_of_state_is_logged_once(caplog: pytest.LogCaptureFixture) 
         await found.refresh()
         checks.pop(0)
     assert caplog.messages == [
-        "postgres unavailable: OSError",
+        "postgres unavailable: OSError: no route",
         "postgres available again",
-        "postgres unavailable: OSError",
+        "postgres unavailable: OSError: no route",
+    ]
+
+
+async def test_change_of_cause_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "app.health")
+    errors = [
+        OSError("first cause"),
+        OSError("second cause\nDETAIL: a row"),
+        OSError("second cause"),
+    ]
+
+    async def fail() -> None:
+        raise errors[0]
+
+    found = started_health(fail)
+    while errors:
+        found.checked_at = float("-inf")
+        await found.refresh()
+        errors.pop(0)
+    assert caplog.messages == [
+        "postgres unavailable: OSError: first cause",
+        "postgres still unavailable: OSError: second cause",
     ]
 
 

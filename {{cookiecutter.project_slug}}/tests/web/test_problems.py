@@ -122,7 +122,7 @@ async def test_headers_of_an_error_are_sent(http: httpx.AsyncClient) -> None:
     teapot = await http.get("/teapot")
     assert teapot.headers["x-tea"] == "green"
     not_allowed = await http.delete("/")
-    assert not_allowed.headers["allow"] == "GET"
+    assert not_allowed.headers["allow"] == "GET, HEAD"
 
 
 async def test_304_has_no_body(http: httpx.AsyncClient) -> None:

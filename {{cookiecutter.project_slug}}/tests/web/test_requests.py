@@ -6,20 +6,20 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter
 from prometheus_client import REGISTRY
 from starlette.requests import ClientDisconnect
 
 from app.main import create_app
 from app.settings import Settings
-from app.web.middleware import RequestMiddleware
+from app.web.application import Service
 from tests.conftest import InProcess
 
 #: Stands for any text of a query, which no log line may contain.
 CARD_NUMBER = "4111111111111111"
 
 
-def with_routes(settings: Settings) -> FastAPI:
+def with_routes(settings: Settings) -> Service:
     """Return the application with a nested route, and one whose client disconnects."""
     app = create_app(settings)
     router = APIRouter(prefix="/inner")
@@ -40,14 +40,6 @@ def with_routes(settings: Settings) -> FastAPI:
 async def http(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     async with InProcess(with_routes(settings)) as client:
         yield client
-
-
-def request_middleware(app: FastAPI) -> RequestMiddleware:
-    """Return the middleware of an application that has served a request."""
-    layer = app.middleware_stack
-    while not isinstance(layer, RequestMiddleware):
-        layer = layer.app  # type: ignore[union-attr]
-    return layer
 
 
 async def test_root_returns_name_and_version(client: httpx.AsyncClient) -> None:
@@ -176,7 +168,7 @@ async def test_metrics_have_route_templates_and_bounded_labels(settings: Setting
         await client.get("/outer/inner/b")
         await client.get("/x")
         await client.request("HACK", "/y")
-    assert set(request_middleware(app).metrics.counts) == {
+    assert set(app.request_middleware.metrics.counts) == {
         ("GET", "/outer/inner/{name}", 200),
         ("GET", "unmatched", 404),
         ("_OTHER", "unmatched", 404),

@@ -1,0 +1,85 @@
+"""A TCP proxy that is slow, that cuts connections, or that leads to another server meanwhile."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+CHUNK_BYTES = 4096
+
+
+class TcpProxy:
+    """Forwards connections to a port of the loopback interface. Its attributes may be changed."""
+
+    def __init__(self, target: int) -> None:
+        #: New connections lead there; those that are open do not move.
+        self.target = target
+        #: Limit to the server, of all connections together; 0 is none.
+        self.bytes_per_second = 0
+        #: Limit to each client; 0 is none.
+        self.response_bytes_per_second = 0
+        #: A connection is cut after this number of bytes to the server; 0 is never.
+        self.cut_after_bytes = 0
+        self.drops_responses = False
+        self.connections = 0
+        #: Bytes to the server, over all connections.
+        self.sent = 0
+        self.lock = threading.Lock()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self.listener.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+
+    def accept(self) -> None:
+        """Serve until the listener is closed."""
+        with contextlib.suppress(OSError):
+            while True:
+                # A small buffer, so that a slow link looks slow to the client as well.
+                self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, CHUNK_BYTES)
+                client, _ = self.listener.accept()
+                self.connections += 1
+                server = socket.create_connection(("127.0.0.1", self.target))
+                for forward, ends in (
+                    (self.to_server, (client, server)),
+                    (self.to_client, (server, client)),
+                ):
+                    threading.Thread(target=forward, args=ends, daemon=True).start()
+
+    def to_server(self, client: socket.socket, server: socket.socket) -> None:
+        sent = 0
+        with contextlib.suppress(OSError), client, server:
+            while data := client.recv(CHUNK_BYTES):
+                self.throttle(len(data))
+                server.sendall(data)
+                sent += len(data)
+                if self.cut_after_bytes and sent > self.cut_after_bytes:
+                    break
+            server.shutdown(socket.SHUT_RDWR)
+
+    def throttle(self, number: int) -> None:
+        with self.lock:
+            self.sent += number
+            if self.bytes_per_second:
+                time.sleep(number / self.bytes_per_second)
+
+    def to_client(self, server: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client, server:
+            while data := server.recv(CHUNK_BYTES):
+                if self.drops_responses:
+                    break
+                if self.response_bytes_per_second:
+                    time.sleep(len(data) / self.response_bytes_per_second)
+                client.sendall(data)
+            client.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def proxying(target: int) -> Iterator[TcpProxy]:
+    """Run a proxy to this port for the duration of the block."""
+    proxy = TcpProxy(target)
+    threading.Thread(target=proxy.accept, daemon=True).start()
+    try:
+        yield proxy
+    finally:
+        proxy.listener.shutdown(socket.SHUT_RDWR)
+        proxy.listener.close()
