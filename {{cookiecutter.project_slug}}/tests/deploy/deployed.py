@@ -25,6 +25,10 @@ PROJECT = Path(__file__).parents[2]
 K8S = PROJECT / "deploy/k8s"
 OVERLAYS = sorted(file.parent.name for file in K8S.glob("overlays/*/kustomization.yaml"))
 COMPONENTS = sorted(file.parent.name for file in K8S.glob("components/*/kustomization.yaml"))
+#: The command that migrates.
+MIGRATE = ["alembic", "upgrade", "head"]
+#: Components that replace the Job, and the user and group of the pods. The order matters.
+REPLACING = ["migrate-in-pods", "openshift"]
 COMPONENT_LABEL = "app.kubernetes.io/component"
 POD = "spec.template.spec"
 
@@ -216,6 +220,14 @@ class Deployed:
         """The documents that create pods."""
         return [document for document in self.documents if at(document, POD)]
 
+    @property
+    def migrates_in_pods(self) -> bool:
+        """Whether each new pod migrates, in place of a Job."""
+        return all(
+            at(document, f"{POD}.initContainers.0.command") == MIGRATE
+            for document in self.all("Deployment")
+        )
+
     @staticmethod
     def container(document: Document) -> Document:
         """Return the first container of a document that creates pods. Raises `UnreadableError`."""
@@ -319,11 +331,19 @@ def _required_sources(volume: Document) -> list[Document]:
 
 
 def with_every_component(overlay: str, copy: Path) -> Path:
-    """Write a copy of deploy/k8s with every component in an overlay, and return its directory."""
+    """Write a copy of deploy/k8s with every component in an overlay, and return its directory.
+
+    Those of `REPLACING` are left out: they replace what the rules are about.
+    """
+    return with_components(overlay, copy, [name for name in COMPONENTS if name not in REPLACING])
+
+
+def with_components(overlay: str, copy: Path, components: list[str]) -> Path:
+    """Write a copy of deploy/k8s with components in an overlay, and return its directory."""
     directory = shutil.copytree(K8S, copy) / "overlays" / overlay
     file = directory / "kustomization.yaml"
     content = yaml.safe_load(file.read_text())
-    content["components"] = [f"../../components/{name}" for name in COMPONENTS]
+    content["components"] = [f"../../components/{name}" for name in components]
     file.write_text(yaml.safe_dump(content))
     return directory
 

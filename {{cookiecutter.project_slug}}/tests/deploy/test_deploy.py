@@ -6,10 +6,21 @@ import pytest
 import yaml
 
 from tests.deploy.checking import Rule, find_problems
-from tests.deploy.deployed import K8S, OVERLAYS, Deployed, kustomize, read, with_every_component
+from tests.deploy.deployed import (
+    COMPONENTS,
+    K8S,
+    OVERLAYS,
+    REPLACING,
+    Deployed,
+    kustomize,
+    read,
+    with_components,
+    with_every_component,
+)
 from tests.deploy.rules import RULES
 
 EVERY_COMPONENT = "prod with every component"
+OTHER_PLATFORM = "prod without a Job, and with users that the platform assigns"
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +30,22 @@ def every_component(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_every_component("prod", tmp_path_factory.mktemp("deploy") / "k8s")
 
 
-@pytest.fixture(params=[*OVERLAYS, EVERY_COMPONENT])
-def deployed(request: pytest.FixtureRequest, every_component: Path) -> Deployed:
+@pytest.fixture(scope="module")
+def other_platform(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the overlay for production on a platform such as OpenShift with Flux."""
+    kustomize()
+    others = [name for name in COMPONENTS if name not in [*REPLACING, "userns"]]
+    return with_components("prod", tmp_path_factory.mktemp("other") / "k8s", [*others, *REPLACING])
+
+
+@pytest.fixture(params=[*OVERLAYS, EVERY_COMPONENT, OTHER_PLATFORM])
+def deployed(
+    request: pytest.FixtureRequest, every_component: Path, other_platform: Path
+) -> Deployed:
     if request.param == EVERY_COMPONENT:
         return read("prod", every_component)
+    if request.param == OTHER_PLATFORM:
+        return read("prod", other_platform)
     return read(request.param)
 
 
