@@ -26,6 +26,8 @@ class TcpProxy:
         #: Bytes to the server, over all connections.
         self.sent = 0
         self.lock = threading.Lock()
+        self.sockets: list[socket.socket] = []
+        self.threads: list[threading.Thread] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self.listener.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
@@ -39,11 +41,24 @@ class TcpProxy:
                 client, _ = self.listener.accept()
                 self.connections += 1
                 server = socket.create_connection(("127.0.0.1", self.target))
+                self.sockets += [client, server]
                 for forward, ends in (
                     (self.to_server, (client, server)),
                     (self.to_client, (server, client)),
                 ):
-                    threading.Thread(target=forward, args=ends, daemon=True).start()
+                    thread = threading.Thread(target=forward, args=ends, daemon=True)
+                    thread.start()
+                    self.threads.append(thread)
+
+    def close(self) -> None:
+        """Cut all connections, and wait until nothing is forwarded any more."""
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for each in self.sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(10)
 
     def to_server(self, client: socket.socket, server: socket.socket) -> None:
         sent = 0
@@ -81,5 +96,4 @@ def proxying(target: int) -> Iterator[TcpProxy]:
     try:
         yield proxy
     finally:
-        proxy.listener.shutdown(socket.SHUT_RDWR)
-        proxy.listener.close()
+        proxy.close()

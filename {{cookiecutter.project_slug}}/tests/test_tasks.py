@@ -250,12 +250,13 @@ async def test_second_cancellation_takes_effect_at_once() -> None:
 # StateLog
 
 
-def test_state_log_logs_each_change_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_state_log_logs_each_cause_and_the_recovery_once(caplog: pytest.LogCaptureFixture) -> None:
     log = StateLog(logging.getLogger("app.tests"), "redis unavailable", "redis available again")
     log.succeeded()
     assert caplog.messages == []
     log.failed("timeout", dependency="redis")
-    log.failed("connection reset", dependency="redis")
+    log.failed("timeout after 2 s", dependency="redis")
+    log.failed("reset", dependency="redis")
     assert log.is_failing
     log.succeeded(dependency="redis")
     log.succeeded(dependency="redis")
@@ -264,8 +265,9 @@ def test_state_log_logs_each_change_once(caplog: pytest.LogCaptureFixture) -> No
     lines = [(record.levelname, record.name, record.message) for record in caplog.records]
     assert lines == [
         ("WARNING", "app.tests", "redis unavailable: timeout"),
+        ("WARNING", "app.tests", "redis unavailable: reset"),
         ("INFO", "app.tests", "redis available again"),
         ("WARNING", "app.tests", "redis unavailable: timeout"),
     ]
     extras = [vars(record).get("dependency") for record in caplog.records]
-    assert extras == ["redis", "redis", None]
+    assert extras == ["redis", "redis", "redis", None]

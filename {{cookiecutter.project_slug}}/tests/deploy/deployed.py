@@ -44,7 +44,8 @@ RUN_GUNICORN_CONF = """
 import json, sys
 variables = {"__file__": sys.argv[1]}
 exec(sys.stdin.read(), variables)
-print(json.dumps({name: variables.get(name) for name in sys.argv[2:]}))
+# The configuration has replaced sys.stdout by the log.
+sys.__stdout__.write(json.dumps({name: variables.get(name) for name in sys.argv[2:]}))
 """
 GUNICORN_VARIABLES = ("bind", "timeout", "graceful_timeout", "keepalive")
 

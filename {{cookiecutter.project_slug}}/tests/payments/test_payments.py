@@ -206,7 +206,11 @@ async def test_caller_over_the_rate_limit_gets_429(
 
 @pytest.mark.parametrize(
     ("path", "methods"),
-    [("/payments", {"GET", "POST"}), (f"/payments/{uuid4()}", {"GET"}), ("/", {"GET"})],
+    [
+        ("/payments", {"GET", "HEAD", "POST"}),
+        (f"/payments/{uuid4()}", {"GET", "HEAD"}),
+        ("/", {"GET", "HEAD"}),
+    ],
     ids=["list", "one", "root"],
 )
 async def test_unsupported_method_gets_the_allowed_ones(
