@@ -38,14 +38,8 @@ class Edit(NamedTuple):
 EDITS = [
     Edit(
         "app/main.py",
-        "from starlette.types import ASGIApp\n",
-        "from starlette.middleware.gzip import GZipMiddleware\n"
-        "from starlette.types import ASGIApp\n",
-    ),
-    Edit(
-        "app/main.py",
         "    return app\n\n\n",
-        "    app.add_middleware(GZipMiddleware)\n    return app\n\n\n",
+        '    app.state.team = "refunds"\n    return app\n\n\n',
     ),
     Edit(
         "app/settings.py",

@@ -109,7 +109,9 @@ LINES = {
         "from scripts.dev_consumer import consuming  # example",
         "        stack.enter_context(consuming())  # example",
     ],
-    "tests/serving/test_addresses.py": ['        ("app.payments.consumer", False),  # example'],
+    "tests/serving/test_addresses.py": [
+        'COMMANDS += [("app.payments.consumer", False)]  # example'
+    ],
     "tests/serving/test_processes.py": [
         '        payment = {"amount": 1, "currency": "EUR", "reference": "a"}  # example',
         '        headers = {"Idempotency-Key": "a"}  # example',

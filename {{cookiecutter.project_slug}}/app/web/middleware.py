@@ -160,7 +160,7 @@ class Exchange:
             return self._start_response(message)
         # The connection of a large response may be lost, and the application go on for a while.
         is_small = self.size_bytes <= LARGE_RESPONSE_BYTES
-        if is_small or not self._is_disconnected(default=False):
+        if is_small or not self._is_cut():
             self.size_bytes += len(message.get("body", b""))
         if message.get("more_body", False):
             self.middleware.limits.start_stream(self)
@@ -182,6 +182,12 @@ class Exchange:
             add_missing_headers(self.middleware.cors, self.scope, message)
         self.status = self.status or message["status"]
         return self._send(message)
+
+    def _is_cut(self) -> bool:
+        """Whether the server can write no more; it may not have reported that yet."""
+        cycle = getattr(self._send, "__self__", None)
+        connection = getattr(cycle, "transport", None)
+        return connection is not None and connection.is_closing()
 
     async def _send_last(self, message: Message) -> None:
         """Send the end of the response, which then counts as sent; the server may reject it."""
@@ -371,7 +377,7 @@ class Exchange:
 class Handshake(Exchange):
     """The handshake of a WebSocket: an exchange with status 101, or a rejected request.
 
-    Once accepted, a WebSocket is not in flight, and a bug of its handler closes it.
+    Once accepted, a WebSocket counts as a stream, and a bug of its handler closes it.
     """
 
     def __init__(
@@ -380,6 +386,14 @@ class Handshake(Exchange):
         super().__init__(middleware, scope, receive, send)
         scope["method"] = "GET"  # the only one (RFC 6455, section 4.1)
         self.is_closed = False
+
+    async def serve(self) -> None:
+        """Run the application until the WebSocket is closed."""
+        try:
+            await super().serve()
+        finally:
+            self.middleware.limits.in_flight.pop(self, None)
+            self.middleware.limits.end_stream(self)
 
     def send(self, message: Message) -> Awaitable[None]:
         """Pass a message on, with the request ID; reject with a problem document."""
@@ -410,6 +424,13 @@ class Handshake(Exchange):
         elif self.status == 101 and not self.is_closed:
             with contextlib.suppress(ClientDisconnected):
                 await self._send({"type": "websocket.close", "code": INTERNAL_ERROR})
+
+    def _finish(self) -> None:
+        """Count and log the handshake; an open WebSocket becomes a stream."""
+        super()._finish()
+        if self.status == 101:
+            self.middleware.limits.in_flight[self] = None
+            self.middleware.limits.start_stream(self)
 
     def _is_end_of_client(self, error: BaseException) -> bool:
         return isinstance(error, _DISCONNECTS)

@@ -33,6 +33,9 @@ def hook(event, args):
 sys.addaudithook(hook)
 """
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gunicorn does not run on Windows")
+#: The processes that must not ask a name server, and whether they serve requests.
+COMMANDS = [("gunicorn", True), ("scripts.dev", True)]
+COMMANDS += [("app.payments.consumer", False)]  # example
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +152,7 @@ def test_proxy_on_a_unix_socket_is_trusted(unix_service: tuple[OnUnixSocket, Pat
 # Name servers
 
 
-@pytest.mark.parametrize(
-    ("command", "serves_requests"),
-    [
-        ("gunicorn", True),
-        ("scripts.dev", True),
-        ("app.payments.consumer", False),  # example
-    ],
-)
+@pytest.mark.parametrize(("command", "serves_requests"), COMMANDS)
 def test_start_asks_no_name_server(
     urls: dict[str, str], tmp_path: Path, command: str, *, serves_requests: bool
 ) -> None:

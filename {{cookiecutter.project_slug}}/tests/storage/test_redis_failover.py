@@ -120,7 +120,7 @@ async def test_error_of_a_command_keeps_the_connection(rejecting: RejectingServe
 
 
 def test_reason_contains_no_argument_of_the_command() -> None:
-    text = "unknown command 'XADD', with args beginning with: 'payments' 'secret'"
+    text = "unknown command 'XADD', with args beginning with: 'orders' 'secret'"
     assert reason(ResponseError(text, status_code="ERR")) == "ERR unknown command 'XADD',"
     assert len(reason(ResponseError("a" * 10_000))) == 200
     in_pipeline = f"Command # 1 (SET key secret) of pipeline caused error: {('full',)}"
