@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
+from app.settings import load_settings
 from scripts.dev_services import Postgres, free_port, postgres
 from tests.service_process import PROJECT
 
@@ -67,7 +68,7 @@ def test_migration_has_its_own_name_in_postgres(empty_server: Postgres) -> None:
         waiting.communicate(timeout=TIMEOUT_SECONDS)
         return str(name)
 
-    assert asyncio.run(name_during_migration()) == "service-migrate"
+    assert asyncio.run(name_during_migration()) == f"{load_settings().service_name}-migrate"
 
 
 def test_every_migration_can_be_downgraded(empty_server: Postgres) -> None:

@@ -44,8 +44,9 @@ RUN_GUNICORN_CONF = """
 import json, sys
 variables = {"__file__": sys.argv[1]}
 exec(sys.stdin.read(), variables)
-# The configuration has replaced sys.stdout by the log.
-sys.__stdout__.write(json.dumps({name: variables.get(name) for name in sys.argv[2:]}))
+values = {name: variables.get(name) for name in sys.argv[2:]}
+# The file turns what is printed into log lines.
+print(json.dumps(values), file=sys.__stdout__)
 """
 GUNICORN_VARIABLES = ("bind", "timeout", "graceful_timeout", "keepalive")
 
