@@ -17,8 +17,8 @@ GRACE_MARGIN_SECONDS = 10
 #: Maximum number of pods of one release. A rollout runs those of two releases, and the surge.
 REPLICAS = 10
 SURGE = 1
-#: Three connections that Postgres reserves for its superuser, one of the migration.
-OTHER_CONNECTIONS = 4
+#: Three connections that Postgres reserves for its superuser, two of the migration.
+OTHER_CONNECTIONS = 5
 
 
 class Pod(NamedTuple):

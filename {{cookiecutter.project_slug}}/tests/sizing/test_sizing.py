@@ -160,8 +160,8 @@ def test_defaults_pass_every_check(cpus: float) -> None:
         ({"max_requests_jitter": 0}, "MAX_REQUESTS_JITTER=0"),
         ({"database_max_connections": 3}, "less than two for each of 2 workers"),
         (
-            {"postgres_max_connections": 171},
-            "= 172 connections exceed POSTGRES_MAX_CONNECTIONS=171",
+            {"postgres_max_connections": 172},
+            "= 173 connections exceed POSTGRES_MAX_CONNECTIONS=172",
         ),
     ],
 )
