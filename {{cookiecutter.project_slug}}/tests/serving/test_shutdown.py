@@ -151,7 +151,8 @@ def test_quick_shutdown_aborts_everything(service: Service, number: int, drainin
     with websocket(service), stream(service), concurrent.futures.ThreadPoolExecutor() as pool:
         service.get("/background?seconds=60")
         slow = pool.submit(service.get, "/slow?seconds=60")
-        eventually(lambda: "http_server_active_requests 2.0" in service.metrics())
+        # The WebSocket, the stream and the slow request.
+        eventually(lambda: "http_server_active_requests 3.0" in service.metrics())
         if draining:
             service.process.send_signal(signal.SIGTERM)
             time.sleep(0.5)
