@@ -27,6 +27,9 @@ class Pod:
         self.address = address
         self.manifest = manifest
         self.directory = directory
+        #: The volume of the secrets, which contains nothing else.
+        self.secrets = directory / "secrets"
+        self.secrets.mkdir()
         self.record = record
         self.is_deleted = False
         self.is_ready = False
@@ -36,7 +39,7 @@ class Pod:
         #: One process for each start of the container.
         self.processes: list[subprocess.Popen[bytes]] = []
         for name, text in manifest.secrets.items():
-            (directory / name).write_text(text)
+            (self.secrets / name).write_text(text)
 
     @property
     def is_available(self) -> bool:
@@ -77,7 +80,7 @@ class Pod:
         own = {
             "BIND": f"{self.address}:{ports['http']}",
             "METRICS_BIND": f"{self.address}:{ports['metrics']}",
-            "SECRETS_DIR": str(self.directory),
+            "SECRETS_DIR": str(self.secrets),
             "PROMETHEUS_MULTIPROC_DIR": str(self.directory / "metrics"),
         }
         with (self.directory / "log").open("ab") as log:
