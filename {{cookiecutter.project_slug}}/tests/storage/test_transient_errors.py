@@ -118,6 +118,9 @@ async def test_invalid_statement_stays_a_bug(database: Database, admin: asyncpg.
 
 
 async def test_real_deadlock_is_invisible(database: Database, admin: asyncpg.Connection) -> None:
+    # The attempts may meet again, and Postgres needs a second to find a deadlock.
+    patient = {"database_retry_seconds": 30}
+    database.settings = database.settings.model_copy(update=patient)
     await admin.execute("create table deadlock as select id, 0 as n from generate_series(1, 2) id")
     both_locked = asyncio.Barrier(2)
 
