@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from app.settings import Settings
 from tests.deploy import dockerfile
-from tests.deploy.dockerfile import Stage
+from tests.deploy.image_file import Stage
 
 PROJECT = Path(__file__).parents[2]
 K8S = PROJECT / "deploy/k8s"
