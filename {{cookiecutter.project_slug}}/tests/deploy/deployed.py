@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from app.settings import Settings
-from tests.deploy import dockerfile
+from tests.deploy import image_file as dockerfile
 from tests.deploy.image_file import Stage
 
 PROJECT = Path(__file__).parents[2]
