@@ -31,7 +31,9 @@ _CHARACTER = r"""(?:[^/\s"\\]|\\[^nrt])"""
 _PASSWORD_PATTERNS = (
     # scheme://user:password@host; with slashes in it, unless that is a port and a path
     r"(?P<url>:\\{0,4}/\\{0,4}/(?:[^/\s:\"\\]|\\[^nrt])*:)"
-    rf"(?:{_CHARACTER}*|(?!\d{{1,5}}[/?#])(?:{_CHARACTER}|/(?!/))*)(?=@)",
+    rf"(?:{_CHARACTER}*|(?!"
+    r"\d{1,5}[/?#]"
+    rf")(?:{_CHARACTER}|/(?!/))*)(?=@)",
     # the same, percent-encoded once or more: a URL that is a parameter of another
     r"(?P<encoded>%(?:25)*3A(?:%(?:25)*2F){2}(?:(?!%(?:25)*(?:3A|2F|40))[^\s\"&])*%(?:25)*3A)"
     r"(?:(?!(?:%(?:25)*2F){2})[^\s\"&])*(?=%(?:25)*40)",

@@ -208,7 +208,8 @@ def test_full_file_system_costs_no_request_and_no_count(urls: dict[str, str], tm
         # Those of the worker that was not killed, and both of `before`
         eventually(lambda: len(values(service, "labels_total")) == 1 + len(texts))
         eventually(lambda: pids[0] not in processes_with_files(tmpfs))
-        assert f'labels_total{{text="before"}} {before + again}.0' in service.metrics()
+        total = before + again
+        assert 'labels_total{text="before"} ' + f"{total}.0" in service.metrics()
         messages = warnings(service)
         assert all("No space left on device" in message for message in messages)
         assert len(messages) == len(set(messages)) <= 4, messages

@@ -133,7 +133,7 @@ def test_gauges_of_mode_all_are_bounded_in_number(
     with running(tmp_path, SET_GAUGE.format("all", 4)) as pid:
         expected = {pids[1]: 2, pids[2]: 3, pid: 4}
         assert collect(collector) == {
-            f'g{{"pid": "{pid}"}}': value for pid, value in expected.items()
+            'g{"pid": "' + str(pid) + '"}': value for pid, value in expected.items()
         }
 
 
