@@ -170,6 +170,22 @@ def test_bake_is_formatted_and_lint_clean(bake: Bake, include_example: bool) -> 
         assert done.returncode == 0, done.stdout.decode()
 
 
+def test_tools_and_data_are_not_linted_without_git(bake: Bake) -> None:
+    """`make setup` installs uv in `.tools`. Ruff reads `.gitignore` only in a git repository."""
+    project = bake()
+    for name in (".tools/uv", ".dev", ".venv/lib"):
+        (project / name).mkdir(parents=True)
+        (project / name / "unclean.py").write_text("import os,sys\n")
+    for command in (["check", "--no-cache", "."], ["format", "--no-cache", "--check", "."]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command],
+            cwd=project,
+            stdout=subprocess.PIPE,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout.decode()
+
+
 def test_paths_are_short_and_legal_on_windows() -> None:
     for name in tracked():
         assert not re.search(r'[<>:"|?*\\]', name), name
