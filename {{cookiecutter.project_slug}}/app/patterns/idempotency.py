@@ -43,11 +43,31 @@ _STORE = """
 
 
 class IdempotencyError(ServiceError):
-    """The key is missing or invalid (400), in use (409), or of another request (422)."""
+    """The key cannot be used: see the three classes below."""
 
-    def __init__(self, status: int, detail: str) -> None:
-        self.status = status
-        super().__init__(detail, {"Retry-After": "1"} if status == 409 else None)
+
+class KeyInvalidError(IdempotencyError):
+    """The key is missing, or not a valid one: 400."""
+
+    status = 400
+    code = "idempotency_key_invalid"
+
+
+class KeyInUseError(IdempotencyError):
+    """The first request with the key is in progress: 409 with `Retry-After`."""
+
+    status = 409
+    code = "idempotency_key_in_use"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, {"Retry-After": "1"})
+
+
+class KeyReusedError(IdempotencyError):
+    """The key was used with a different request: 422."""
+
+    status = 422
+    code = "idempotency_key_reused"
 
 
 class StoredResponse(NamedTuple):
@@ -68,7 +88,7 @@ async def _key(request: Request) -> str:
     found = _KEY.fullmatch(text)
     if found is None:
         message = "Idempotency-Key must be 1 to 255 printable ASCII characters."
-        raise IdempotencyError(400, message)
+        raise KeyInvalidError(message)
     quoted, bare = found.groups()
     return str(quoted or bare)
 
@@ -92,13 +112,13 @@ async def replay(
     _require_transaction(connection)
     # A statement of its own: the next one then sees the commit of the last holder of the lock.
     if not await connection.fetchval(_LOCK, scope, key):
-        raise IdempotencyError(409, "A request with this Idempotency-Key is in progress.")
+        raise KeyInUseError("A request with this Idempotency-Key is in progress.")
     row = await connection.fetchrow(_FIND, scope, key)
     if row is None:
         return None
     if row["fingerprint"] != _fingerprint(content):
         message = "This Idempotency-Key was already used with a different request."
-        raise IdempotencyError(422, message)
+        raise KeyReusedError(message)
     headers = json.loads(row["headers"]) | {"Idempotent-Replayed": "true"}
     return StoredResponse(row["status"], headers, row["body"])
 

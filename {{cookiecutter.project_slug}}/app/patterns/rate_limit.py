@@ -13,7 +13,7 @@ import time
 from fastapi import Request
 from prometheus_client import Counter
 
-from app.errors import ServiceError
+from app.errors import TooManyRequestsError
 from app.patterns.fail_open import FailOpen
 from app.storage.redis import RedisClient
 from app.web.principal import principal
@@ -39,15 +39,6 @@ _UNCHECKED = Counter(
 _REJECTED = Counter("rate_limit_refused_requests", "Requests over the limit.", ["limit"])
 
 
-class TooManyRequestsError(ServiceError):
-    """The caller is over its limit: 429.
-
-    With `Retry-After`, and the RateLimit headers of IETF draft 10.
-    """
-
-    status = 429
-
-
 class RateLimit:
     """A named limit. Each caller has a window of its own."""
 
@@ -64,7 +55,10 @@ class RateLimit:
         self.rejected_until: dict[str, float] = {}
 
     async def check(self, caller: str) -> None:
-        """Count a request, within `BUDGET_SECONDS`. Raises `TooManyRequestsError`."""
+        """Count a request, within `BUDGET_SECONDS`.
+
+        Raises `TooManyRequestsError`, with the RateLimit headers of IETF draft 10.
+        """
         seconds_left = self.rejected_until.get(caller, 0.0) - time.monotonic()
         if seconds_left > 0:
             raise self._rejection(seconds_left)
@@ -90,11 +84,10 @@ class RateLimit:
         _REJECTED.labels(self.name).inc()
         seconds = math.ceil(seconds_left)
         headers = {
-            "Retry-After": str(seconds),
             "RateLimit-Policy": f'"{self.name}";q={self.requests};w={self.window_seconds}',
             "RateLimit": f'"{self.name}";r=0;t={seconds}',
         }
-        return TooManyRequestsError("Too many requests.", headers)
+        return TooManyRequestsError("Too many requests.", seconds, headers)
 
 
 def caller(request: Request) -> str:

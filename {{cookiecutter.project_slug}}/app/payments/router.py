@@ -5,8 +5,14 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from app.errors import NotFoundError
-from app.patterns.idempotency import OPENAPI_PARAMETERS, IdempotencyKey
+from app.errors import InvalidRequestError, NotFoundError, TooManyRequestsError
+from app.patterns.idempotency import (
+    OPENAPI_PARAMETERS,
+    IdempotencyKey,
+    KeyInUseError,
+    KeyInvalidError,
+    KeyReusedError,
+)
 from app.patterns.pagination import PATTERN, Cursor
 from app.patterns.rate_limit import caller
 from app.payments.schemas import NewPayment, Page, Payment
@@ -27,7 +33,14 @@ async def _rate_limited(request: Request, payments: PaymentsDependency) -> Payme
     "",
     status_code=201,
     response_model=Payment,
-    responses=problem_responses(400, 409, 422, 429, 503),
+    responses=problem_responses(
+        KeyInvalidError,
+        KeyInUseError,
+        KeyReusedError,
+        InvalidRequestError,
+        TooManyRequestsError,
+        503,
+    ),
     openapi_extra=OPENAPI_PARAMETERS,
 )
 async def create(
@@ -43,7 +56,7 @@ async def create(
     return stored.render()
 
 
-@router.get("", responses=problem_responses(422, 503))
+@router.get("", responses=problem_responses(InvalidRequestError, 503))
 async def list_page(
     payments: PaymentsDependency,
     response: Response,
@@ -58,7 +71,11 @@ async def list_page(
     return await payments.list_page(limit, after)
 
 
-@router.get("/{payment_id}", response_model=Payment, responses=problem_responses(404, 422, 503))
+@router.get(
+    "/{payment_id}",
+    response_model=Payment,
+    responses=problem_responses(NotFoundError, InvalidRequestError, 503),
+)
 async def get(payment_id: UUID, payments: PaymentsDependency) -> Response:
     """Look a payment up."""
     payment = await payments.get(payment_id)

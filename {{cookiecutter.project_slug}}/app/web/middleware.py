@@ -40,7 +40,7 @@ from app.web.cors import add_missing_headers
 from app.web.head import serve_head
 from app.web.headers import generate_request_ids, parse_headers
 from app.web.limits import CLIENT_LEFT, Limits
-from app.web.problems import http_problem, problem
+from app.web.problems import http_problem, log_cause, problem
 from app.web.proxies import with_proxy_headers
 from app.web.routes import is_mounted, route_template
 from app.web.threads import cancel_after_thread
@@ -253,6 +253,7 @@ class Exchange:
 
     def _response_to(self, error: BaseException) -> Response:
         if isinstance(error, ServiceError):
+            log_cause(error)
             return http_problem(error)
         if isinstance(error, asyncio.CancelledError) and self._is_shut_down():
             return problem(503, "The service is shutting down.", {"Retry-After": "1"})

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
-from app.errors import ServiceError
+from app.errors import InvalidRequestError, ServiceError
 from app.tasks import RecentCauses, describe
 from app.telemetry.context import request_context
 from app.web.routes import allowed_methods
@@ -23,17 +23,24 @@ logger = logging.getLogger("app.problems")
 recent_causes = RecentCauses()
 MEDIA_TYPE = "application/problem+json"
 _TITLES = {status.value: status.phrase for status in HTTPStatus}
-_SCHEMA = {
+_SCHEMA: dict[str, Any] = {
     "title": "Problem",
     "type": "object",
     "required": ["type", "title", "status"],
     "properties": {
         "type": {"type": "string"},
         "title": {"type": "string"},
+        "code": {"type": "string"},
         "detail": {"type": "string"},
         "request_id": {"type": "string"},
         "status": {"type": "integer"},
     },
+}
+#: Headers of a response, by status, with their descriptions.
+_HEADERS = {
+    401: {"WWW-Authenticate": "How to authenticate."},
+    429: {"Retry-After": "Seconds after which a retry may succeed."},
+    503: {"Retry-After": "Seconds after which a retry may succeed."},
 }
 #: Keys of the body that are shown in a pointer; others are the client's own text.
 _SHOWN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
@@ -64,18 +71,54 @@ def http_problem(error: HTTPException, headers: Mapping[str, str] | None = None)
     """
     detail: object = error.detail
     headers = error.headers if headers is None else headers
+    members = _identify(error) if isinstance(error, ServiceError) else {}
     if detail is None or isinstance(detail, str | Exception):
-        return problem(error.status_code, str(detail or ""), headers)
-    return problem(error.status_code, None, headers, details=jsonable_encoder(detail))
+        return problem(error.status_code, str(detail or ""), headers, **members)
+    details = jsonable_encoder(detail)
+    return problem(error.status_code, None, headers, details=details, **members)
 
 
-def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the OpenAPI description of problems, for `responses=` of a route."""
-    content = {MEDIA_TYPE: {"schema": _SCHEMA}}
-    return {
-        status: {"description": _TITLES.get(status, "Error"), "content": content}
-        for status in statuses
+def _identify(error: ServiceError) -> dict[str, str]:
+    """Return the members by which programs tell this error from others of its status."""
+    members = {"code": error.code} if error.code else {}
+    if error.type != "about:blank":
+        members["type"] = error.type
+        # A type of its own has a title of its own (RFC 9457, section 4.2.1).
+        members["title"] = error.title or _TITLES.get(error.status_code, "Error")
+    return members
+
+
+def problem_responses(*errors: int | type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI description of problems, for `responses=` of a route.
+
+    Each is a status, or a class of errors, whose code becomes part of the description.
+    """
+    codes: dict[int, list[str]] = {}
+    for error in errors:
+        status = error if isinstance(error, int) else error.status
+        known = codes.setdefault(status, [])
+        if not isinstance(error, int) and error.code and error.code not in known:
+            known.append(error.code)
+    return {status: _describe_response(status, known) for status, known in codes.items()}
+
+
+def _describe_response(status: int, codes: list[str]) -> dict[str, Any]:
+    schema = _SCHEMA
+    if codes:
+        schema = {
+            **_SCHEMA,
+            "properties": {**_SCHEMA["properties"], "code": {"type": "string", "enum": codes}},
+        }
+    response: dict[str, Any] = {
+        "description": _TITLES.get(status, "Error"),
+        "content": {MEDIA_TYPE: {"schema": schema}},
     }
+    if status in _HEADERS:
+        response["headers"] = {
+            name: {"description": text, "schema": {"type": "string"}}
+            for name, text in _HEADERS[status].items()
+        }
+    return response
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -96,8 +139,7 @@ async def respond_to_bug(_: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    if error.status_code == 503 and error.__cause__ is not None:
-        _log_cause(error.__cause__)
+    log_cause(error)
     if error.status_code in {204, 304}:  # without a body (RFC 9110, sections 15.3.5 and 15.4.5)
         return Response(status_code=error.status_code, headers=error.headers)
     if error.status_code == 405:
@@ -107,19 +149,37 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 async def _validation_error(_: Request, error: RequestValidationError) -> Response:
     errors = [{"detail": _detail(each), "pointer": _pointer(each)} for each in error.errors()]
-    return problem(422, "Request validation failed.", errors=errors)
+    code = InvalidRequestError.code
+    return problem(422, "Request validation failed.", code=code, errors=errors)
 
 
 async def _redis_unavailable(_: Request, error: Exception) -> Response:
     """Respond 503 to a request that needs Redis."""
-    _log_cause(error)
+    _warn(503, error)
     return problem(503, "Redis is not available.", {"Retry-After": "1"})
 
 
-def _log_cause(error: BaseException) -> None:
-    cause = describe(error)
-    if recent_causes.is_new(cause):
-        logger.warning("responded 503: %s", cause, extra={"reason": type(error).__name__})
+def log_cause(error: HTTPException) -> None:
+    """Log, in one line, what an error of status 5xx was raised from.
+
+    A 500 is a bug, logged each time with the tracebacks of both. Others are outages, of which each
+    cause is logged once a minute.
+    """
+    cause = error.__cause__
+    if cause is None or error.status_code < 500:
+        return
+    if error.status_code == 500:
+        extra = {"reason": type(cause).__name__}
+        logger.error("responded 500: %s", describe(cause), exc_info=error, extra=extra)
+    else:
+        _warn(error.status_code, cause)
+
+
+def _warn(status: int, cause: BaseException) -> None:
+    description = describe(cause)
+    if recent_causes.is_new(description):
+        extra = {"reason": type(cause).__name__}
+        logger.warning("responded %d: %s", status, description, extra=extra)
 
 
 def _with_allowed_methods(request: Request, given: Mapping[str, str]) -> dict[str, str]:

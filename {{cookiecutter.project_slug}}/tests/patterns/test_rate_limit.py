@@ -6,9 +6,10 @@ import time
 import pytest
 from fastapi import Request
 
+from app.errors import TooManyRequestsError
 from app.patterns import rate_limit
 from app.patterns.fail_open import COOL_DOWN_SECONDS
-from app.patterns.rate_limit import BUDGET_SECONDS, RateLimit, TooManyRequestsError, caller
+from app.patterns.rate_limit import BUDGET_SECONDS, RateLimit, caller
 from app.storage.redis import RedisClient
 from scripts import dev_services
 from tests.patterns.conftest import PATIENT_SECONDS

@@ -11,10 +11,21 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from starlette.exceptions import HTTPException
 
-from app.errors import ServiceError
+from app.errors import (
+    ConflictError,
+    ForbiddenError,
+    InvalidRequestError,
+    NotFoundError,
+    PreconditionFailedError,
+    ServiceError,
+    TooManyRequestsError,
+    UnauthorizedError,
+    UnavailableError,
+)
 from app.main import create_app
 from app.settings import Settings
 from app.storage.redis import RedisDependency
+from app.web.problems import MEDIA_TYPE, problem_responses, recent_causes
 from scripts.dev_services import free_port
 from tests.conftest import InProcess
 
@@ -33,6 +44,40 @@ class Card(BaseModel):
 
 
 Tender = Annotated[Cash | Card, Body(discriminator="kind")]
+
+
+class SeatTakenError(ConflictError):
+    """A feature's own error, with a page that describes it."""
+
+    code = "seat_taken"
+    type = "https://errors.example/seat-taken"
+    title = "Seat taken"
+
+
+class BadGatewayError(ServiceError):
+    status = 502
+
+
+ERRORS = {
+    "unauthorized": UnauthorizedError("Sign in first.", 'Bearer realm="orders"'),
+    "forbidden": ForbiddenError("Not yours."),
+    "not_found": NotFoundError("There is no such order."),
+    "conflict": ConflictError("It is shipped."),
+    "precondition_failed": PreconditionFailedError("It has changed."),
+    "invalid_request": InvalidRequestError("It ends before it begins."),
+    "too_many_requests": TooManyRequestsError("Slow down.", 7),
+    "unavailable": UnavailableError("Later.", 3),
+    "seat_taken": SeatTakenError("Choose another."),
+}
+STATUSES = {"unauthorized": 401, "forbidden": 403, "not_found": 404, "conflict": 409}
+STATUSES |= {"precondition_failed": 412, "invalid_request": 422, "too_many_requests": 429}
+STATUSES |= {"unavailable": 503, "seat_taken": 409}
+CAUSED = {
+    "bug": ServiceError("public detail"),
+    "gateway": BadGatewayError("public detail"),
+    "outage": UnavailableError("public detail"),
+    "conflict": ConflictError("public detail"),
+}
 
 
 def with_routes(settings: Settings) -> FastAPI:
@@ -66,6 +111,18 @@ def with_routes(settings: Settings) -> FastAPI:
     @app.get("/service-error")
     async def service_error() -> None:
         raise ServiceError("public detail")
+
+    @app.get("/errors/{name}")
+    async def raise_error(name: str) -> None:
+        raise ERRORS[name]
+
+    @app.get("/caused/{name}")
+    async def raise_from(name: str) -> None:
+        recent_causes.seen_at.clear()
+        try:
+            raise LookupError(f"cause of {name}")
+        except LookupError as error:
+            raise CAUSED[name] from error
 
     @app.post("/pay")
     async def pay(body: Tender, limit: int) -> None: ...
@@ -116,6 +173,72 @@ async def test_every_error_is_a_problem(
         "request_id": response.headers["x-request-id"],
         **members,
     }
+
+
+@pytest.mark.parametrize("code", ERRORS)
+async def test_error_has_a_code_for_programs(http: httpx.AsyncClient, code: str) -> None:
+    """RFC 9457, sections 3.1.4 and 3.2: `detail` is for people, an extension for programs."""
+    response = await http.get(f"/errors/{code}")
+    assert response.status_code == STATUSES[code]
+    assert response.json()["code"] == code
+    assert response.json()["detail"] == ERRORS[code].detail
+
+
+async def test_headers_that_a_status_requires_are_sent(http: httpx.AsyncClient) -> None:
+    """RFC 9110, sections 15.5.2 and 10.2.3, and RFC 6585, section 4."""
+    unauthorized = await http.get("/errors/unauthorized")
+    assert unauthorized.headers["www-authenticate"] == 'Bearer realm="orders"'
+    assert (await http.get("/errors/too_many_requests")).headers["retry-after"] == "7"
+    assert (await http.get("/errors/unavailable")).headers["retry-after"] == "3"
+
+
+async def test_error_of_a_type_has_its_own_title(http: httpx.AsyncClient) -> None:
+    """RFC 9457, section 4.2.1: only `about:blank` has the title of the status."""
+    problem = (await http.get("/errors/seat_taken")).json()
+    assert problem["type"] == "https://errors.example/seat-taken"
+    assert problem["title"] == "Seat taken"
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "level", "has_traceback"),
+    [
+        ("bug", 500, "ERROR", True),
+        ("gateway", 502, "WARNING", False),
+        ("outage", 503, "WARNING", False),
+    ],
+)
+async def test_cause_of_a_5xx_is_logged_once_and_hidden(
+    http: httpx.AsyncClient,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    status: int,
+    level: str,
+    has_traceback: bool,
+) -> None:
+    """`raise ... from error`: one line with the cause; an outage is not logged each time."""
+    response = await http.get(f"/caused/{name}")
+    assert (response.status_code, response.json()["detail"]) == (status, "public detail")
+    assert "cause of" not in response.text
+    (record,) = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    assert record.message == f"responded {status}: LookupError: cause of {name}"
+    assert record.levelname == level
+    assert bool(record.exc_info) is has_traceback
+
+
+async def test_cause_of_a_4xx_is_not_logged(
+    http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (await http.get("/caused/conflict")).status_code == 409
+    assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
+
+
+def test_openapi_describes_codes_and_headers() -> None:
+    responses = problem_responses(401, 429, ConflictError, SeatTakenError, ServiceError)
+    content = responses[409]["content"][MEDIA_TYPE]
+    assert content["schema"]["properties"]["code"]["enum"] == ["conflict", "seat_taken"]
+    assert "WWW-Authenticate" in responses[401]["headers"]
+    assert "Retry-After" in responses[429]["headers"]
+    assert "enum" not in responses[500]["content"][MEDIA_TYPE]["schema"]["properties"]["code"]
 
 
 async def test_headers_of_an_error_are_sent(http: httpx.AsyncClient) -> None:
