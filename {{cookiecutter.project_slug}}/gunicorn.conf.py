@@ -69,7 +69,7 @@ def on_starting(arbiter: Any) -> None:
     if arbiter.cfg.is_ssl:
         fail("--certfile/--keyfile", None, "not supported: end TLS in the proxy or service mesh")
     share_memory()
-    arbiter.metrics = MetricsProcess(settings.metrics_bind, directory.path)
+    arbiter.metrics = MetricsProcess(settings.metrics_bind, directory.path, settings.metrics_prefix)
     arbiter.metrics.ensure()
     atexit.register(arbiter.metrics.stop)
     getLogger("app.sizing").info(

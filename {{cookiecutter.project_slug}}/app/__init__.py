@@ -25,7 +25,7 @@ storage/             Postgres and Redis
 telemetry/           logs and metrics
     logs.py  access_log.py  stdout.py  context.py
     http_metrics.py  process_metrics.py  metric_files.py  multiprocess.py
-    metrics_directory.py  metrics_server.py  scrape_server.py
+    metrics_directory.py  metrics_server.py  metrics_prefix.py  scrape_server.py
 sizing/              how many workers and connections fit here
     resources.py  plan.py  checks.py
 serving/             the gunicorn runtime: nothing imports it, a team rarely opens it

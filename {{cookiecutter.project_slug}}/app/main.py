@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from fastapi.params import Depends
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -17,8 +18,13 @@ from app.web.application import TELEMETRY, Service
 COMMON_RESPONSES = problems.problem_responses(408, 413, 431, 500, 503, 504)
 
 
-def create_app(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> Service:
-    """Return the application. It opens nothing before its lifespan starts."""
+def create_app(
+    settings: Settings, warm_ups: Sequence[WarmUp] = (), dependencies: Sequence[Depends] = ()
+) -> Service:
+    """Return the application. It opens nothing before its lifespan starts.
+
+    Every route has the `dependencies`, for example authentication, except for the probes and `/`.
+    """
     app = Service(
         title=settings.service_name,
         version=settings.service_version,
@@ -38,6 +44,8 @@ def create_app(settings: Settings, warm_ups: Sequence[WarmUp] = ()) -> Service:
         return {"service": settings.service_name, "version": settings.service_version}
 
     app.include_router(health.router)
+    # Only the routes that are added after this have the dependencies.
+    app.router.dependencies.extend(dependencies)
     app.include_router(payments_router)  # example
     return app
 

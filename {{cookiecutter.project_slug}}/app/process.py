@@ -20,6 +20,7 @@ from app.settings import Settings, fail
 from app.storage import Storage, open_storage
 from app.tasks import background_task
 from app.telemetry import logs
+from app.telemetry.metrics_prefix import PrefixedMetrics
 from app.telemetry.process_metrics import dependency_gauge, dropped_log_lines
 from app.telemetry.stdout import LOG_LINES
 from app.web.health import Health
@@ -45,13 +46,14 @@ def run(settings: Settings, work: Work, name: str = "consumer") -> None:
     logs.capture_prints(settings)
     up = dependency_gauge(REGISTRY)
     dropped_lines = dropped_log_lines(REGISTRY)
+    exposed = PrefixedMetrics(REGISTRY, settings.metrics_prefix)
     app = FastAPI(lifespan=lambda _: _open(settings, work, name, up), openapi_url=None)
     app.include_router(health_router)
 
     @app.get("/metrics")
     async def metrics() -> Response:
         dropped_lines.inc(LOG_LINES.take_dropped())
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(exposed), media_type=CONTENT_TYPE_LATEST)
 
     options: dict[str, Any] = {
         "log_config": logs.config(settings),

@@ -187,6 +187,59 @@ HttpUrl = Annotated[str, _matches(_HTTP_URL, "https://gateway.example, without ?
 ServiceName = Annotated[
     str, _matches(r"[A-Za-z0-9][A-Za-z0-9._-]*", "a name without spaces, for example orders-api")
 ]
+#: The fields of log lines that the service sets itself; README.md, "Logs", describes them.
+OWN_LOG_FIELDS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        timestamp level logger message service pid exception stack
+        request_id trace_id parent_span_id
+        method path route status duration_ms response_bytes client
+        dependency reason task stacks requests arguments format_error
+        """,
+    )
+)
+#: Every log line repeats the fields.
+MAX_LOG_FIELDS_CHARACTERS = 500
+
+
+def _parse_log_fields(value: str | tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Return the pairs of `name=value,name=value`. Raises `ValueError`."""
+    if not isinstance(value, str):
+        return value
+    if len(value) > MAX_LOG_FIELDS_CHARACTERS:
+        msg = f"must be at most {MAX_LOG_FIELDS_CHARACTERS} characters: every line repeats them"
+        raise ValueError(msg)
+    pairs = [_parse_log_field(text.strip()) for text in value.split(",") if text.strip()]
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            msg = f"{name} must not be set twice"
+            raise ValueError(msg)
+    return tuple(pairs)
+
+
+def _parse_log_field(text: str) -> tuple[str, str]:
+    """Return the name and the value of one field. Raises `ValueError`."""
+    match = re.fullmatch(r"([a-z][a-z0-9_]*)=(.+)", text)
+    if match is None or not text.isprintable():
+        msg = "must be name=value, comma-separated, for example team=checkout,region=eu"
+        raise ValueError(msg)
+    name, value = match.groups()
+    if name in OWN_LOG_FIELDS:
+        msg = f"{name} is a field of the service itself; choose another name"
+        raise ValueError(msg)
+    return name, value
+
+
+LogFields = Annotated[tuple[tuple[str, str], ...], NoDecode, BeforeValidator(_parse_log_fields)]
+MetricsPrefix = Annotated[
+    str,
+    _matches(
+        r"([A-Za-z_]\w*_)?",
+        "letters, digits and underscores, the last an underscore, for example orders_",
+    ),
+]
 PathPrefix = Annotated[
     str, _matches(r"(/\S*[^/\s])?", "a path without a slash at its end, for example /api")
 ]

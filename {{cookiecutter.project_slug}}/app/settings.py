@@ -21,8 +21,10 @@ from app.setting_types import (
     ForwardedAllowIps,
     HostPort,
     HttpUrl,  # example
+    LogFields,
     LogLevel,
     LowerCase,
+    MetricsPrefix,
     NonNegative,
     Origins,
     PathPrefix,
@@ -86,6 +88,7 @@ class Settings(BaseSettings):
     log_level: LogLevel = "info"
     log_format: Annotated[Literal["auto", "json", "console"], LowerCase] = "auto"
     access_log_flush_ms: NonNegativeInt = 100
+    log_fields: LogFields = ()
     docs_enabled: bool = Field(default_factory=_default_docs_enabled)
     cors_allow_origins: Origins = ()
     root_path: PathPrefix = ""
@@ -96,6 +99,7 @@ class Settings(BaseSettings):
     bind: HostPort = Field(default_factory=_default_bind)
     metrics_bind: HostPort = HostPort("127.0.0.1:9464")
     prometheus_multiproc_dir: Path | None = None
+    metrics_prefix: MetricsPrefix = ""
 
     # Limits of requests
     max_header_bytes: PositiveInt = 32_768

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import IO, Any
 import httpx
 import psutil
 
+from app.settings import Settings
 from scripts.dev_services import free_port
 
 PROJECT = Path(__file__).parent.parent
@@ -125,9 +127,13 @@ class Service(Running):
         """Send a GET request over a new connection."""
         return self.http.get(path, headers=headers)
 
-    def metrics(self) -> str:
-        """Scrape the metrics."""
-        return self.http.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
+    def metrics(self, strip_prefix: bool = True) -> str:
+        """Scrape the metrics; without the prefix that is the default of `METRICS_PREFIX`."""
+        text = self.http.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
+        prefix = Settings.model_fields["metrics_prefix"].default
+        if strip_prefix and prefix:
+            text = re.sub(rf"^(# \w+ )?{prefix}", r"\1", text, flags=re.MULTILINE)
+        return text
 
     def wait_for_workers(self, number: int = 2) -> None:
         """Wait until this number of workers have started, including those that have exited."""

@@ -97,6 +97,12 @@ def test_docs_are_enabled_only_in_development(
     assert Settings().docs_enabled is enabled
 
 
+def test_log_fields_are_pairs_of_names_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOG_FIELDS", "team=checkout, region=eu west=1,")
+    assert Settings().log_fields == (("team", "checkout"), ("region", "eu west=1"))
+    assert "at most 500 characters" in load_error(monkeypatch, LOG_FIELDS="team=" + "a" * 500)
+
+
 def test_settings_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Settings().log_level = "debug"
@@ -125,6 +131,14 @@ def test_settings_are_immutable() -> None:
         ("ROOT_PATH", "api/", "must be a path without a slash at its end, for example /api"),
         ("DATABASE_COMMAND_TIMEOUT_SECONDS", "-1", "greater than 0"),
         ("DOCS_ENABLED", "perhaps", "a valid boolean"),
+        ("METRICS_PREFIX", "orders", "the last an underscore, for example orders_"),
+        ("METRICS_PREFIX", "or-ders_", "letters, digits and underscores"),
+        ("METRICS_PREFIX", "1_", "letters, digits and underscores"),
+        ("LOG_FIELDS", "team", "must be name=value, comma-separated, for example team=checkout"),
+        ("LOG_FIELDS", "Team=a", "must be name=value"),
+        ("LOG_FIELDS", "team=", "must be name=value"),
+        ("LOG_FIELDS", "team=a,team=b", "team must not be set twice"),
+        ("LOG_FIELDS", "pid=1", "pid is a field of the service itself; choose another name"),
     ],
 )
 def test_invalid_value_is_reported_with_its_requirement(

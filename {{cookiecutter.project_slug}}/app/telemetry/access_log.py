@@ -114,7 +114,7 @@ def _constant_keys(settings: Settings) -> bytes:
         "level": "info",
         "logger": "access",
         "message": "request",
-        "service": settings.service_name,
+        **logs.constant_fields(settings),
         "pid": os.getpid(),
     }
     without_braces = orjson.dumps(keys)[1:-1]

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Set
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
@@ -46,7 +47,8 @@ _PASSWORD_PATTERNS = (
 #: Each pattern is linear in the size of the text, which a client may have sent.
 _PASSWORD = re.compile("|".join(_PASSWORD_PATTERNS), re.IGNORECASE)
 _REDACTED = r"\g<url>\g<encoded>\g<key>\g<quoted>***"
-#: Keys that only this module sets; an `extra` of the same name gets the prefix `extra_`.
+#: Keys that only this module sets. An `extra` that is named like one of them, or like a field of
+#: `LOG_FIELDS`, gets the prefix `extra_`.
 _RESERVED_KEYS = frozenset(
     {"timestamp", "level", "logger", "service", "pid", "request_id", "exception", "stack"}
 )
@@ -134,7 +136,8 @@ class LineHandler(logging.Handler):
             error = bug
         if error:
             message = f"log lines are lost: {safe_str(error)}"
-            fields = {"pid": os.getpid()}
+            constant = getattr(self.formatter, "constant_fields", {})
+            fields = {**constant, "pid": os.getpid()}
             _write_stderr(format_line(time.time(), "error", "app", message, fields))
 
     def format(self, record: logging.LogRecord) -> str:
@@ -173,12 +176,14 @@ def _write_stderr(line: bytes) -> None:
 class JsonFormatter(logging.Formatter):
     """Formats a record as one JSON object; each value of `extra` becomes a key."""
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, constant_fields: dict[str, str]) -> None:
         super().__init__()
-        self.service = service
+        self.constant_fields = constant_fields
+        self.reserved_keys = _RESERVED_KEYS | constant_fields.keys()
 
     def format(self, record: logging.LogRecord) -> str:  # noqa: D102
-        fields = {"service": self.service, "pid": record.process, **_extras(record)}
+        extras = _extras(record, self.reserved_keys)
+        fields = {**self.constant_fields, "pid": record.process, **extras}
         error = record.exc_info[1] if record.exc_info else None
         if error:
             fields["exception"] = {
@@ -212,11 +217,11 @@ class ConsoleFormatter(logging.Formatter):
         return redact("\n".join([first_line, *trace, ""]))
 
 
-def _extras(record: logging.LogRecord) -> dict[str, Any]:
+def _extras(record: logging.LogRecord, reserved_keys: Set[str] = _RESERVED_KEYS) -> dict[str, Any]:
     """Return the `extra` of a record: logging stores it in attributes."""
     extras = {}
     for key, value in vars(record).items():
-        if key in _RESERVED_KEYS:
+        if key in reserved_keys:
             extras[f"extra_{key}"] = value
         elif key not in _RECORD_ATTRIBUTES:
             extras[key] = value
@@ -233,12 +238,17 @@ def uses_json(settings: Settings) -> bool:
     return settings.log_format == "json"
 
 
+def constant_fields(settings: Settings) -> dict[str, str]:
+    """Return the fields that are the same in every line: `service` and those of `LOG_FIELDS`."""
+    return {"service": settings.service_name, **dict(settings.log_fields)}
+
+
 def config(settings: Settings) -> dict[str, Any]:
     """Return the `logging.config` dictionary for every logger of the process.
 
     Those of gunicorn and uvicorn are included. Their access logs are off: the middleware has one.
     """
-    json_lines = {"()": JsonFormatter, "service": settings.service_name}
+    json_lines = {"()": JsonFormatter, "constant_fields": constant_fields(settings)}
     console_lines = {
         "()": ConsoleFormatter,
         "fmt": "%(asctime)s %(levelname)-8s %(name)s: %(message)s",
@@ -294,7 +304,7 @@ class _PrintedLines(io.BufferedIOBase):
         self.log_name = name
         self.level = level
         self.descriptor = descriptor
-        self.service = settings.service_name
+        self.constant_fields = constant_fields(settings)
         self.unfinished = threading.local()
         buffer: Any = self
         self.text = io.TextIOWrapper(buffer, "utf-8", "backslashreplace", write_through=True)
@@ -331,7 +341,7 @@ class _PrintedLines(io.BufferedIOBase):
         if text.startswith(CONFIGURATION_ERROR):
             _write_stderr(line + b"\n")
         elif text.strip():
-            fields = {"service": self.service, "pid": os.getpid()}
+            fields = {**self.constant_fields, "pid": os.getpid()}
             entry = format_line(time.time(), self.level, self.log_name, text, fields)
             STDOUT.write(redact(entry.decode()).encode(), LOG_LINES)
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.registry import Collector
 
 from app.setting_types import HostPort
 from app.settings import fail
 from app.telemetry.metric_files import retry_writes
 from app.telemetry.metrics_directory import remove_abandoned
+from app.telemetry.metrics_prefix import PrefixedMetrics
 from app.telemetry.multiprocess import WorkersCollector
 from app.telemetry.scrape_server import ScrapeServer, WSGIApp
 
@@ -43,15 +45,15 @@ logger = logging.getLogger("app.metrics")
 class MetricsProcess:
     """Serves `GET /metrics` on `host:port` from a child process."""
 
-    def __init__(self, address: HostPort, directory: Path) -> None:
-        """Listen on the address.
+    def __init__(self, address: HostPort, directory: Path, prefix: str = "") -> None:
+        """Listen on the address. Each metric's name gets the prefix.
 
         Raises `SystemExit` with one line that identifies the setting, if that fails.
         """
         self.parent = os.getpid()
         self.workers = WorkersCollector(directory)
         try:
-            self.server = ScrapeServer(address, _wsgi_app(self.workers))
+            self.server = ScrapeServer(address, _wsgi_app(PrefixedMetrics(self.workers, prefix)))
         except OSError as error:
             fail("METRICS_BIND", address, f"cannot listen there: {error.strerror}")
         self.pid = 0
@@ -114,9 +116,9 @@ def _exit(*_: object) -> NoReturn:
     os._exit(0)
 
 
-def _wsgi_app(workers: WorkersCollector) -> WSGIApp:
+def _wsgi_app(collector: Collector) -> WSGIApp:
     registry = CollectorRegistry()
-    registry.register(workers)
+    registry.register(collector)
     metrics: WSGIApp = make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:

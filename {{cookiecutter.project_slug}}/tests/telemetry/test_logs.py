@@ -149,7 +149,7 @@ def test_password_in_other_forms_is_redacted(lines: ReadLines, text: str) -> Non
     logger.info("failed: %s", text)
     logger.info("failed", extra={"value": {"text": text}})
     handler = logs.LineHandler()
-    handler.setFormatter(logs.JsonFormatter("orders"))
+    handler.setFormatter(logs.JsonFormatter({"service": "orders"}))
     # Not by the logger: pytest's own handler raises an error for wrong arguments.
     handler.handle(logging.makeLogRecord({"msg": "failed", "args": (text,)}))
     all_lines = lines()
