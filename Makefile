@@ -26,7 +26,7 @@ LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-u
 RUN = TOOLS="$(call under,$(CURDIR),$(TOOLS))" "$(BIN)/python" -m
 PYTEST = $(RUN) pytest -o cache_dir="$(VENV)/cache/pytest"
 
-WITHOUT := -m 'not engine'
+WITHOUT := and not engine
 
 .PHONY: help setup demo lint fast test test-all audit attack bench tuning lock
 
@@ -58,11 +58,11 @@ lint: setup ## check style and types of the tools and of the template
 	@cd '$(SERVICE)' && MYPYPATH=../attack "$$SERVICE_BIN/mypy" ../attack
 
 fast: lint ## lint, and the tests that start no process: generation, hooks, updates
-	@$(PYTEST) -m 'not slow'
+	@$(PYTEST) -m 'not slow' --numprocesses 2
 
-test: lint $(AUDIT_READY) ## all tests that run without Docker, nginx and haproxy
-	@echo 'Three generated projects run their own tests first, without output. This takes minutes.'
-	@$(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder $(WITHOUT)
+test: fast $(AUDIT_READY) ## all tests that run without Docker, nginx and haproxy
+	@echo 'Three generated projects now run tests of their own; they are named when they have passed. This takes minutes.'
+	@$(PYTEST) --verbose -m 'slow $(WITHOUT)' --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-all: WITHOUT :=
 test-all: test attack ## all tests, including those that need Docker, nginx or haproxy

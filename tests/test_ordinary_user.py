@@ -13,7 +13,7 @@ from tests.projects import make, tools
 
 #: An ordinary user that exists on every Linux and macOS.
 USER = "nobody"
-CHECKS = ("lint", "types", "test")
+CHECKS = ("lint", "types", "test-all")
 #: GNU make separates the words of its lists by spaces, and has no quotes for file names ("Rule
 #: Syntax" in its manual).
 PARENT = "it's a project"

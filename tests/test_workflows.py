@@ -78,7 +78,7 @@ def test_workflows_run_existing_make_targets() -> None:
         for line in re.findall(r"^make (.*)", step.get("run", ""))
         for target in line.split()
     }
-    assert {"lint", "types", "test", "image", "k8s-check"} <= made <= targets
+    assert {"lint", "types", "test-all", "image", "k8s-check"} <= made <= targets
 
 
 def test_scripts_contain_no_expression() -> None:

@@ -23,6 +23,30 @@ for name in Settings.model_fields:
 from app.main import create_app
 
 PROJECT = Path(__file__).parent.parent
+#: What the template brings, and an update of the template may change. All other tests are the
+#: team's: those of its features, and those of its settings, migrations and manifests.
+FRAMEWORK = {
+    "patterns",
+    "scripts",
+    "serving",
+    "sizing",
+    "storage",
+    "telemetry",
+    "web",
+    "test_lifespan.py",
+    "test_migration_commands.py",
+    "test_setting_types.py",
+    "test_tasks.py",
+    "test_urls.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the framework's tests, and run them after the team's, which are quicker."""
+    for item in items:
+        if item.path.relative_to(PROJECT / "tests").parts[0] in FRAMEWORK:
+            item.add_marker("framework")
+    items.sort(key=lambda item: item.get_closest_marker("framework") is not None)
 
 
 @pytest.fixture(scope="session")

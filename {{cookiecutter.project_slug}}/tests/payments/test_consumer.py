@@ -26,6 +26,8 @@ from scripts.dev_services import free_port
 from scripts.fake_gateway import FakeGateway, run_gateway
 from tests.service_process import PROJECT, Running, Service, eventually, frozen, serving
 
+pytestmark = pytest.mark.process
+
 #: More than a busy machine needs; less than the minute after which pending payments are
 #: republished.
 SETTLED_SECONDS = 40

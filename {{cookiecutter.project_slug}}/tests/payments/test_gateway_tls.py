@@ -13,6 +13,8 @@ from scripts.fake_gateway import FakeGateway, run_gateway
 from tests.payments.test_consumer import consuming, pay, run_module, status, wait_until_settled
 from tests.service_process import Service, eventually, serving
 
+pytestmark = pytest.mark.process
+
 NO_CONNECTION = 'http_client_request_duration_seconds_count{outcome="ConnectError"'
 
 

@@ -27,6 +27,8 @@ from tests.service_process import PROJECT, Service, eventually, serving
 from tests.storage.test_redis_failover import READONLY, new, old, proxy  # noqa: F401 - fixtures
 from tests.tcp_proxy import TcpProxy
 
+pytestmark = pytest.mark.process
+
 
 def published(client: Any) -> str:
     """Return all events."""
