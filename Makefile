@@ -19,7 +19,9 @@ UV := $(if $(OWN_UV),"$(TOOLS)/bin/uv",uv)
 # The template directory is a runnable project. Its environment and caches stay outside of it.
 IN_SERVICE = $(MAKE) --no-print-directory -C '$(SERVICE)' VENV="$(call under,..,$(VENV))-service" TOOLS="$(call under,..,$(TOOLS))"
 export SERVICE_BIN := $(call under,$(CURDIR),$(VENV))-service/bin
-export PYTHONDONTWRITEBYTECODE := 1
+# Without compiled modules, each start of a process compiles them: 1.5 s of CPU instead of 0.6 s.
+export PYTHONPYCACHEPREFIX := $(call under,$(CURDIR),$(VENV))/cache/pycache
+unexport PYTHONDONTWRITEBYTECODE
 export RUFF_CACHE_DIR := $(call under,$(CURDIR),$(VENV))/cache/ruff
 export MYPY_CACHE_DIR := $(call under,$(CURDIR),$(VENV))/cache/mypy
 LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade
