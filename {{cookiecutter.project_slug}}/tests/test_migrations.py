@@ -15,6 +15,8 @@ from app.settings import load_settings
 from scripts.dev_services import Postgres, free_port, postgres
 from tests.service_process import PROJECT
 
+pytestmark = pytest.mark.process
+
 TIMEOUT_SECONDS = 60
 
 

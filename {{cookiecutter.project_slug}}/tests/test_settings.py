@@ -375,6 +375,7 @@ def test_binary_secret_file_is_rejected(monkeypatch: pytest.MonkeyPatch, tmp_pat
 # Processes
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "command",
     [["-m", "gunicorn"], ["-m", "app.sizing"], ["-m", "app.settings"], ["-c", "import app.main"]],
