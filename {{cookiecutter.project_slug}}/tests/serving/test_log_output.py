@@ -29,7 +29,7 @@ def urls(database_url: str, redis: Redis) -> dict[str, str]:
 
 
 class Reader:
-    """The reading end of the service's stdout. It reads only when it is told to."""
+    """The reading end of the service's stdout. It reads only on request."""
 
     def __init__(self) -> None:
         self.descriptor, writing_end = os.pipe()
