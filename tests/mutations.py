@@ -901,7 +901,7 @@ MUTATIONS = [
         "FROM has",
         text(
             "dockerfile",
-            "FROM docker.io/library/python:3.13-slim AS runtime",
+            "FROM ${BASE_IMAGE:-default} AS runtime",
             "FROM python:3.14-alpine AS runtime",
         ),
     ),

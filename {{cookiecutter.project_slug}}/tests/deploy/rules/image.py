@@ -70,7 +70,9 @@ def last_stage_has_the_packages_and_the_application(d: Deployed) -> Problems:
 
 @rule
 def all_stages_have_the_same_base(d: Deployed) -> Problems:
-    bases = {arguments.split()[0] for arguments in _arguments(d, "FROM")}
+    # A stage of its FROM alone gives another base a name.
+    used = [stage for stage in d.stages if len(stage) > 1]
+    bases = {stage[0].arguments.split()[0] for stage in used if stage[0].name == "FROM"}
     if len(bases) != 1:
         yield (
             f"Dockerfile: FROM has {sorted(bases)}; use one base: files compiled for one do not "
