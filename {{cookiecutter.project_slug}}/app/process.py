@@ -4,6 +4,7 @@ It is an application whose routes are the probes and `/metrics`, on `METRICS_BIN
 is in its lifespan.
 """
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +15,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Gauge, generate_latest
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.lifecycle import Lifecycle, isolate_children
 from app.settings import Settings, fail
@@ -22,9 +24,15 @@ from app.tasks import background_task
 from app.telemetry import logs
 from app.telemetry.metrics_prefix import PrefixedMetrics
 from app.telemetry.process_metrics import dependency_gauge, dropped_log_lines
+from app.telemetry.scrape_server import MAX_CONNECTIONS
 from app.telemetry.stdout import LOG_LINES
 from app.web.health import Health
 from app.web.health import router as health_router
+
+#: Time limit for a connection, from its start to the end of its response.
+CONNECTION_SECONDS = 30.0
+#: Time limit for responses at shutdown, before the work is closed.
+RESPONSES_SECONDS = 2
 
 #: Opens the work of a process, and closes it at shutdown.
 Work = Callable[[Settings, Storage], AbstractAsyncContextManager[None]]
@@ -34,6 +42,36 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Exit with 0: uvicorn would raise the signal again, which looks like a failure."""
         self.should_exit = True
+
+
+class _Connection(HttpToolsProtocol):
+    """One connection, with one request.
+
+    A connection over the limit closes the oldest one, preferably one without a request. So idle
+    clients, and clients that do not read, keep no probe from its response.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connection, and limit its time."""
+        super().connection_made(transport)
+        self.time_limit = self.loop.call_later(CONNECTION_SECONDS, transport.abort)
+        if len(self.connections) > MAX_CONNECTIONS:
+            oldest: Any = min(self.connections, key=_has_request_and_age)
+            oldest.transport.abort()
+            # uvicorn does so later, when the next ones may have been accepted.
+            self.connections.discard(oldest)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Release the connection."""
+        self.time_limit.cancel()
+        super().connection_lost(exc)
+
+
+def _has_request_and_age(connection: Any) -> tuple[bool, float]:
+    """Return a key for sorting: connections without a request first, then the oldest."""
+    cycle = connection.cycle
+    has_request = cycle is not None and not cycle.response_complete
+    return has_request, connection.time_limit.when()
 
 
 def run(settings: Settings, work: Work, name: str = "consumer") -> None:
@@ -59,6 +97,9 @@ def run(settings: Settings, work: Work, name: str = "consumer") -> None:
         "log_config": logs.config(settings),
         "access_log": False,
         "server_header": False,
+        "http": _Connection,
+        "headers": [("Connection", "close")],
+        "timeout_graceful_shutdown": RESPONSES_SECONDS,
     }
     isolate_children()
     config = uvicorn.Config(app, lifespan="on", **options)

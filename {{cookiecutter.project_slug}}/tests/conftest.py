@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.settings import Settings
 from scripts import dev_services
+from tests.service_process import DEADLINE_SECONDS
 
 # Settings of the service in the developer's environment must not reach the tests.
 for name in Settings.model_fields:
@@ -35,6 +36,7 @@ FRAMEWORK = {
     "web",
     "test_lifespan.py",
     "test_migration_commands.py",
+    "test_process.py",
     "test_setting_types.py",
     "test_tasks.py",
     "test_urls.py",
@@ -82,7 +84,8 @@ def database_url(postgres: dev_services.Postgres) -> str:
 def settings(database_url: str, redis: dev_services.Redis) -> Settings:
     """Settings for the servers of this session; access lines are written at once.
 
-    Two timeouts are longer than the defaults: while other tests run, a connect can last over 1 s.
+    Its timeouts are longer than the defaults: while other tests run, a connect can last over 1 s,
+    and a query over 5 s.
     """
     return Settings(
         database_url=SecretStr(database_url),
@@ -91,6 +94,7 @@ def settings(database_url: str, redis: dev_services.Redis) -> Settings:
         access_log_flush_ms=0,
         readiness_timeout_seconds=10,
         database_acquire_timeout_seconds=10,
+        database_command_timeout_seconds=DEADLINE_SECONDS,
     )
 
 

@@ -40,10 +40,11 @@ class Undeletable:
 
 
 @app.get("/log")
-async def log(count: int, size: int, name: str = "") -> None:
-    """Log lines of this size."""
+async def log(count: int, size: int, name: str = "") -> int:
+    """Log lines of this size; return the pid of the worker."""
     for number in range(count):
         logger.info("x" * size, extra={"number": number, "batch": name})
+    return os.getpid()
 
 
 @app.get("/critical")

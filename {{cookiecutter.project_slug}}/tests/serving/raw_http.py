@@ -1,8 +1,10 @@
 """Requests as bytes, for input that no client library sends."""
 
+import contextlib
 import json
 import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tests.service_process import DEADLINE_SECONDS, Service, eventually
@@ -29,6 +31,23 @@ def send(service: Service, *parts: bytes, pause_seconds: float = 0.0) -> bytes:
             connection.sendall(part)
             time.sleep(pause_seconds)
         return read_all(connection)
+
+
+@contextlib.contextmanager
+def stalled_clients(port: int, number: int, data: bytes) -> Iterator[list[socket.socket]]:
+    """Open connections to a port, send this over each, and read nothing."""
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for _ in range(number):
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            client.settimeout(DEADLINE_SECONDS)
+            client.connect(("127.0.0.1", port))
+            stack.enter_context(client)
+            with contextlib.suppress(OSError):  # closed already
+                client.sendall(data)
+            opened.append(client)
+        yield opened
 
 
 def headers_of(response: bytes) -> list[bytes]:

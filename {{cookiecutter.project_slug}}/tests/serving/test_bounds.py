@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from app.telemetry.scrape_server import MAX_CONNECTIONS
 from scripts.dev_services import Redis
 from tests.service_process import DEADLINE_SECONDS, Service, eventually, serving
+from tests.serving.raw_http import stalled_clients
 
 FAULT_ROUTES = "tests.fault_routes:app"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gunicorn does not run on Windows")
@@ -71,23 +71,6 @@ def service(urls: dict[str, str]) -> Iterator[Service]:
         yield service
 
 
-@contextlib.contextmanager
-def connections(service: Service, number: int, data: bytes) -> Iterator[list[socket.socket]]:
-    """Open connections to the metrics port, send this over each, and read nothing."""
-    with contextlib.ExitStack() as stack:
-        opened = []
-        for _ in range(number):
-            connection = socket.socket()
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-            connection.settimeout(DEADLINE_SECONDS)
-            connection.connect(("127.0.0.1", service.metrics_port))
-            stack.enter_context(connection)
-            with contextlib.suppress(OSError):  # closed already
-                connection.sendall(data)
-            opened.append(connection)
-        yield opened
-
-
 @pytest.mark.parametrize(
     "data",
     [b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"],
@@ -97,7 +80,7 @@ def test_clients_of_the_metrics_port_are_bounded(service: Service, data: bytes) 
     """Prometheus' documentation, `scrape_timeout`: a scrape has 10 s."""
     pids = {worker.pid for worker in workers(service)}
     (metrics,) = [each for each in children(service) if each.pid not in pids]
-    with connections(service, 300, data):
+    with stalled_clients(service.metrics_port, 300, data):
         eventually(lambda: metrics.num_threads() <= MAX_CONNECTIONS + 5)
         assert "worker_processes 2.0" in service.metrics()
     eventually(lambda: metrics.num_threads() <= 5)

@@ -98,15 +98,23 @@ def test_container_health_check_succeeds_only_on_200(
 def test_requests_to_all_workers_are_counted_and_logged(service: Service) -> None:
     """No other test uses this route: requests of others may be counted only now."""
 
+    requests = 0
+
     def request(_: int) -> httpx.Response:
         return service.get("/slow?seconds=0", **{"X-Request-ID": "many"})
 
-    with concurrent.futures.ThreadPoolExecutor(10) as pool:
-        responses = list(pool.map(request, range(300)))
-    assert {response.status_code for response in responses} == {200}
-    eventually(lambda: count(service, "/slow") == 300)
-    eventually(lambda: len(lines_of_request(service, "many")) == 300)
-    assert len({line["pid"] for line in lines_of_request(service, "many")}) == 2
+    def both_workers_respond() -> bool:
+        nonlocal requests
+        requests += 300
+        with concurrent.futures.ThreadPoolExecutor(10) as pool:
+            responses = list(pool.map(request, range(300)))
+        assert {response.status_code for response in responses} == {200}
+        eventually(lambda: len(lines_of_request(service, "many")) == requests)
+        return len({line["pid"] for line in lines_of_request(service, "many")}) == 2
+
+    # On a busy machine one worker may accept all connections of a moment.
+    eventually(both_workers_respond)
+    eventually(lambda: count(service, "/slow") == requests)
     assert "http_server_active_requests 0.0" in service.metrics()
 
 
