@@ -171,9 +171,9 @@ def open_testbed(directory: Path) -> Iterator[Testbed]:
     shutil.copytree(HERE / "apps", directory / "apps", ignore=ignored)
     executable = project / ".venv/bin/python"
     services = subprocess.Popen(
-        [executable, "-m", "scripts.dev_services", "sh", "-c", HOLD],
+        [executable, "-m", "scripts.dev_environment", "sh", "-c", HOLD],
         cwd=project,
-        env=environment(),
+        env=environment() | {"DEV_DIRECTORY": str(directory / "dev")},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,

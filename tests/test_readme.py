@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 
-from scripts.ports import eventually, free_port
+from scripts.ports import eventually, free_port, is_listening
 from tests.conftest import CI, ROOT, SERVICE_BIN, SOURCE, Bake, tracked
 
 README = (ROOT / "README.md").read_text()
@@ -144,8 +144,8 @@ class Terminal:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def directories(self, family: list[psutil.Process]) -> list[Path]:
-        """Return the directories of its temporary Postgres and of its metrics."""
-        found = list(self.temporary.glob("postgres-*"))
+        """Return the directories of its metrics."""
+        found: list[Path] = []
         for process in family:
             for place in (self.temporary, Path("/dev/shm")):
                 found += place.glob(f"metrics-{process.pid}-*")
@@ -194,15 +194,23 @@ def test_demo_serves_the_requests_of_the_readme(demo: Terminal) -> None:
     assert "'/payments' 201" in demo.read()
 
 
+def development_ports(project: Path) -> list[int]:
+    """Return the ports of the project's Postgres and Redis."""
+    return [int((project / f".dev/{name}/port").read_text()) for name in ("postgres", "redis")]
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_the_demo_without_a_drain_and_leaves_nothing(demo: Terminal) -> None:
     family = demo.family()
     directories = demo.directories(family)
-    assert len(directories) == 2  # its Postgres and its metrics
+    assert len(directories) == 1
+    servers = development_ports(ROOT / ".demo/my-service")
+    assert all(map(is_listening, servers))
     assert demo.interrupt() < INTERRUPT_SECONDS
     _, alive = psutil.wait_procs(family, 10)
     assert alive == []
     assert not any(path.exists() for path in [*directories, *demo.directories(family)])
+    assert not any(map(is_listening, servers))
     assert "Traceback" not in demo.text
     assert not (CI and "fakeredis" in demo.text)
 

@@ -21,7 +21,7 @@ web/                 what surrounds every request
     application.py  middleware.py  limits.py  headers.py  proxies.py  threads.py
     problems.py  health.py  principal.py  routes.py  cors.py  head.py
 storage/             Postgres and Redis
-    postgres.py  postgres_errors.py  redis.py
+    postgres.py  postgres_errors.py  query_log.py  redis.py
 telemetry/           logs and metrics
     logs.py  access_log.py  stdout.py  context.py
     http_metrics.py  process_metrics.py  metric_files.py  multiprocess.py

@@ -35,7 +35,7 @@ CONNECTION_SECONDS = 30.0
 RESPONSES_SECONDS = 2
 
 #: Opens the work of a process, and closes it at shutdown.
-Work = Callable[[Settings, Storage], AbstractAsyncContextManager[None]]
+Work = Callable[[Settings, Storage, Health], AbstractAsyncContextManager[None]]
 
 
 class _Server(uvicorn.Server):
@@ -78,8 +78,9 @@ def run(settings: Settings, work: Work, name: str = "consumer") -> None:
     """Work until SIGTERM or SIGINT. `name` distinguishes the process in `pg_stat_activity`.
 
     `work` is entered with clients of Postgres and Redis, and left at shutdown. The process is ready
-    while both respond; neither has to at the start. Raises `SystemExit` if `METRICS_BIND` is in
-    use.
+    while both respond, which `health.is_ready()` returns; neither has to at the start.
+
+    Raises `SystemExit` if `METRICS_BIND` is in use.
     """
     logs.capture_prints(settings)
     up = dependency_gauge(REGISTRY)
@@ -128,5 +129,5 @@ async def _open(
         health.started = True
         await stack.enter_async_context(background_task(health.watch()))
 
-        await stack.enter_async_context(work(settings, storage))
+        await stack.enter_async_context(work(settings, storage, health))
         yield {"health": health}

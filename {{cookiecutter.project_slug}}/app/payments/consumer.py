@@ -27,6 +27,7 @@ from app.storage.redis import RedisClient
 from app.tasks import background_task
 from app.telemetry import logs
 from app.telemetry.context import request_context
+from app.web.health import Health
 
 #: The consumer group.
 GROUP = "charges"
@@ -84,8 +85,11 @@ class ChargeHandler(StreamHandler):
 
 
 @contextlib.asynccontextmanager
-async def run_consumer(settings: Settings, storage: Storage) -> AsyncIterator[None]:
-    """Charge payments during the block, then finish the charges in progress."""
+async def run_consumer(settings: Settings, storage: Storage, health: Health) -> AsyncIterator[None]:
+    """Charge payments during the block, then finish the charges in progress.
+
+    A process that is not ready reads no events: others can handle them.
+    """
     concurrency = settings.message_concurrency_per_worker
     grace_seconds = settings.graceful_timeout_seconds - CLOSING_SECONDS
     republish = run_periodically(storage.database, REPUBLISH_SECONDS, republish_pending)
@@ -95,7 +99,7 @@ async def run_consumer(settings: Settings, storage: Storage) -> AsyncIterator[No
         background_task(republish),
     ):
         handler = ChargeHandler(storage.database, storage.redis, gateway)
-        consumer = StreamConsumer(handler, concurrency)
+        consumer = StreamConsumer(handler, concurrency, health.is_ready)
         running = asyncio.create_task(consumer.run(grace_seconds))
         yield
         consumer.is_stopping = True

@@ -14,6 +14,7 @@ from fastapi import Depends, Request
 from app.connection_urls import postgres_addresses
 from app.errors import UnavailableError
 from app.settings import Settings
+from app.storage import query_log
 from app.storage.postgres_errors import (
     CONNECTION_ERRORS,
     SCHEMA_ERRORS,
@@ -66,6 +67,7 @@ class Database:
             statement_cache_size=settings.database_statement_cache_size,
             connection_class=BoundedCancelConnection,
             server_settings={"application_name": self.application_name},
+            init=query_log.enable if settings.log_sql else None,
         )
         self.probe: asyncpg.Connection | None = None
         #: The start of the current outage, by `time.monotonic()`.

@@ -65,6 +65,11 @@ class Health:
             return 200, {"status": "ready", "checks": self.report}
         return 503, {"status": "not_ready", "checks": self.report}
 
+    async def is_ready(self) -> bool:
+        """Return whether the readiness probe would respond with 200."""
+        status, _ = await self.readiness()
+        return status == 200
+
     async def refresh(self) -> None:
         """Check every dependency, at most once in `CACHE_SECONDS`; callers share a check."""
         if time.monotonic() - self.checked_at < CACHE_SECONDS:

@@ -6,6 +6,7 @@ connections and rejects probes.
 """
 
 import asyncio
+import sys
 import time
 from typing import Protocol
 
@@ -21,6 +22,8 @@ EXPIRY_SECONDS = 0.5
 REJECTED_STATUS = "rejected_status"
 #: The key with which the protocol reports a client that has disconnected before the response.
 CLIENT_LEFT = "client_left"
+#: Modules of debuggers: bdb is the base of pdb and others, pydevd is the one of editors.
+DEBUGGERS = ("bdb", "pydevd")
 _DETAILS = {
     400: "The request is not valid HTTP.",
     408: "The request did not arrive in time.",
@@ -68,6 +71,7 @@ class Limits:
         self.max_streams = settings.max_streams
         self.is_full_of_streams = False
         self.is_expiry_scheduled = False
+        self.is_development = settings.environment == "development"
 
     def admit(self, exchange: Exchange, body_bytes: int) -> None:
         """Add a request to those in flight; `body_bytes` is 0 if its length is not known.
@@ -114,6 +118,8 @@ class Limits:
     def _expire_requests(self) -> None:
         """Time out the requests that exceed their limit. One timer serves all requests."""
         oldest_start = time.perf_counter() - self.settings.request_timeout_seconds
+        if self.is_debugged():
+            oldest_start = float("-inf")
         for exchange in list(self.in_flight):
             if exchange.start > oldest_start:
                 break
@@ -123,6 +129,14 @@ class Limits:
         self.is_expiry_scheduled = False
         if self.in_flight:
             self._schedule_expiry()
+
+    def is_debugged(self) -> bool:
+        """Return whether a developer may be at a breakpoint; then requests have no time limit.
+
+        A debugger is detected by its modules: a trace function belongs to one thread, and coverage
+        sets one too.
+        """
+        return self.is_development and any(name in sys.modules for name in DEBUGGERS)
 
     def limit_receive(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that enforces the limits of the body.
@@ -137,8 +151,9 @@ class Limits:
             nonlocal size_bytes, is_complete
             if is_complete:
                 return await receive()
+            seconds = None if self.is_debugged() else deadline - time.monotonic()
             try:
-                async with asyncio.timeout(deadline - time.monotonic()):
+                async with asyncio.timeout(seconds):
                     message = await receive()
             except TimeoutError:
                 raise RejectedError(408) from None

@@ -122,6 +122,27 @@ async def test_consumers_of_a_group_share_the_messages(client: RedisClient) -> N
     assert handlers[0].seen + handlers[1].seen == Counter(names)
 
 
+async def test_consumer_that_is_not_ready_reads_no_message(client: RedisClient) -> None:
+    """Another consumer, which is ready, gets them; they would fail here."""
+    is_ready = False
+
+    async def check() -> bool:
+        return is_ready
+
+    handler = Handler(client)
+    await handler.group.create()
+    await send(client, "waits")
+    consumer = StreamConsumer(handler, 4, check)
+    running = asyncio.create_task(consumer.run(5))
+    await asyncio.sleep(0.5)
+    assert await pending(client) == 0
+    assert not handler.seen
+    is_ready = True
+    await eventually(lambda: handler.seen == Counter(["waits"]))
+    consumer.is_stopping = True
+    await running
+
+
 @pytest.mark.usefixtures("reclaiming")
 async def test_message_of_a_dead_consumer_is_reclaimed(client: RedisClient) -> None:
     dead_consumer = StreamGroup(client, "events", "group")

@@ -137,6 +137,26 @@ async def test_requests_cancelled_at_any_moment_leak_no_connection(database: Dat
 # Timeouts
 
 
+async def test_statements_are_logged_without_values(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The setting `LOG_SQL`. The statement that resets a connection is not the caller's."""
+    logged = settings.model_copy(update={"log_sql": True})
+    async with Database(logged, CONNECTIONS) as database:
+        async with database.acquire() as connection, connection.transaction():
+            await connection.fetchval("select\n  $1::text", "a secret")
+        with pytest.raises(asyncpg.UndefinedTableError):
+            async with database.acquire() as connection:
+                await connection.execute("select * from nothing")
+        await asyncio.sleep(0)  # the driver calls the logger soon
+    records = [vars(record) for record in caplog.records if record.name == "app.sql"]
+    statements = [record["message"] for record in records]
+    assert statements == ["BEGIN;", "select $1::text", "COMMIT;", "select * from nothing"]
+    assert all(0 <= record["duration_ms"] < 10_000 for record in records)
+    assert records[-1]["error"] == "UndefinedTableError"
+    assert "a secret" not in caplog.text
+
+
 async def test_slow_query_times_out(settings: Settings) -> None:
     short = settings.model_copy(update={"database_command_timeout_seconds": 0.1})
     async with open_state(short) as state:

@@ -4,7 +4,9 @@ import concurrent.futures
 import contextlib
 import json
 import socket
+import sys
 import time
+import types
 from collections.abc import Iterator
 
 import psutil
@@ -12,7 +14,7 @@ import pytest
 from starlette.types import Message
 
 from app.settings import Settings
-from app.web.limits import Limits, RejectedError
+from app.web.limits import DEBUGGERS, Limits, RejectedError
 from scripts.dev_services import Redis
 from tests.service_process import DEADLINE_SECONDS, Service, eventually, serving
 
@@ -185,6 +187,20 @@ async def test_body_within_the_limits_is_unchanged() -> None:
 
 
 # Timeouts and concurrency
+
+
+@pytest.mark.parametrize("module", ["bdb", "pydevd"])
+def test_debugger_is_detected_in_development_only(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bdb is the base of pdb, pydevd is that of VS Code and PyCharm. pytest loads bdb."""
+    for name in DEBUGGERS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    development = Limits(Settings(environment="development"))
+    assert not development.is_debugged()
+    monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    assert development.is_debugged()
+    assert not Limits(Settings()).is_debugged()
 
 
 @pytest.mark.parametrize("path", ["/slow?seconds=20", "/slow-thread?seconds=9"])
