@@ -8,10 +8,11 @@ from app import process
 from app.settings import Settings, load_settings
 from app.storage import Storage
 from app.telemetry import logs
+from app.web.health import Health
 
 
 @contextlib.asynccontextmanager
-async def idle(settings: Settings, storage: Storage) -> AsyncIterator[None]:
+async def idle(settings: Settings, storage: Storage, health: Health) -> AsyncIterator[None]:
     yield
 
 
