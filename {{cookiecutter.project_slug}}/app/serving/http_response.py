@@ -38,7 +38,7 @@ class HttpResponseProtocol(HttpToolsProtocol):
         #: The bytes that the kernel had not yet accepted when they were last measured.
         self.undelivered_bytes = 0
         self.moved_bytes = 0
-        #: The future of the application that waits for the delivery of a large response.
+        #: Called with the undelivered bytes once a large response is with the kernel, or lost.
         self.report_delivery: Callable[[int], None] | None = None
         #: The context of the connection, a copy of which each request gets.
         self.context = contextvars.copy_context()
