@@ -57,7 +57,7 @@ def _serving_metrics() -> Iterator[None]:
 
     address = addresses.free_address("METRICS_BIND", load_settings().metrics_bind)
     os.environ["METRICS_BIND"] = address
-    metrics = metrics_server.MetricsProcess(address, directory.path)
+    metrics = metrics_server.MetricsProcess(address, directory.path, load_settings().metrics_prefix)
     metrics.ensure()
     try:
         yield
