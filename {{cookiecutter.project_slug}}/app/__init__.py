@@ -17,6 +17,8 @@ patterns/            building blocks to copy  # example
     outbox.py  inbox.py  periodic.py  # example
     stream_consumer.py  stream_handler.py  stream_group.py  # example
     http_client.py  circuit_breaker.py  # example
+process_pool/        CPU-heavy work in other processes
+    pool.py  process.py  child.py
 web/                 what surrounds every request
     application.py  middleware.py  limits.py  headers.py  proxies.py  threads.py
     problems.py  health.py  principal.py  routes.py  cors.py  head.py

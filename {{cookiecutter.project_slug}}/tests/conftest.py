@@ -28,6 +28,7 @@ PROJECT = Path(__file__).parent.parent
 #: team's: those of its features, and those of its settings, migrations and manifests.
 FRAMEWORK = {
     "patterns",
+    "process_pool",
     "scripts",
     "serving",
     "sizing",

@@ -1,0 +1,1 @@
+"""Processes for CPU-heavy work: the event loop of the worker stays free."""

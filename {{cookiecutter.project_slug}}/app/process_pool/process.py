@@ -1,0 +1,169 @@
+"""One process of a pool, seen from its parent."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any, Self
+
+from app.process_pool import child
+from app.process_pool.child import HEADER, LogOptions, WarmUp, read_result
+from app.settings import Settings
+from app.telemetry.logs import uses_json
+from app.telemetry.stdout import LOG_LINES, STDOUT
+
+#: The program of a process. It has the parent's import path, whatever the current directory is.
+PROGRAM = """
+import sys
+sys.path[:] = {path!r}
+from app.process_pool.child import main
+main({descriptor}, {parent})
+"""
+#: A line that a process has printed is logged at this size, even without its end.
+MAX_LINE_BYTES = 1 << 16
+#: Time limit for a killed process to end, and for its output to be read.
+END_SECONDS = 1.0
+#: The start of a line of JSON that the process has logged itself.
+JSON_LINE = b'{"timestamp":'
+
+logger = logging.getLogger("app.process_pool")
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class ProcessDiedError(Exception):
+    """The process has ended in the middle of a call."""
+
+
+class PoolProcess:
+    """A process that runs one call at a time.
+
+    It is started as a program: a fork would copy sockets and threads, and `multiprocessing` starts
+    a second process for its semaphores, which prints plain text when this worker is killed.
+    """
+
+    def __init__(
+        self, popen: subprocess.Popen[bytes], calls: Stream, output: Stream, *, logs_json: bool
+    ) -> None:
+        self.popen = popen
+        self.logs_json = logs_json
+        self.reader, self.writer = calls
+        self.output = output
+        #: Calls until this process is replaced. The pool sets it.
+        self.calls_left = 0
+        #: Whether no call is running, or was given up.
+        self.is_usable = True
+        #: Whether a successor is being started, and whether it has started.
+        self.has_successor = False
+        self.is_retired = False
+        #: Ends when the process does.
+        self.forwarding = asyncio.create_task(self._forward_output())
+
+    @classmethod
+    async def start(cls, settings: Settings, warm_up: WarmUp | None) -> Self:
+        """Start a process and warm it up. Raises what that raises, or `OSError`."""
+        calls, their_calls = socket.socketpair()
+        output, their_output = socket.socketpair()
+        with their_calls, their_output:
+            calls_stream = await asyncio.open_connection(sock=calls)
+            output_stream = await asyncio.open_connection(sock=output)
+            popen = _spawn(their_calls.fileno(), their_output.fileno())
+        # The child cannot see whether lines are JSON: its stdout is not that of the parent.
+        log_format = "json" if uses_json(settings) else "console"
+        options = LogOptions(
+            settings.service_name, settings.log_level, log_format, settings.log_fields
+        )
+        process = cls(popen, calls_stream, output_stream, logs_json=log_format == "json")
+        try:
+            first_call = pickle.dumps((child.start, (options, warm_up), None))
+            read_result(await process.exchange(first_call))
+        except BaseException:
+            await process.end()
+            raise
+        return process
+
+    @property
+    def pid(self) -> int:
+        """The ID of the process."""
+        return self.popen.pid
+
+    async def exchange(self, message: bytes) -> bytes:
+        """Send a call, and return its result. Raises `ProcessDiedError`.
+
+        If it is cancelled, the process is not usable any more: it goes on with the call.
+        """
+        self.is_usable = False
+        try:
+            self.writer.write(HEADER.pack(len(message)))
+            self.writer.write(message)
+            await self.writer.drain()
+            header = await self.reader.readexactly(HEADER.size)
+            content = await self.reader.readexactly(HEADER.unpack(header)[0])
+        except (ConnectionError, asyncio.IncompleteReadError) as error:
+            raise ProcessDiedError from error
+        self.is_usable = True
+        return content
+
+    def kill(self) -> None:
+        """Kill the process. It is not usable any more; `end` releases it."""
+        self.is_usable = False
+        self.popen.kill()
+
+    async def end(self) -> str:
+        """Kill the process, release its resources, and return how it has ended."""
+        self.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self.popen.wait, END_SECONDS)
+        # A process that the child has started may keep its output open.
+        await asyncio.wait([self.forwarding], timeout=END_SECONDS)
+        self.forwarding.cancel()
+        self.writer.close()
+        self.output[1].close()
+        return _describe_exit(self.popen.returncode)
+
+    async def _forward_output(self) -> None:
+        """Log each line that the process writes to its stdout or stderr, until it ends."""
+        rest = b""
+        while chunk := await self.output[0].read(MAX_LINE_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) > MAX_LINE_BYTES:
+                lines.append(rest)
+                rest = b""
+            for line in lines:
+                self._forward(line)
+        self._forward(rest)
+
+    def _forward(self, line: bytes) -> None:
+        """Log a line: as it is if the process has logged it, else as a warning.
+
+        Others are from libraries in C, an interpreter that crashes, or programs that a call starts.
+        """
+        if line.startswith(JSON_LINE) or not self.logs_json:
+            STDOUT.write(line + b"\n", LOG_LINES)
+        elif line.strip():
+            text = line.decode(errors="backslashreplace")
+            logger.warning(text, extra={"process_pid": self.pid})
+
+
+def _spawn(calls: int, output: int) -> subprocess.Popen[bytes]:
+    """Start the program, with descriptors for its calls and its output. Takes 1 ms."""
+    program = PROGRAM.format(path=sys.path, descriptor=calls, parent=os.getpid())
+    return subprocess.Popen(  # noqa: S603 - the program above
+        [sys.executable, "-c", program],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=[calls],
+    )
+
+
+def _describe_exit(code: Any) -> str:
+    """Return how a process has ended, from the code of `subprocess`."""
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
