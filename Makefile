@@ -79,7 +79,7 @@ attack: setup ## attack a running service: floods, faults, restarts behind proxi
 bench: setup ## benchmark against bare FastAPI and the most used template; QUICK=1 for one short round
 	@QUICK='$(QUICK)' $(RUN) benchmarks
 
-tuning: setup ## measure the figures of docs/tuning.md on this machine; two minutes
+tuning: setup ## measure the figures of the service's docs/tuning.md on this machine; two minutes
 	@$(RUN) benchmarks.tuning
 
 lock: | $(OWN_UV) ## regenerate all requirements with the latest compatible versions

@@ -1,4 +1,4 @@
-"""Measure the figures of docs/tuning.md: `make tuning`. Takes two minutes."""
+"""Measure the figures of the service's docs/tuning.md: `make tuning`. Takes two minutes."""
 
 import asyncio
 import sys

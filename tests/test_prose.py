@@ -123,7 +123,7 @@ def test_sentences_are_short(name: str) -> None:
 
 
 def test_files_are_found() -> None:
-    assert {"README.md", "docs/tuning.md", f"{SOURCE}/docs/runbook.md"} <= set(DOCUMENTS)
+    assert {"README.md", "docs/updating.md", f"{SOURCE}/docs/tuning.md"} <= set(DOCUMENTS)
     assert {f"{SOURCE}/app/web/limits.py", "hooks/pre_gen_project.py", "Makefile"} <= set(CODE)
 
 

@@ -32,7 +32,7 @@ READY_SECONDS = 120
 #: Ctrl-C skips the drain, which would take ten seconds. Alone, the service stops within two.
 INTERRUPT_SECONDS = 8
 #: Targets of the generated project that the template's README mentions.
-PROJECT_TARGETS = {"dev", "run", "doctor", "up", "edge", "remove-example"}
+PROJECT_TARGETS = {"dev", "run", "doctor", "up", "edge", "remove-example", "pattern"}
 
 
 def test_linked_files_exist() -> None:

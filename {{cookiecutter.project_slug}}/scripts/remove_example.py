@@ -2,13 +2,18 @@
 
 Only files that the template wrote are deleted or edited, and of their marked lines only those that
 the template wrote. A migration of the project's own that follows the example's becomes the first.
+The patterns are moved to docs/patterns, where `make pattern` finds them.
 """
 
 from __future__ import annotations
 
+import ast
+import os
 import re
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 #: The files of the example. The last one is this script: an interrupted run can be repeated.
@@ -55,6 +60,8 @@ PATHS = [
     "tests/patterns/test_idempotency.py",
     "tests/patterns/test_inbox.py",
     "tests/patterns/test_outbox.py",
+    "tests/patterns/test_pagination.py",
+    "tests/patterns/test_periodic.py",
     "tests/patterns/test_rate_limit.py",
     "tests/patterns/test_stream.py",
     "tests/payments/__init__.py",
@@ -64,6 +71,14 @@ PATHS = [
     "tests/payments/test_redis.py",
     "scripts/remove_example.py",
 ]
+#: The directory that keeps the patterns, and the files of the example that move there.
+PATTERNS = "docs/patterns"
+MOVED = (
+    "app/patterns/",
+    "migrations/versions/0002_patterns.py",
+    "scripts/quiet_http.py",
+    "tests/patterns/",
+)
 #: Files with blocks between `example: begin` and `example: end`, or with marked rows of tables.
 FILES_WITH_BLOCKS = [
     ".env.example",
@@ -72,6 +87,7 @@ FILES_WITH_BLOCKS = [
     "app/setting_types.py",
     "app/settings.py",
     "compose.yaml",
+    "docs/patterns.md",
     "docs/runbook.md",
     "scripts/seed.py",
 ]
@@ -139,26 +155,72 @@ FOLLOWS_EXAMPLE = re.compile(
 STORED_ANSWER = re.compile(r'(?<="include_example": )[^,\n]+')
 
 
+#: Statements for a database that has been migrated with the example.
+CLEANUP = """\
+drop table if exists payments, idempotency_keys, outbox, inbox;
+delete from alembic_version where version_num in ('0001_payments', '0002_patterns');
+"""
+DATABASES = f"""
+A database that was migrated with the example needs these statements before the next `make migrate`.
+They delete the data of the example. Without the first one, its tables stay.
+
+psql "$DATABASE_URL" <<'SQL'
+{CLEANUP}SQL
+"""
+MAX_SHOWN = 5
+
+
 def remove(project: Path) -> list[str]:
     """Remove the example from this project. A second run changes nothing.
 
     Returns a line for each marked line and each file in the example's directories that stays.
     """
     left: list[str] = []
-    for name in sorted({*FILES_WITH_BLOCKS, *LINES}):
-        if _is_inside(project, name) and (project / name).is_file():
-            left += _edit(project / name, name)
-    for path in sorted((project / "migrations/versions").glob("*.py")):
-        if _is_inside(project, f"migrations/versions/{path.name}"):
-            _substitute(path, FOLLOWS_EXAMPLE, r"\1None")
-    # Updates of the template leave the example out as well.
-    if (project / ".cruft.json").is_file():
-        _substitute(project / ".cruft.json", STORED_ANSWER, "false")
-    for name in PATHS:
-        if _is_inside(project, name):
-            (project / name).unlink(missing_ok=True)
+    for name in _edited_files(project):
+        text = _read(project / name)
+        edited = edit(name, text)
+        _write(project / name, text, edited)
+        lines = edited.split("\n")
+        if name in {*FILES_WITH_BLOCKS, *LINES}:
+            numbers = [number for number, line in enumerate(lines, 1) if line.endswith(MARK)]
+            left += [f"{name}:{number}" for number in numbers]
+    for name in _files(project):
+        if name.startswith(MOVED):
+            target = project / PATTERNS / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (project / name).replace(target)
+        else:
+            (project / name).unlink()
     left += _delete_directories(project)
     return left
+
+
+def edit(name: str, text: str) -> str:
+    """Return the text of a file without what belongs to the example."""
+    if name == ".cruft.json":
+        # Updates of the template leave the example out as well.
+        return STORED_ANSWER.sub("false", text)
+    if name.startswith("migrations/"):
+        return FOLLOWS_EXAMPLE.sub(r"\1None", text)
+    if name in FILES_WITH_BLOCKS:
+        for pattern in (BLOCK_BETWEEN_BLANK_LINES, BLOCK, MARKED_ROW):
+            text = pattern.sub("", text)
+    marked = LINES.get(name, [])
+    return "\n".join(line for line in text.split("\n") if line not in marked)
+
+
+def _edited_files(project: Path) -> list[str]:
+    """Return the files that may contain parts of the example."""
+    versions = sorted((project / "migrations/versions").glob("*.py"))
+    names = sorted({*FILES_WITH_BLOCKS, *LINES})
+    names += [f"migrations/versions/{path.name}" for path in versions]
+    names.append(".cruft.json")
+    return [name for name in names if _is_inside(project, name) and (project / name).is_file()]
+
+
+def _files(project: Path) -> list[str]:
+    """Return the files of the example that the project has."""
+    return [name for name in PATHS if _is_inside(project, name) and (project / name).is_file()]
 
 
 def _is_inside(project: Path, name: str) -> bool:
@@ -182,24 +244,6 @@ def _delete_directories(project: Path) -> list[str]:
     return left
 
 
-def _edit(path: Path, name: str) -> list[str]:
-    """Remove the marked parts of a file; return the marked lines that stay."""
-    if name in FILES_WITH_BLOCKS:
-        for pattern in (BLOCK_BETWEEN_BLANK_LINES, BLOCK, MARKED_ROW):
-            _substitute(path, pattern, "")
-    marked = LINES.get(name, [])
-    text = _read(path)
-    lines = [line for line in text.split("\n") if line not in marked]
-    _write(path, text, "\n".join(lines))
-    numbers = [number for number, line in enumerate(lines, 1) if line.endswith(MARK)]
-    return [f"{name}:{number}" for number in numbers]
-
-
-def _substitute(path: Path, pattern: re.Pattern[str], replacement: str) -> None:
-    text = _read(path)
-    _write(path, text, pattern.sub(replacement, text))
-
-
 def _read(path: Path) -> str:
     """Return a file as text; bytes that are no text stay as they are in `_write`."""
     return path.read_bytes().decode(errors="surrogateescape")
@@ -210,15 +254,125 @@ def _write(path: Path, before: str, text: str) -> None:
         path.write_bytes(text.encode(errors="surrogateescape"))
 
 
-def main() -> None:
+def plan(project: Path) -> Iterator[str]:
+    """Yield a line for each thing that `remove` does."""
+    for verb, is_moved in (("delete", False), (f"move to {PATTERNS}:", True)):
+        names = [name for name in _files(project) if name.startswith(MOVED) == is_moved]
+        for directory in sorted({str(Path(name).parent) for name in names}):
+            files = [Path(name).name for name in names if str(Path(name).parent) == directory]
+            yield f"{verb} {directory}/ {' '.join(files)}"
+    for name in _edited_files(project):
+        text = _read(project / name)
+        if name not in PATHS and edit(name, text) != text:
+            yield f"edit {name}"
+
+
+def uncommitted(project: Path) -> list[str]:
+    """Return the files with changes that git has not stored.
+
+    Raises `OSError` with the reason if there is no repository.
+    """
+    command = ["git", "status", "--porcelain", "--", "."]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(done.stderr.strip().partition("\n")[0])
+    return [line[3:] for line in done.stdout.splitlines()]
+
+
+def own_imports(project: Path) -> Iterator[tuple[str, str]]:
+    """Yield each import of a removed module in a file that stays: `file:line`, and the module."""
+    removed = {_module(name) for name in PATHS if name.endswith(".py")}
+    for path in _python_files(project):
+        name = path.relative_to(project).as_posix()
+        text = _read(path)
+        marked = LINES.get(name, [])
+        lines = text.split("\n")
+        for number, base, imported in _imports(name, text):
+            module = f"{base}.{imported}" if imported else base
+            if module not in removed and not _is_module(project, module):
+                module = base
+            if module in removed and lines[number - 1] not in marked:
+                yield f"{name}:{number}", module
+
+
+def _python_files(project: Path) -> Iterator[Path]:
+    """Yield the Python files that stay, without those of environments."""
+    for directory, names, files in os.walk(project):
+        path = Path(directory)
+        names[:] = sorted(
+            name
+            for name in names
+            if not name.startswith(".") and not (path / name / "pyvenv.cfg").exists()
+        )
+        for file in sorted(files):
+            name = (path / file).relative_to(project).as_posix()
+            if file.endswith(".py") and name not in PATHS and not name.startswith(PATTERNS):
+                yield path / file
+
+
+def _imports(name: str, text: str) -> Iterator[tuple[int, str, str]]:
+    """Yield the line of each import, the module, and the imported name if there is one."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, ""
+        elif isinstance(node, ast.ImportFrom):
+            package = name.split("/")[: -node.level] if node.level else []
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, base, alias.name
+
+
+def _module(name: str) -> str:
+    """Return the dotted name of a Python file."""
+    return re.sub(r"(/__init__)?\.py$", "", name).replace("/", ".")
+
+
+def _is_module(project: Path, module: str) -> bool:
+    path = project / module.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def refusals(project: Path) -> Iterator[str]:
+    """Yield the reasons not to remove the example, each with its remedy; note a missing git."""
+    try:
+        files = uncommitted(project)
+    except OSError as error:
+        sys.stdout.write(f"not under git, so that nothing can be restored: {error}\n")
+        files = []
+    if files:
+        shown = ", ".join(files[:MAX_SHOWN])
+        more = f" and {len(files) - MAX_SHOWN} more" if len(files) > MAX_SHOWN else ""
+        yield f"changes that are not committed: {shown}{more}; commit or stash them"
+    for place, module in own_imports(project):
+        remedy = "remove the import"
+        if module.startswith("app.patterns."):
+            pattern = module.rpartition(".")[2]
+            remedy += f", or continue with FORCE=1 and then run `make pattern P={pattern}`"
+        yield f"{place} imports {module}; {remedy}"
+
+
+def main() -> int:
     """Remove the example from the project of this script, and report what stays."""
-    left = remove(Path(__file__).resolve().parent.parent)
-    sys.stdout.write(
-        "The example is removed: see `git status`. Databases that were migrated with it keep it.\n"
-    )
+    project = Path(__file__).resolve().parent.parent
+    reasons = list(refusals(project))
+    if reasons and os.environ.get("FORCE") != "1":
+        sys.stderr.write("".join(f"{reason}\n" for reason in reasons))
+        sys.stderr.write("Nothing was removed. FORCE=1 removes the example nevertheless.\n")
+        return 1
+    for line in plan(project):
+        sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+    left = remove(project)
     for name in left:
         sys.stdout.write(f"kept, since the template did not write it: {name}\n")
+    sys.stdout.write(f"The example is removed. `git status` shows the changes.\n{DATABASES}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

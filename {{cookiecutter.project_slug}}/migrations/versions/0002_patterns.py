@@ -1,4 +1,4 @@
-"""Charge each payment once: idempotency keys, outbox, inbox."""
+"""The tables of app/patterns: idempotency keys, outbox, inbox."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0001_payments"
 
 
 def upgrade() -> None:
-    """Create the tables of app/patterns, and add columns to payments."""
+    """Create the tables."""
     op.execute("""
         create table idempotency_keys (
             scope text not null,
@@ -39,23 +39,8 @@ def upgrade() -> None:
         )
     """)
     op.execute("create index on inbox (received_at)")
-    op.execute("""
-        alter table payments
-            add request_id text not null default '',
-            add announce_at timestamptz not null default now() + interval '1 minute',
-            add constraint payments_status check (status in ('pending', 'settled'))
-    """)
-    op.execute("create index on payments (created_at desc, payment_id desc)")
-    op.execute("create index on payments (announce_at) where status = 'pending'")
 
 
 def downgrade() -> None:
-    """Drop the tables and the columns."""
+    """Drop the tables."""
     op.execute("drop table idempotency_keys, outbox, inbox")
-    op.execute("drop index payments_created_at_payment_id_idx")
-    op.execute("""
-        alter table payments
-            drop request_id,
-            drop announce_at,
-            drop constraint payments_status
-    """)

@@ -1,13 +1,10 @@
 """Fixtures: the pools of a worker, on empty tables and an empty Redis."""
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis.configuration import set_hypothesis_home_dir
 from pydantic import SecretStr
 
 from app.settings import Settings
@@ -20,9 +17,6 @@ from tests.tcp_proxy import TcpProxy, proxying
 #: Time limit of a Redis command on a busy machine.
 PATIENT_SECONDS = 10.0
 TABLES = ("idempotency_keys", "outbox", "inbox")
-
-# By default hypothesis makes a directory in the project.
-set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))
 
 
 @pytest.fixture

@@ -1,19 +1,25 @@
 """Idempotency keys: one effect per key, under concurrency, repetition and failures."""
 
 import asyncio
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import httpx
 import pytest
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as hypothesis_settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from app.patterns import idempotency
 from app.patterns.idempotency import IdempotencyError, IdempotencyKey, StoredResponse
 from app.settings import Settings
 from app.storage.postgres import Connection, Database
 from app.web import problems
+
+# By default hypothesis makes a directory in the project.
+set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))
 
 
 class Effects:

@@ -1,0 +1,260 @@
+"""Copy a pattern into `app/patterns`: its modules, tests, table, packages and import contract.
+
+`make pattern` lists the patterns, `make pattern P=outbox` copies one. The sources are in this
+project, so a copy needs no network unless a package has left the requirements.
+"""
+
+import ast
+import contextlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from scripts.project_files import (
+    PROJECT,
+    ProjectError,
+    add_layer,
+    add_requirement,
+    insert_line,
+    new_migration,
+    package_name,
+    written,
+)
+
+#: The sources, each in the directory that it is copied to.
+SOURCE = "docs/patterns"
+TABLES = "migrations/versions/0002_patterns.py"
+#: Each array of pyproject.toml with the file that locks it.
+LOCKS = {"dependencies": "requirements.txt", "dev": "requirements-dev.txt"}
+MAKE = shutil.which("make") or "make"
+SHARED = ("app/patterns/__init__.py", "tests/patterns/__init__.py", "tests/patterns/conftest.py")
+
+
+class Pattern(NamedTuple):
+    """A pattern: the module of its name, and all that belongs to it."""
+
+    summary: str
+    #: The patterns that it is copied with.
+    along: tuple[str, ...] = ()
+    #: The modules of app/patterns that no other pattern has.
+    parts: tuple[str, ...] = ()
+    #: The name of its test, if it is not that of the pattern.
+    test: str = ""
+    #: The script that its test imports.
+    script: str = ""
+    table: str = ""
+    #: The requirements, each with its array of pyproject.toml.
+    packages: Mapping[str, str] = {}
+    #: What the developer does next.
+    todo: str = ""
+
+
+PATTERNS = {
+    "cache_aside": Pattern(
+        "cache values that are never stale",
+        along=("fail_open",),
+        todo="call `delete` after each commit that changes the row",
+    ),
+    "circuit_breaker": Pattern("stop calling a failing upstream"),
+    "fail_open": Pattern("call Redis only while it responds"),
+    "http_client": Pattern(
+        "call another service, with retries and deadlines",
+        along=("circuit_breaker",),
+        script="quiet_http",
+        packages={"httpx>=0.28,<1": "dependencies", "stamina>=26,<27": "dependencies"},
+        todo="open one `UpstreamClient` in the lifespan",
+    ),
+    "idempotency": Pattern(
+        "replay the stored response to a repeated request",
+        along=("periodic",),
+        table="idempotency_keys",
+        packages={"hypothesis>=6,<7": "dev"},
+        todo="start `run_periodically(database, 60, idempotency.delete_expired)` in the lifespan",
+    ),
+    "inbox": Pattern(
+        "deduplicate redelivered messages",
+        along=("periodic",),
+        table="inbox",
+        todo="start `run_periodically(database, 60, inbox.delete_expired)` in the lifespan",
+    ),
+    "outbox": Pattern(
+        "publish an event with each change",
+        along=("periodic",),
+        table="outbox",
+        todo="start `outbox.relay` and the job `outbox.update_metrics` in the lifespan",
+    ),
+    "pagination": Pattern(
+        "list rows in pages, by keyset", todo="create an index on the time and the ID"
+    ),
+    "periodic": Pattern(
+        "run jobs in small batches, such as the deletion of old rows",
+        todo="start `run_periodically` in the lifespan",
+    ),
+    "rate_limit": Pattern("limit the requests of each caller", along=("fail_open",)),
+    "stream_consumer": Pattern(
+        "consume a Redis stream in a group",
+        parts=("stream_group", "stream_handler"),
+        test="stream",
+        todo="run it in a process of its own with `app.process`",
+    ),
+}
+
+
+def own_files(name: str) -> list[str]:
+    """Return the files of one pattern, without those of the patterns along with it."""
+    pattern = PATTERNS[name]
+    files = [f"app/patterns/{module}.py" for module in (name, *pattern.parts)]
+    files.append(f"tests/patterns/test_{pattern.test or name}.py")
+    if pattern.script:
+        files.append(f"scripts/{pattern.script}.py")
+    return files
+
+
+def is_present(project: Path, name: str) -> bool:
+    """Return whether the project has the module of a pattern."""
+    return (project / f"app/patterns/{name}.py").exists()
+
+
+def changes(project: Path, name: str) -> dict[str, str | bytes]:
+    """Return the content of every file that copying a pattern writes.
+
+    Raises `ProjectError` if it is unknown or present, or if an edit is not possible.
+    """
+    if name not in PATTERNS:
+        raise ProjectError(f"P={name}: must be one of {', '.join(PATTERNS)}")
+    if is_present(project, name):
+        raise ProjectError(f"P={name}: already present, in app/patterns/{name}.py")
+    added = [name, *(each for each in PATTERNS[name].along if not is_present(project, each))]
+    names = [file for each in added for file in own_files(each)]
+    existing = [file for file in names if (project / file).exists()]
+    if existing:
+        raise ProjectError(f"P={name}: {existing[0]} exists; rename or delete it first")
+    names += [file for file in SHARED if not (project / file).exists()]
+    files: dict[str, str | bytes] = {file: _source(project, file) for file in names}
+    for each in added:
+        if PATTERNS[each].table:
+            file, text = _migration(project, PATTERNS[each].table)
+            files[file] = text
+    for file, edit in (("pyproject.toml", _edit_pyproject), ("app/__init__.py", _edit_docstring)):
+        text = (project / file).read_text()
+        edited = edit(text, added)
+        if edited != text:
+            files[file] = edited
+    return files
+
+
+def _source(project: Path, file: str) -> bytes:
+    try:
+        return (project / SOURCE / file).read_bytes()
+    except FileNotFoundError as error:
+        msg = f"{SOURCE}/{file} is missing: restore {SOURCE} with git, or with `cruft update`"
+        raise ProjectError(msg) from error
+
+
+def _migration(project: Path, table: str) -> tuple[str, str]:
+    """Return a migration with the statements that the template's has for this table."""
+    source = _source(project, TABLES).decode()
+    concerns_table = re.compile(rf"\b(table|on) {table}\b")
+    upgrade = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "upgrade"
+    )
+    statements = [ast.get_source_segment(source, node) or "" for node in upgrade.body[1:]]
+    return new_migration(
+        project,
+        f"Create {table}",
+        [statement for statement in statements if concerns_table.search(statement)],
+        [f'op.execute("drop table {table}")'],
+    )
+
+
+def _edit_pyproject(text: str, added: list[str]) -> str:
+    for name in added:
+        for requirement, array in PATTERNS[name].packages.items():
+            text = add_requirement(text, array, requirement)
+    return add_layer(text, "(patterns)", "web")
+
+
+def _edit_docstring(text: str, _: list[str]) -> str:
+    """Add the directory to the tree of modules, if there is a tree."""
+    if re.search("^patterns/", text, re.MULTILINE) or not re.search("^web/", text, re.MULTILINE):
+        return text
+    line = "patterns/            building blocks: docs/patterns.md"
+    return insert_line(text, line, "^web/", "app/__init__.py")
+
+
+def unlocked(project: Path, name: str) -> list[str]:
+    """Return the packages of a pattern that the requirements files do not have."""
+    missing = []
+    for requirement, array in PATTERNS[name].packages.items():
+        lines = (project / LOCKS[array]).read_text().splitlines()
+        package = package_name(requirement)
+        if package not in map(package_name, lines):
+            missing.append(package)
+    return missing
+
+
+@contextlib.contextmanager
+def locked(project: Path, name: str) -> Iterator[None]:
+    """Lock the packages of a pattern that are not locked; restore the requirements after an error.
+
+    Raises `ProjectError` if that is not possible, for example without a package index.
+    """
+    packages = unlocked(project, name)
+    before = {file.name: file.read_bytes() for file in project.glob("requirements*.txt")}
+    with written(project, before):
+        if packages:
+            done = subprocess.run([MAKE, "--silent", "lock"], cwd=project, check=False)
+            if done.returncode:
+                names = ", ".join(packages)
+                raise ProjectError(f"cannot lock {names}: `make lock` failed; nothing was changed")
+        yield
+
+
+def copy(project: Path, name: str) -> list[str]:
+    """Copy a pattern into the project; return the names of the written files.
+
+    Raises `ProjectError`, and writes nothing, if that is not possible.
+    """
+    files = changes(project, name)
+    with written(project, files), locked(project, name):
+        pass
+    return list(files)
+
+
+def listing(project: Path) -> str:
+    """Return a line for each pattern."""
+    lines = ""
+    for name, pattern in PATTERNS.items():
+        note = " (present)" if is_present(project, name) else ""
+        lines += f"{name:<17}{pattern.summary}{note}\n"
+    return lines
+
+
+def main(arguments: list[str]) -> int:
+    """List the patterns, or copy the one that is named; return the exit code."""
+    name = "".join(arguments).strip().removesuffix(".py").replace("-", "_")
+    if not name:
+        sys.stdout.write(listing(PROJECT))
+        return 0
+    try:
+        files = copy(PROJECT, name)
+    except ProjectError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write("".join(f"wrote {file}\n" for file in files))
+    if PATTERNS[name].table:
+        sys.stdout.write("next: `make migrate`\n")
+    if PATTERNS[name].todo:
+        sys.stdout.write(f"next: {PATTERNS[name].todo}\n")
+    sys.stdout.write("docs/patterns.md has the rules for its use\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
