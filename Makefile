@@ -24,13 +24,13 @@ export PYTHONPYCACHEPREFIX := $(call under,$(CURDIR),$(VENV))/cache/pycache
 unexport PYTHONDONTWRITEBYTECODE
 export RUFF_CACHE_DIR := $(call under,$(CURDIR),$(VENV))/cache/ruff
 export MYPY_CACHE_DIR := $(call under,$(CURDIR),$(VENV))/cache/mypy
-LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade
+LOCK = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header
 RUN = TOOLS="$(call under,$(CURDIR),$(TOOLS))" "$(BIN)/python" -m
 PYTEST = $(RUN) pytest -o cache_dir="$(VENV)/cache/pytest"
 
 WITHOUT := and not engine
 
-.PHONY: help setup demo lint fast test test-all audit attack bench tuning lock
+.PHONY: help setup demo lint fast test test-all audit attack bench tuning lock upgrade
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
@@ -82,7 +82,11 @@ bench: setup ## benchmark against bare FastAPI and the most used template; QUICK
 tuning: setup ## measure the figures of the service's docs/tuning.md on this machine; two minutes
 	@$(RUN) benchmarks.tuning
 
-lock: | $(OWN_UV) ## regenerate all requirements with the latest compatible versions
+lock: | $(OWN_UV) ## lock all requirements; no version changes that need not
 	$(LOCK) pyproject.toml --group dev --output-file requirements-dev.txt
 	$(LOCK) --group audit --output-file requirements-audit.txt
-	@$(IN_SERVICE) lock
+	@$(IN_SERVICE) $(or $(UPGRADE),lock)
+
+upgrade: LOCK += --upgrade
+upgrade: UPGRADE := upgrade
+upgrade: lock ## lock the latest compatible versions
