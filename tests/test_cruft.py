@@ -43,8 +43,8 @@ EDITS = [
     ),
     Edit(
         "app/settings.py",
-        "    database_max_connections: PositiveInt = 8\n",
-        "    database_max_connections: PositiveInt = 12\n",
+        "    postgres_max_connections: PositiveInt = 200\n",
+        "    postgres_max_connections: PositiveInt = 300\n",
     ),
     Edit(
         "app/settings.py",

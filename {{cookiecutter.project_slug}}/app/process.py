@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.lifecycle import Lifecycle, isolate_children
 from app.settings import Settings, fail
+from app.sizing.plan import MIN_CONNECTIONS, pod_connections
 from app.storage import Storage, open_storage
 from app.tasks import background_task
 from app.telemetry import logs
@@ -121,7 +122,7 @@ async def _open(
 ) -> AsyncIterator[dict[str, Any]]:
     """Yield the state of the probes while the work is open."""
     async with contextlib.AsyncExitStack() as stack:
-        connections = max(2, settings.database_max_connections)
+        connections = max(MIN_CONNECTIONS, pod_connections(settings, workers=1))
         storage = await stack.enter_async_context(open_storage(settings, connections, name))
 
         both = settings.model_copy(update={"readiness_required": ("postgres", "redis")})

@@ -71,7 +71,7 @@ class Settings(BaseSettings):
 
     # Postgres and Redis
     database_url: PostgresUrl = SecretStr("postgresql://postgres@127.0.0.1:5432/postgres")
-    database_max_connections: PositiveInt = 8
+    database_max_connections: PositiveInt | None = None
     database_command_timeout_seconds: Positive = 5
     database_acquire_timeout_seconds: Positive = 1
     database_retry_seconds: NonNegative = 3

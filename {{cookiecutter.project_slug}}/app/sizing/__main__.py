@@ -6,7 +6,7 @@ import os
 import sys
 
 from app.settings import load_settings
-from app.sizing.checks import REPLICAS, check_settings
+from app.sizing.checks import WORKERS_OF_A_RELEASE, check_settings, default_replicas
 from app.sizing.plan import plan_workers
 from app.sizing.resources import MEGABYTE, Resources, detect_resources
 
@@ -37,14 +37,16 @@ def main() -> int:
     settings = load_settings()
     resources = _override(detected, options.cpus, options.memory_mb)
     plan = plan_workers(settings, resources)
-    problems = check_settings(settings, resources, plan.workers, options.replicas)
+    replicas = options.replicas or default_replicas(plan.workers)
+    problems = check_settings(settings, resources, plan.workers, replicas)
 
     size = f"{resources.cpus:g} CPUs, {resources.megabytes} MB"
-    per_pod = settings.database_max_connections
+    per_worker = plan.connections_per_worker
     lines = [
-        f"{size}, up to {options.replicas} pods",
+        f"{size}, up to {replicas} pods",
         f"workers      {plan.workers}: {plan.explanation}",
-        f"connections  {per_pod} per pod, {plan.connections_per_worker} per worker",
+        f"connections  {plan.connections_per_pod} per pod, {per_worker} per worker: "
+        f"{per_worker - 1} for requests, 1 for the readiness probe",
     ]
     lines += [f"WARNING      {problem}" for problem in problems]
     if not problems:
@@ -59,10 +61,8 @@ def _parser(detected: Resources) -> argparse.ArgumentParser:
     parser.add_argument("--cpus", type=_number, metavar="N", help=cpus)
     memory = f"memory in MB (detected: {detected.megabytes})"
     parser.add_argument("--memory-mb", type=_whole_number, metavar="N", help=memory)
-    replicas = f"maximum number of pods of a release (default: {REPLICAS})"
-    parser.add_argument(
-        "--replicas", type=_whole_number, default=REPLICAS, metavar="N", help=replicas
-    )
+    replicas = f"maximum number of pods of a release (default: {WORKERS_OF_A_RELEASE} workers)"
+    parser.add_argument("--replicas", type=_whole_number, metavar="N", help=replicas)
     for option, name in OVERRIDES.items():
         parser.add_argument(option, dest=name, metavar="N", help=f"value of {name}")
     return parser

@@ -5,7 +5,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from app.settings import Settings
-from app.sizing.plan import BASE_MEMORY_MB, MIN_CONNECTIONS, USABLE_MEMORY, workers_by_memory
+from app.sizing.plan import (
+    BASE_MEMORY_MB,
+    MIN_CONNECTIONS,
+    OTHER_CONNECTIONS,
+    USABLE_MEMORY,
+    pod_connections,
+    workers_by_memory,
+)
 from app.sizing.resources import Resources
 
 #: Maximum duration of a blocking step: a cold import on a throttled CPU, a large document.
@@ -14,11 +21,10 @@ BLOCKING_STEP_SECONDS = 30
 CLOSING_MARGIN_SECONDS = 2
 #: Time between gunicorn's own shutdown and the kubelet's SIGKILL.
 GRACE_MARGIN_SECONDS = 10
-#: Maximum number of pods of one release. A rollout runs those of two releases, and the surge.
-REPLICAS = 10
+#: Workers of all pods of one release, by default: ten pods of one, or five of two. A rollout runs
+#: the pods of two releases, and the surge.
+WORKERS_OF_A_RELEASE = 10
 SURGE = 1
-#: Three connections that Postgres reserves for its superuser, two of the migration.
-OTHER_CONNECTIONS = 5
 
 
 class Pod(NamedTuple):
@@ -28,6 +34,11 @@ class Pod(NamedTuple):
     resources: Resources
     workers: int
     replicas: int
+
+
+def default_replicas(workers: int) -> int:
+    """Return how many pods of this number of workers a release has, unless that is given."""
+    return max(1, WORKERS_OF_A_RELEASE // workers)
 
 
 Check = Callable[[Pod], str | None]
@@ -153,7 +164,7 @@ def workers_are_recycled_one_by_one(pod: Pod) -> str | None:
 @check
 def workers_have_enough_connections(pod: Pod) -> str | None:
     """Give each worker a connection for requests and one for the readiness probe."""
-    connections = pod.settings.database_max_connections
+    connections = pod_connections(pod.settings, pod.workers)
     needed = MIN_CONNECTIONS * pod.workers
     if connections >= needed:
         return None
@@ -168,7 +179,7 @@ def workers_have_enough_connections(pod: Pod) -> str | None:
 @check
 def postgres_has_enough_connections(pod: Pod) -> str | None:
     """Limit the connections of all pods during a rollout to those of the server."""
-    per_pod = pod.settings.database_max_connections
+    per_pod = pod_connections(pod.settings, pod.workers)
     available = pod.settings.postgres_max_connections
     pods = 2 * pod.replicas + SURGE
     connections = pods * per_pod + OTHER_CONNECTIONS

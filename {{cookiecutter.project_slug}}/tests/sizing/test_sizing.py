@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.settings import Settings
-from app.sizing.checks import check_settings
+from app.sizing.checks import check_settings, default_replicas
 from app.sizing.plan import plan_workers
 from app.sizing.resources import Resources, detect_resources
 from tests.service_process import PROJECT
@@ -122,7 +122,13 @@ def test_number_of_workers(
 
 @pytest.mark.parametrize(
     ("settings", "connections"),
-    [({}, 2), ({"database_max_connections": 20}, 5), ({"database_max_connections": 1}, 2)],
+    [
+        ({}, 8),
+        ({"postgres_max_connections": 50}, 3),
+        ({"postgres_max_connections": 1}, 2),
+        ({"database_max_connections": 20}, 5),
+        ({"database_max_connections": 1}, 2),
+    ],
 )
 def test_connections_are_divided_among_the_workers(
     settings: dict[str, Any], connections: int
@@ -131,12 +137,12 @@ def test_connections_are_divided_among_the_workers(
     assert plan_workers(Settings(**settings), resources).connections_per_worker == connections
 
 
-@pytest.mark.parametrize("cpus", [0.5, 1, 2, 4])
+@pytest.mark.parametrize("cpus", [0.5, 1, 2, 4, 8, 16])
 def test_defaults_pass_every_check(cpus: float) -> None:
     settings = Settings()
-    resources = Resources(cpus, 2048 * MB)
+    resources = Resources(cpus, 4096 * MB)
     workers = plan_workers(settings, resources).workers
-    assert check_settings(settings, resources, workers, replicas=10) == []
+    assert check_settings(settings, resources, workers, default_replicas(workers)) == []
 
 
 @pytest.mark.parametrize(
@@ -160,8 +166,8 @@ def test_defaults_pass_every_check(cpus: float) -> None:
         ({"max_requests_jitter": 0}, "MAX_REQUESTS_JITTER=0"),
         ({"database_max_connections": 3}, "less than two for each of 2 workers"),
         (
-            {"postgres_max_connections": 172},
-            "= 173 connections exceed POSTGRES_MAX_CONNECTIONS=172",
+            {"postgres_max_connections": 180},
+            "= 181 connections exceed POSTGRES_MAX_CONNECTIONS=180",
         ),
     ],
 )
@@ -169,7 +175,8 @@ def test_each_conflict_is_reported(settings: dict[str, Any], words: str) -> None
     conflicting = Settings(**settings)
     resources = Resources(2, 2048 * MB)
     workers = conflicting.web_concurrency or 2
-    (problem,) = check_settings(conflicting, resources, workers, replicas=10)
+    replicas = default_replicas(workers)
+    (problem,) = check_settings(conflicting, resources, workers, replicas)
     assert words in problem
 
 
@@ -185,8 +192,10 @@ def doctor(*options: str) -> tuple[int, str]:
 def test_doctor_explains_the_plan() -> None:
     code, text = doctor("--cpus", "2", "--memory-mb", "2048")
     assert code == 0
-    assert "2 CPUs, 2048 MB, up to 10 pods" in text
+    assert "2 CPUs, 2048 MB, up to 5 pods" in text
     assert "workers      2: 2 CPUs (given) x WORKERS_PER_CORE=1" in text
+    connections = "16 per pod, 8 per worker: 7 for requests, 1 for the readiness probe"
+    assert f"connections  {connections}" in text
     assert "no warnings" in text
 
 

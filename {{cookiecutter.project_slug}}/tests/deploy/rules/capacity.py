@@ -49,7 +49,7 @@ def api_has_at_least_one_cpu(d: Deployed) -> Problems:
 @rule
 def postgres_accepts_the_connections_of_a_rollout(d: Deployed) -> Problems:
     """During a rollout the pods of two releases run, and the surge."""
-    per_pod = d.settings.database_max_connections
+    per_pod = plan_workers(d.settings, api_resources(d)).connections_per_pod
     allowed = d.settings.postgres_max_connections
     replicas = at(d.one("HorizontalPodAutoscaler"), "spec.maxReplicas") or 0
     max_surge = at(d.one("Deployment"), "spec.strategy.rollingUpdate.maxSurge")
