@@ -468,6 +468,16 @@ MUTATIONS = [
         pod("volumes.1.emptyDir.sizeLimit", "64Mi"),
     ),
     mutation(
+        "bodies larger than /tmp",
+        "MAX_BUFFERED_BYTES=20000000",
+        setting("MAX_BUFFERED_BYTES", "20000000"),
+    ),
+    mutation(
+        "MAX_BODY_BYTES larger than /tmp",
+        "MAX_BUFFERED_BYTES=20000000",
+        setting("MAX_BODY_BYTES", "20000000"),
+    ),
+    mutation(
         "emptyDir without a sizeLimit",
         "the mount of /tmp",
         pod("volumes.0.emptyDir", {"medium": "Memory"}),

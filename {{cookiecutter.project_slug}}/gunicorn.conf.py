@@ -30,6 +30,7 @@ memory_directory = metrics_directory.memory_directory()
 from app.serving.arbiter import use_service_arbiter  # noqa: E402
 from app.serving.memory import share_memory  # noqa: E402
 from app.telemetry.metrics_server import MetricsProcess  # noqa: E402
+from app.web.body_limit import check_routes  # noqa: E402
 
 # The application
 wsgi_app = "app.main:app"
@@ -64,10 +65,12 @@ errorlog = None
 def on_starting(arbiter: Any) -> None:
     """Start the metrics process, and log the size of the pod.
 
-    Raises `SystemExit` with one line for options of gunicorn that the service cannot follow.
+    Raises `SystemExit` with one line for options of gunicorn that the service cannot follow, and
+    for limits of routes that contradict the settings.
     """
     if arbiter.cfg.is_ssl:
         fail("--certfile/--keyfile", None, "not supported: end TLS in the proxy or service mesh")
+    check_routes(arbiter.app.wsgi(), settings)
     share_memory()
     arbiter.metrics = MetricsProcess(settings.metrics_bind, directory.path, settings.metrics_prefix)
     arbiter.metrics.ensure()

@@ -21,7 +21,7 @@ process_pool/        CPU-heavy work in other processes
     pool.py  process.py  child.py
 web/                 what surrounds every request
     application.py  middleware.py  limits.py  headers.py  proxies.py  threads.py
-    problems.py  health.py  principal.py  routes.py  cors.py  head.py
+    problems.py  health.py  principal.py  routes.py  cors.py  head.py  sse.py  body_limit.py
 storage/             Postgres and Redis
     postgres.py  postgres_errors.py  query_log.py  redis.py
 telemetry/           logs and metrics
@@ -32,7 +32,7 @@ sizing/              how many workers and connections fit here
     resources.py  plan.py  checks.py
 serving/             the gunicorn runtime: nothing imports it, a team rarely opens it
     gunicorn_worker.py  server.py  http_protocol.py  http_response.py  websocket_protocol.py
-    arbiter.py  shared_flags.py  listener.py  memory.py  healthcheck.py
+    arbiter.py  shared_flags.py  state.py  listener.py  memory.py  healthcheck.py
 
 Start with main.py, then lifespan.py. An import goes down only; `make lint` checks that.
 """

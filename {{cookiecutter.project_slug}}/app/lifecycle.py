@@ -4,14 +4,15 @@ The serving runtime reports the shutdown to the application. Without this runtim
 under another server, nothing is reported.
 """
 
+import contextlib
 import faulthandler
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 #: The signals that a server or a worker handles.
 SIGNALS = (
@@ -46,6 +47,24 @@ class Lifecycle:
     #: The time, by `time.monotonic()`, at which requests and background tasks are cancelled. The
     #: serving runtime sets it to infinity until shutdown.
     closing_deadline: float = 0.0
+    #: Whether this process, alone or with the pod, accepts no more connections: its streams end.
+    is_retiring: bool = False
+    _listeners: set[Callable[[], None]] = field(default_factory=set)
+
+    def retire(self) -> None:
+        """Have streams end. The serving runtime calls it once, after the drain."""
+        self.is_retiring = True
+        for notify in list(self._listeners):
+            notify()
+
+    @contextlib.contextmanager
+    def on_retirement(self, notify: Callable[[], None]) -> Iterator[None]:
+        """Call `notify` if the process retires during the block."""
+        self._listeners.add(notify)
+        try:
+            yield
+        finally:
+            self._listeners.discard(notify)
 
     def seconds_left(self) -> float:
         """Return the seconds until background tasks are cancelled, negative after it."""

@@ -46,6 +46,10 @@ def _default_key_prefix(data: dict[str, Any]) -> str:
     return str(data.get("service_name"))
 
 
+def _default_max_buffered_bytes(data: dict[str, Any]) -> int:
+    return max(12 << 20, int(data.get("max_body_bytes", 0)))
+
+
 def _default_bind(data: dict[str, Any]) -> HostPort:
     port = data.get("port")
     return HostPort(f"0.0.0.0:{port}" if port else "127.0.0.1:8000")
@@ -110,7 +114,8 @@ class Settings(BaseSettings):
     request_body_timeout_seconds: Positive = 15
     request_timeout_seconds: Positive = 30
     keepalive_seconds: PositiveInt = 75
-    max_streams: PositiveInt = 256
+    max_streams: PositiveInt = 512
+    max_buffered_bytes: PositiveInt = Field(default_factory=_default_max_buffered_bytes)
 
     # example: begin
     # Payments

@@ -48,7 +48,7 @@ def test_env_example_contains_the_defaults(monkeypatch: pytest.MonkeyPatch) -> N
 def test_env_example_comments_out_secrets_and_missing_defaults() -> None:
     """Settings whose default depends on another one are commented out too."""
     commented = set(re.findall(r"^#([A-Z_]+)=", EXAMPLE, re.MULTILINE))
-    computed = {"BIND", "DOCS_ENABLED", "REDIS_KEY_PREFIX"}
+    computed = {"BIND", "DOCS_ENABLED", "MAX_BUFFERED_BYTES", "REDIS_KEY_PREFIX"}
     empty = {name.upper() for name, value in Settings() if value in (None, "", ())}
     secret = {name.upper() for name, value in Settings() if isinstance(value, SecretStr)}
     assert commented == empty | secret | computed

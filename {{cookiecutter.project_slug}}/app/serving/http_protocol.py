@@ -10,12 +10,11 @@ from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
-from uvicorn.server import ServerState
 
 from app.serving import shared_flags
 from app.serving.http_response import Http10Cycle, HttpResponseProtocol
+from app.serving.state import ServiceState
 from app.serving.websocket_protocol import ServiceWebSocket, requests_websocket
-from app.settings import Settings
 from app.web.limits import REJECTED_STATUS
 from app.web.proxies import client_address
 
@@ -25,16 +24,6 @@ MAX_PIPELINED = 8
 #: Receives the trailers of a request: fields after the body, which nothing has validated
 #: (RFC 9110, section 6.5.1).
 DISCARD: deque[tuple[bytes, bytes]] = deque(maxlen=0)
-
-
-class ServiceState(ServerState):
-    """The state that a server shares with its connections: uvicorn's, and our own."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        self.settings = settings
-        #: Whether this worker stops, alone or with the pod: every response closes its connection.
-        self.is_retiring = False
 
 
 class HttpRequestProtocol(HttpResponseProtocol):
@@ -219,7 +208,7 @@ class HttpRequestProtocol(HttpResponseProtocol):
         To be called once a second: it counts its calls. A connection over which a response moves
         is not idle.
         """
-        if self.transport.get_write_buffer_size():
+        if self.transport.get_write_buffer_size() or self.has_undelivered_stream():
             self.enforce_delivery(self.settings.keepalive_seconds)
         elif self.discards_input:
             return

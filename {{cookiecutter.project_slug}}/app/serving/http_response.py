@@ -136,6 +136,22 @@ class HttpResponseProtocol(HttpToolsProtocol):
         (size,) = struct.unpack("i", fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4)))
         return int(size)
 
+    def has_undelivered_stream(self) -> bool:
+        """Return whether the client has not received all that was written of an open stream.
+
+        The events of a stream fit into the kernel's buffer for minutes. So a client that vanished
+        without a word, or that does not read, is found there.
+        """
+        cycle = self.active_cycle
+        if cycle is None or not cycle.response_started or cycle.response_complete:
+            return False
+        if self.transport.is_closing():
+            return False
+        if self._kernel_bytes():
+            return True
+        self.idle_seconds = 0
+        return False
+
     def enforce_delivery(self, seconds: float) -> None:
         """Abort the connection if its client receives no byte during that many calls."""
         self.undelivered_bytes = self.transport.get_write_buffer_size()

@@ -22,8 +22,9 @@ from uvicorn_worker import UvicornWorker
 
 from app import lifecycle
 from app.serving import shared_flags
-from app.serving.http_protocol import HttpRequestProtocol, ServiceState
+from app.serving.http_protocol import HttpRequestProtocol
 from app.serving.listener import stop_accepting
+from app.serving.state import ServiceState
 from app.serving.websocket_protocol import ServiceWebSocket
 from app.settings import Settings
 
@@ -147,9 +148,11 @@ class ServiceServer(Server):
         """Stop listening, and give every connection a response with `Connection: close`.
 
         Connections without a request within `RETIRE_SECONDS` are left to uvicorn, which closes
-        them. Responses that have begun, such as streams, are aborted then.
+        them. Responses that have begun, such as streams, are aborted then, and handlers of closed
+        WebSockets are cancelled.
         """
         self.server_state.is_retiring = True
+        self.lifecycle.retire()
         await self._stop_listening(sockets)
         for connection in self._http_connections():
             connection.close_after_response()
@@ -162,6 +165,8 @@ class ServiceServer(Server):
         for websocket in websockets & self.server_state.connections:  # its client does not read
             websocket.transport.abort()
         await asyncio.sleep(NEXT_ITERATION_SECONDS)
+        for cancel_handler in list(self.server_state.cancel_left_handlers):
+            cancel_handler()
 
     async def _wait_for_connections(self, seconds: float) -> None:
         """Wait until all connections are closed, at most `seconds`.

@@ -1,19 +1,26 @@
 """WebSocket connections: uvicorn's, behind the HTTP protocol's limits, and safe to shut down."""
 
+import asyncio
 import logging
+import math
 from asyncio import BaseTransport
 from typing import Any
 
 import httptools
-from uvicorn._types import HTTPScope
+from uvicorn._types import ASGIReceiveEvent, HTTPScope
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.datastructures import Headers
 from websockets.http11 import Request
 
+from app.serving.state import ServiceState
+from app.web.middleware import ABNORMAL_CLOSURE
 from app.web.proxies import client_address
+from app.web.threads import cancel_after_thread
 
 #: Seconds for which a closing connection may wait for a client that does not read.
 CLOSING_SECONDS = 10
+#: Seconds that a handler has to notice that its client has disconnected. Then it is cancelled.
+DISCONNECT_SECONDS = 1.0
 #: The fields that take part in the handshake (RFC 6455, section 4.2.1).
 _HANDSHAKE_FIELDS = {
     b"connection",
@@ -54,6 +61,13 @@ class ServiceWebSocket(WebSocketsSansIOProtocol):
         self.logger = logger
         self.conn.logger = logger
         self.closing_seconds = 0
+        self.state: ServiceState = args[1]
+        self.received_bytes = 0
+        #: When the handler has received its last message, by the time of the event loop.
+        self.received_at = -math.inf
+        #: Whether the handler knows that the connection is closed.
+        self.has_received_end = False
+        self.handler: asyncio.Task[Any] | None = None
 
     def connection_made(self, transport: BaseTransport) -> None:
         """Accept a connection; a client of IPv4 has an IPv4 address, also on a socket of IPv6."""
@@ -82,6 +96,58 @@ class ServiceWebSocket(WebSocketsSansIOProtocol):
             Request(path.decode("ascii", "backslashreplace"), self.handshake.headers)
         )
         self.scope["headers"] = scope["headers"]
+
+    async def run_asgi(self) -> None:
+        """Run the application, in a task that can be cancelled."""
+        self.handler = asyncio.current_task()
+        try:
+            await super().run_asgi()
+        finally:
+            self.handler = None
+            self.state.cancel_left_handlers.discard(self.cancel_handler)
+
+    async def receive(self) -> ASGIReceiveEvent:
+        """Return the next message: ASGI."""
+        message = await super().receive()
+        if message["type"] == "websocket.receive":
+            self.received_at = self.loop.time()
+            text = message.get("text")
+            data = message.get("bytes") if text is None else text.encode()
+            self.received_bytes += len(data or b"")
+        elif message["type"] == "websocket.disconnect":
+            self.has_received_end = True
+        return message
+
+    @property
+    def close_code(self) -> int:
+        """The code with which the connection was closed by the first side that did so.
+
+        1006 if it was lost (RFC 6455, section 7.1.5).
+        """
+        by_client = self.conn.close_rcvd
+        by_service = self.conn.close_sent
+        first = by_client if self.conn.close_rcvd_then_sent else by_service or by_client
+        return first.code if first else ABNORMAL_CLOSURE
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Notify the handler; cancel it if it does not receive, such as one that only sends."""
+        super().connection_lost(exc)
+        if self.handler is not None:
+            self.state.cancel_left_handlers.add(self.cancel_handler)
+            self.loop.call_later(DISCONNECT_SECONDS, self._cancel_when_due)
+
+    def _cancel_when_due(self) -> None:
+        """Cancel the handler, or wait: it has the time of a request for its last message."""
+        due = self.received_at + self.state.settings.request_timeout_seconds
+        if self.loop.time() < due:
+            self.loop.call_at(due, self._cancel_when_due)
+        else:
+            self.cancel_handler()
+
+    def cancel_handler(self) -> None:
+        """Cancel a handler that does not know that its connection is closed."""
+        if self.handler is not None and not self.has_received_end:
+            cancel_after_thread(self.handler)
 
     def handle_parser_exception(self) -> None:
         """Close; without a close frame if the handshake has no response yet."""

@@ -5,7 +5,7 @@ metrics_server.py adds up those of all workers.
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -17,6 +17,9 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5
 #: Maximum age of counts that are not in the files yet; the metrics process waits for them.
 FLUSH_SECONDS = 0.1
 LABELS = ("http_request_method", "http_route", "http_response_status_code")
+#: Seconds to days: streams last.
+STREAM_BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 14_400, 86_400)
+STREAM_LABELS = ("kind", "http_route")
 
 
 class HttpMetrics:
@@ -29,8 +32,11 @@ class HttpMetrics:
     several applications, such as a test run, makes them several times.
     """
 
-    def __init__(self, in_flight: Sized) -> None:
-        """`in_flight`: the requests being served; its length is the gauge."""
+    def __init__(self, in_flight: Sized, stream_counts: Mapping[str, int]) -> None:
+        """`in_flight`: the requests being served; its length is the gauge.
+
+        `stream_counts`: the number of open streams by kind.
+        """
         registry = CollectorRegistry()
         name = "http_server_request_duration_seconds"
         text = "Duration of HTTP server requests."
@@ -38,11 +44,22 @@ class HttpMetrics:
         name = "http_server_active_requests"
         text = "Requests being served now."
         self.active = Gauge(name, text, registry=registry, multiprocess_mode="livesum")
+        name = "http_server_active_streams"
+        text = "Streams and WebSockets that are open now."
+        self.active_streams = Gauge(
+            name, text, ["kind"], registry=registry, multiprocess_mode="livesum"
+        )
+        name = "http_server_stream_duration_seconds"
+        text = "Duration of streams and WebSockets."
+        self.stream_duration = Histogram(
+            name, text, STREAM_LABELS, buckets=STREAM_BUCKETS, registry=registry
+        )
         name = "access_log_dropped_lines"
         text = "Access lines dropped because stdout did not accept them."
         self.dropped_lines = Counter(name, text, registry=registry)
         self.dropped_log_lines = dropped_log_lines(registry)
         self.in_flight = in_flight
+        self.stream_counts = stream_counts
         #: By method, route and status: the requests in each bucket, then their seconds in total.
         self.counts: dict[tuple[str, str, int], list[float]] = {}
         self.is_flush_scheduled = False
@@ -64,10 +81,18 @@ class HttpMetrics:
         if not self.is_flush_scheduled:
             self.schedule_flush()
 
+    def record_stream(self, kind: str, route: str, seconds: float) -> None:
+        """Count a stream that has ended."""
+        self.stream_duration.labels(kind, route).observe(seconds)
+        if not self.is_flush_scheduled:
+            self.schedule_flush()
+
     def flush(self) -> None:
         """Add the counts since the last flush to the files of this worker."""
         self.is_flush_scheduled = False
         self.active.set(len(self.in_flight))
+        for kind, count in self.stream_counts.items():
+            self.active_streams.labels(kind).set(count)
         self.dropped_log_lines.inc(LOG_LINES.take_dropped())
         for labels, counts in self.counts.items():
             if counts[-1]:

@@ -8,12 +8,15 @@ connections and rejects probes.
 import asyncio
 import sys
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
+from starlette.routing import BaseRoute
 from starlette.types import Message, Receive, Scope
 
 from app.errors import ServiceError, UnavailableError
 from app.settings import Settings
+from app.web.body_limit import SMALL_BYTES, BodyLimits
 
 #: How often requests are checked against `REQUEST_TIMEOUT_SECONDS`.
 EXPIRY_SECONDS = 0.5
@@ -45,6 +48,10 @@ class Exchange(Protocol):
     scope: Scope
     start: float
     status: int
+    kind: str
+    opened_seconds: float
+    extra_seconds: float
+    is_buffered: bool
 
     def time_out(self) -> None:
         """Cancel the handler and respond 504."""
@@ -61,13 +68,18 @@ class RejectedError(ServiceError):
 class Limits:
     """The requests in flight in one worker, and their limits."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, routes: Sequence[BaseRoute]) -> None:
         self.settings = settings
+        self.bodies = BodyLimits(settings, routes)
         self.max_in_flight = settings.max_in_flight
         self.max_body_bytes = settings.max_body_bytes
         self.probe_prefix = f"{settings.root_path}/health/"
         self.in_flight: dict[Exchange, None] = {}  # in the order of their start
         self.streams: set[Exchange] = set()
+        #: The bytes of large bodies that are in memory or in temporary files.
+        self.buffered: dict[Exchange, int] = {}
+        #: The number of streams by kind, for the metrics.
+        self.stream_counts = {"stream": 0, "download": 0, "websocket": 0}
         self.max_streams = settings.max_streams
         self.is_full_of_streams = False
         self.is_expiry_scheduled = False
@@ -82,7 +94,7 @@ class Limits:
         scope = exchange.scope
         if REJECTED_STATUS in scope["state"]:
             raise RejectedError(scope["state"][REJECTED_STATUS])
-        if body_bytes > self.max_body_bytes:
+        if body_bytes > self.max_body_bytes and body_bytes > self.bodies.find(scope).max_bytes:
             raise RejectedError(413)
         is_full = len(self.in_flight) >= self.max_in_flight
         if is_full and not scope["path"].startswith(self.probe_prefix):
@@ -99,13 +111,18 @@ class Limits:
         if not self.is_full_of_streams and exchange in self.in_flight:
             del self.in_flight[exchange]
             self.streams.add(exchange)
+            self.stream_counts[exchange.kind] += 1
             self.is_full_of_streams = len(self.streams) >= self.max_streams
+            exchange.opened_seconds = time.perf_counter() - exchange.start
 
-    def end_stream(self, exchange: Exchange) -> None:
-        """Remove a request that is finished, if it is a stream."""
-        if exchange in self.streams:
-            self.streams.remove(exchange)
-            self.is_full_of_streams = False
+    def end_stream(self, exchange: Exchange) -> bool:
+        """Remove a request that is finished; return whether it is a stream."""
+        if exchange not in self.streams:
+            return False
+        self.streams.remove(exchange)
+        self.stream_counts[exchange.kind] -= 1
+        self.is_full_of_streams = False
+        return True
 
     def __len__(self) -> int:
         """Return the number of requests that are being served, streams included."""
@@ -124,7 +141,7 @@ class Limits:
             if exchange.start > oldest_start:
                 break
             is_streaming = exchange.status != 0
-            if not is_streaming:
+            if not is_streaming and exchange.start + exchange.extra_seconds <= oldest_start:
                 exchange.time_out()
         self.is_expiry_scheduled = False
         if self.in_flight:
@@ -138,31 +155,69 @@ class Limits:
         """
         return self.is_development and any(name in sys.modules for name in DEBUGGERS)
 
-    def limit_receive(self, scope: Scope, receive: Receive) -> Receive:
+    def limit_receive(self, exchange: Exchange, receive: Receive, body_bytes: int) -> Receive:
         """Return a `receive` that enforces the limits of the body.
 
-        It raises `RejectedError` for a body that is too large, too slow, or not valid HTTP.
+        `body_bytes` is 0 if the length is not known. It raises `RejectedError` for a body that is
+        too large, too slow, or not valid HTTP.
         """
         size_bytes = 0
-        deadline = time.monotonic() + self.settings.request_body_timeout_seconds
+        deadline = 0.0
+        max_bytes = -1
         is_complete = False
 
         async def limited() -> Message:
-            nonlocal size_bytes, is_complete
+            nonlocal size_bytes, deadline, max_bytes, is_complete
             if is_complete:
                 return await receive()
-            seconds = None if self.is_debugged() else deadline - time.monotonic()
+            if max_bytes < 0:  # only now is the request routed
+                max_bytes, seconds = self._start_body(exchange, body_bytes)
+                deadline = time.monotonic() + seconds
+            seconds_left = None if self.is_debugged() else deadline - time.monotonic()
             try:
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout(seconds_left):
                     message = await receive()
             except TimeoutError:
                 raise RejectedError(408) from None
             size_bytes += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
-            if size_bytes > self.max_body_bytes:
+            if size_bytes > max_bytes:
                 raise RejectedError(413)
-            if REJECTED_STATUS in scope["state"]:  # set by the protocol while it read the body
-                raise RejectedError(scope["state"][REJECTED_STATUS])
+            if size_bytes > SMALL_BYTES:
+                self._buffer(exchange, size_bytes)
+            if REJECTED_STATUS in exchange.scope["state"]:  # set by the protocol in the meantime
+                raise RejectedError(exchange.scope["state"][REJECTED_STATUS])
             return message
 
         return limited
+
+    def _start_body(self, exchange: Exchange, body_bytes: int) -> tuple[int, float]:
+        """Return the size and time limit of a body whose route is known.
+
+        Raises `RejectedError` if the declared length exceeds it, `UnavailableError` if there is no
+        space for it.
+        """
+        limit = self.bodies.find(exchange.scope)
+        if body_bytes > limit.max_bytes:
+            raise RejectedError(413)
+        if not limit.is_streamed:
+            exchange.is_buffered = True
+            if body_bytes > SMALL_BYTES:
+                self._buffer(exchange, body_bytes)
+        if limit.seconds is None:
+            return limit.max_bytes, self.settings.request_body_timeout_seconds
+        exchange.extra_seconds = limit.seconds
+        return limit.max_bytes, limit.seconds
+
+    def _buffer(self, exchange: Exchange, size_bytes: int) -> None:
+        """Count the bytes of a large body until its request has ended.
+
+        Raises `UnavailableError` if there is no space for it.
+        """
+        counted_bytes = self.buffered.get(exchange, 0)
+        if not exchange.is_buffered or size_bytes <= counted_bytes:
+            return
+        others = sum(self.buffered.values()) - counted_bytes
+        if others + size_bytes > self.settings.max_buffered_bytes:
+            raise UnavailableError("The service receives too many large bodies.")
+        self.buffered[exchange] = size_bytes

@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -29,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.protocols.utils import ClientDisconnected
 
-from app.errors import ServiceError
+from app.errors import ServiceError, UnavailableError
 from app.lifecycle import Lifecycle
 from app.settings import Settings
 from app.telemetry.access_log import AccessLog
@@ -51,17 +52,28 @@ _METHODS = frozenset(
 )
 #: The fields that this service and the server set, once each (RFC 9110, section 5.3).
 _SERVER_FIELDS = frozenset({b"date", b"x-request-id"})
+#: The fields of a response that are looked at. One look-up passes over the others.
+_NOTED_FIELDS = _SERVER_FIELDS | {b"content-length"}
 #: Maximum size of a path in an access line, in bytes of UTF-8.
 MAX_PATH_BYTES = 1024
 #: A path of at most this many characters is not larger: each has up to four bytes.
 SHORT_PATH = MAX_PATH_BYTES // 4
+#: RFC 9110, section 15.2.2.
+SWITCHING_PROTOCOLS = 101
 #: nginx's status for a client that disconnected before the response.
 CLIENT_CLOSED_REQUEST = 499
+#: The seconds for which an application may go on to stream to a client that has left.
+UNHEARD_SECONDS = 1.0
+TOO_MANY_STREAMS = "The service has too many streams."
 #: The bytes of a response from which on its access line waits until the client has received it:
 #: the default limit of a transport's buffer (asyncio, `set_write_buffer_limits`).
 LARGE_RESPONSE_BYTES = 1 << 16
 #: The close code of a WebSocket whose handler failed (RFC 6455, section 7.4.1).
 INTERNAL_ERROR = 1011
+#: The close code of a WebSocket whose handler has ended (RFC 6455, section 7.4.1).
+NORMAL_CLOSURE = 1000
+#: The code of a connection that was lost: never sent (RFC 6455, section 7.4.1).
+ABNORMAL_CLOSURE = 1006
 #: The client has disconnected: Starlette's errors, and uvicorn's for a WebSocket.
 _DISCONNECTS = (ClientDisconnect, WebSocketDisconnect, ClientDisconnected)
 
@@ -88,8 +100,8 @@ class RequestMiddleware:
         self.lifecycle = lifecycle
         self.cors = cors
         self.app_with_proxy_headers = with_proxy_headers(app, settings.forwarded_allow_ips)
-        self.limits = Limits(settings)
-        self.metrics = HttpMetrics(self.limits)
+        self.limits = Limits(settings, router.routes)
+        self.metrics = HttpMetrics(self.limits, self.limits.stream_counts)
         self.access_log = AccessLog(settings, self.metrics.dropped_lines.inc)
         self.request_ids = generate_request_ids()
 
@@ -115,6 +127,17 @@ class RequestMiddleware:
 
 class Exchange:
     """One request and its response: HTTP's own term (RFC 9110, section 3.4)."""
+
+    #: The kind of stream that it may become. A download is a response of known length in parts.
+    kind = "download"
+    #: The seconds until it became a stream.
+    opened_seconds = 0.0
+    #: When a stream has noticed that its client had left.
+    left_at = 0.0
+    #: The seconds for which its body may be received, if its route has a limit of its own.
+    extra_seconds = 0.0
+    #: Whether the handler keeps the whole body.
+    is_buffered = False
 
     def __init__(
         self, middleware: RequestMiddleware, scope: Scope, receive: Receive, send: Send
@@ -150,6 +173,8 @@ class Exchange:
         finally:
             if not self.is_finished:
                 self._finish()
+            if self.middleware.limits.buffered:
+                self.middleware.limits.buffered.pop(self, None)
 
     def send(self, message: Message) -> Awaitable[None]:
         """Pass a message of the response on, with the request ID: an ASGI `send`."""
@@ -164,24 +189,45 @@ class Exchange:
             self.size_bytes += len(message.get("body", b""))
         if message.get("more_body", False):
             self.middleware.limits.start_stream(self)
+            self._end_unheard_stream()
             return self._send(message)
         return self._send_last(message)
 
     def _start_response(self, message: Message) -> Awaitable[None]:
         """Pass the start of the response on; reject a stream over the limit in its place."""
-        if self.middleware.limits.is_full_of_streams and self._is_stream(message):
-            return self._reject_stream()
         headers = message.get("headers", ())
+        has_length = False
         for name, _ in headers:
-            if name in _SERVER_FIELDS:
-                headers = _without_server_fields(headers)
-                break
+            if name in _NOTED_FIELDS:
+                if name == b"content-length":
+                    has_length = True
+                else:
+                    headers = _without_server_fields(headers)
+        if not has_length and self._is_stream(message):
+            if self.middleware.limits.is_full_of_streams:
+                return self._reject_stream()
+            self.kind = "stream"
+            self.middleware.limits.start_stream(self)
         request_id = (b"x-request-id", self.context["request_id"].encode())
         message["headers"] = [*headers, request_id]
         if self.middleware.cors is not None:
             add_missing_headers(self.middleware.cors, self.scope, message)
         self.status = self.status or message["status"]
         return self._send(message)
+
+    def _end_unheard_stream(self) -> None:
+        """Raise `ClientDisconnect` if the application still streams to a client that has left.
+
+        uvicorn drops what is sent then. Starlette's responses are cancelled at once; an ASGI
+        application that does not receive would stream forever.
+        """
+        if not self._is_disconnected(default=False):
+            return
+        now = time.perf_counter()
+        if not self.left_at:
+            self.left_at = now
+        elif now - self.left_at > UNHEARD_SECONDS:
+            raise ClientDisconnect
 
     def _is_cut(self) -> bool:
         """Whether the server can write no more; it may not have reported that yet."""
@@ -210,7 +256,7 @@ class Exchange:
 
     def _reject_stream(self) -> Awaitable[None]:
         """Respond 503 in place of a stream; what is returned waits until the handler ends."""
-        self._replace_handler(503, "The service has too many streams.", {"Retry-After": "1"})
+        self._replace_handler(503, TOO_MANY_STREAMS, {"Retry-After": "1"})
         return asyncio.get_running_loop().create_future()
 
     def _replace_handler(
@@ -230,7 +276,7 @@ class Exchange:
             middleware.metrics.schedule_flush()
         if body_bytes is None:
             return self.receive
-        return middleware.limits.limit_receive(self.scope, self.receive)
+        return middleware.limits.limit_receive(self, self.receive, body_bytes)
 
     async def _complete(self) -> None:
         """Raise `RuntimeError` if the application has returned without a complete response."""
@@ -323,15 +369,17 @@ class Exchange:
         self.is_finished = True
         middleware = self.middleware
         is_in_flight = middleware.limits.in_flight.pop(self, self) is None
-        if not is_in_flight:
-            middleware.limits.end_stream(self)
+        was_open = not is_in_flight and middleware.limits.end_stream(self)
+        is_stream = was_open and self.kind == "stream"
         method = self.scope["method"]
         route = route_template(self.scope)
         status = self.status or CLIENT_CLOSED_REQUEST
         if CLIENT_LEFT in self.scope["state"]:  # the response went nowhere
             status = CLIENT_CLOSED_REQUEST
         labels = (method if method in _METHODS else "_OTHER", route, status)
-        middleware.metrics.record(labels, seconds)
+        if is_stream:
+            middleware.metrics.record_stream(self.kind, route, seconds)
+        middleware.metrics.record(labels, self.opened_seconds if is_stream else seconds)
         is_probe = route.startswith("/health/") and not is_mounted(self.scope)
         if is_probe and status < 400:
             return
@@ -378,8 +426,11 @@ class Exchange:
 class Handshake(Exchange):
     """The handshake of a WebSocket: an exchange with status 101, or a rejected request.
 
-    Once accepted, a WebSocket counts as a stream, and a bug of its handler closes it.
+    Once accepted, a WebSocket is a stream. Its access line is written when it ends. A bug of its
+    handler closes it.
     """
+
+    kind = "websocket"
 
     def __init__(
         self, middleware: RequestMiddleware, scope: Scope, receive: Receive, send: Send
@@ -389,12 +440,13 @@ class Handshake(Exchange):
         self.is_closed = False
 
     async def serve(self) -> None:
-        """Run the application until the WebSocket is closed."""
+        """Run the application until the WebSocket is closed; close it after its handler."""
         try:
             await super().serve()
+            if self.status == SWITCHING_PROTOCOLS:
+                await self._close(NORMAL_CLOSURE)
         finally:
-            self.middleware.limits.in_flight.pop(self, None)
-            self.middleware.limits.end_stream(self)
+            self._end()
 
     def send(self, message: Message) -> Awaitable[None]:
         """Pass a message on, with the request ID; reject with a problem document."""
@@ -403,37 +455,94 @@ class Handshake(Exchange):
             return asyncio.sleep(0)  # the client gets the 504
         kind = message["type"]
         if self.is_finished:
-            self.is_closed = self.is_closed or kind == "websocket.close"
-            return self._send(message)
+            return self._send_open(message)
         if kind == "websocket.close":
             return self._respond(problem(403))
-        if kind in {"websocket.accept", "websocket.http.response.start"}:
-            self.status = message.get("status", 101)
-            headers = _without_server_fields(message.get("headers", ()))
-            request_id = (b"x-request-id", self.context["request_id"].encode())
-            message["headers"] = [*headers, request_id]
+        if kind == "websocket.accept":
+            return self._accept(message)
+        if kind == "websocket.http.response.start":
+            self._start(message, message["status"])
         self.size_bytes += len(message.get("body", b""))
-        is_rejected = kind == "websocket.http.response.body" and not message.get("more_body", False)
-        if is_rejected or kind == "websocket.accept":
-            return self._send_last(message)
+        is_last = kind == "websocket.http.response.body" and not message.get("more_body", False)
+        return self._send_last(message) if is_last else self._send(message)
+
+    def _accept(self, message: Message) -> Awaitable[None]:
+        """Accept the handshake, or reject a WebSocket over the limit."""
+        limits = self.middleware.limits
+        if limits.is_full_of_streams:
+            return self._reject_stream()
+        limits.start_stream(self)
+        self._start(message, SWITCHING_PROTOCOLS)
+        return self._send_last(message)
+
+    def _start(self, message: Message, status: int) -> None:
+        self.status = status
+        headers = _without_server_fields(message.get("headers", ()))
+        request_id = (b"x-request-id", self.context["request_id"].encode())
+        message["headers"] = [*headers, request_id]
+
+    def _send_open(self, message: Message) -> Awaitable[None]:
+        """Send a message of an open WebSocket, and count its bytes."""
+        self.is_closed = self.is_closed or message["type"] == "websocket.close"
+        text = message.get("text")
+        if text is None:
+            self.size_bytes += len(message.get("bytes") or b"")
+        else:
+            self.size_bytes += len(text) if text.isascii() else len(text.encode())
         return self._send(message)
+
+    def _admit(self, body_bytes: int | None) -> Receive:
+        """Admit a handshake. Raises `ServiceError` at a limit, that of streams included."""
+        receive = super()._admit(body_bytes)
+        if self.middleware.limits.is_full_of_streams:
+            raise UnavailableError(TOO_MANY_STREAMS)
+        return receive
 
     async def _respond(self, response: Response) -> None:
         """Reject the handshake with a response, or close an open connection."""
         if not self.is_finished:
             await super()._respond(response)
-        elif self.status == 101 and not self.is_closed:
+        elif self.status == SWITCHING_PROTOCOLS:
+            await self._close(INTERNAL_ERROR)
+
+    async def _close(self, code: int) -> None:
+        """Close the WebSocket, unless it is closed."""
+        if not self.is_closed:
             with contextlib.suppress(ClientDisconnected):
-                await self._send({"type": "websocket.close", "code": INTERNAL_ERROR})
+                await self._send_open({"type": "websocket.close", "code": code})
 
     def _finish(self) -> None:
-        """Count and log the handshake; an open WebSocket becomes a stream."""
-        super()._finish()
-        if self.status == 101:
-            self.middleware.limits.in_flight[self] = None
-            self.middleware.limits.start_stream(self)
+        """Count the handshake; log a rejected one. An accepted one goes on as a stream."""
+        if self.status != SWITCHING_PROTOCOLS:
+            super()._finish()
+            return
+        self.is_finished = True
+        labels = ("GET", route_template(self.scope), SWITCHING_PROTOCOLS)
+        self.middleware.metrics.record(labels, self.opened_seconds)
+
+    def _end(self) -> None:
+        """Count and log a WebSocket that has ended."""
+        if not self.middleware.limits.end_stream(self):
+            return
+        seconds = time.perf_counter() - self.start
+        route = route_template(self.scope)
+        self.middleware.metrics.record_stream(self.kind, route, seconds)
+        connection = getattr(self._send, "__self__", None)
+        fields: Any = {
+            "request_bytes": getattr(connection, "received_bytes", 0),
+            "close_code": getattr(connection, "close_code", ABNORMAL_CLOSURE),
+        }
+        self.context = self.context | fields
+        self._log("GET", route, SWITCHING_PROTOCOLS, seconds)
 
     def _is_end_of_client(self, error: BaseException) -> bool:
+        """Return whether the error reports that the client has disconnected.
+
+        Then the server cancels a handler that does not notice it.
+        """
+        is_cancelled = isinstance(error, asyncio.CancelledError)
+        if is_cancelled and self._is_disconnected(default=False):
+            return True
         return isinstance(error, _DISCONNECTS)
 
 

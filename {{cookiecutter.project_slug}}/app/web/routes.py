@@ -44,9 +44,30 @@ def handles(routes: Sequence[BaseRoute], scope: Scope) -> bool:
     for route, child_scope in _full_matches(routes, scope):
         if not isinstance(route.original_route, Mount | Host):
             return True
-        if handles(_routes_of(route.app), {**scope, **child_scope}):
+        if handles(routes_of(route.app), {**scope, **child_scope}):
             return True
     return False
+
+
+def find_endpoint(routes: Sequence[BaseRoute], scope: Scope) -> object:
+    """Return the function that handles a request, or None."""
+    for route, child_scope in _full_matches(routes, scope):
+        if not isinstance(route.original_route, Mount | Host):
+            return child_scope.get("endpoint")
+        endpoint = find_endpoint(routes_of(route.app), {**scope, **child_scope})
+        if endpoint is not None:
+            return endpoint
+    return None
+
+
+def endpoints(routes: Sequence[BaseRoute]) -> Iterator[object]:
+    """Yield the functions of all routes, those of mounted applications included."""
+    route: Any
+    for route in iter_route_contexts(routes):
+        if isinstance(route.original_route, Mount | Host):
+            yield from endpoints(routes_of(route.app))
+        else:
+            yield route.endpoint
 
 
 def _full_matches(routes: Sequence[BaseRoute], scope: Scope) -> Iterator[tuple[Any, Scope]]:
@@ -74,7 +95,7 @@ def _mount_prefix(scope: Scope) -> str:
         route, child_scope = step
         prefix += route.path if isinstance(route.original_route, Mount) else ""
         steps.update(child_scope)
-        routes = _routes_of(route.app)
+        routes = routes_of(route.app)
     return prefix
 
 
@@ -84,7 +105,7 @@ def _outer_root_path(scope: Scope) -> str:
     return root_path
 
 
-def _routes_of(app: Any) -> Sequence[BaseRoute]:
+def routes_of(app: Any) -> Sequence[BaseRoute]:
     """Return the routes of a mounted application, middleware around it or not."""
     while not hasattr(app, "routes") and hasattr(app, "app"):
         app = app.app

@@ -8,6 +8,8 @@ import sys
 import time
 import types
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -175,11 +177,12 @@ async def test_body_within_the_limits_is_unchanged() -> None:
     async def receive() -> Message:
         return remaining.pop(0)
 
-    limited = Limits(Settings(max_body_bytes=3)).limit_receive({"state": {}}, receive)
+    exchange: Any = SimpleNamespace(scope={"type": "http", "path": "/", "state": {}})
+    limited = Limits(Settings(max_body_bytes=3), []).limit_receive(exchange, receive, 0)
     assert [await limited() for _ in range(3)] == messages
 
     remaining = messages.copy()
-    limited = Limits(Settings(max_body_bytes=2)).limit_receive({"state": {}}, receive)
+    limited = Limits(Settings(max_body_bytes=2), []).limit_receive(exchange, receive, 0)
     await limited()
     with pytest.raises(RejectedError) as rejection:
         await limited()
@@ -196,11 +199,11 @@ def test_debugger_is_detected_in_development_only(
     """bdb is the base of pdb, pydevd is that of VS Code and PyCharm. pytest loads bdb."""
     for name in DEBUGGERS:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    development = Limits(Settings(environment="development"))
+    development = Limits(Settings(environment="development"), [])
     assert not development.is_debugged()
     monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
     assert development.is_debugged()
-    assert not Limits(Settings()).is_debugged()
+    assert not Limits(Settings(), []).is_debugged()
 
 
 @pytest.mark.parametrize("path", ["/slow?seconds=20", "/slow-thread?seconds=9"])

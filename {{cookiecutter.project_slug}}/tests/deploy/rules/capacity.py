@@ -204,6 +204,22 @@ def processes_and_files_fit_into_the_memory_limit(d: Deployed) -> Problems:
             )
 
 
+@rule
+def bodies_fit_into_the_temporary_directory(d: Deployed) -> Problems:
+    """Files of forms over 1 MiB are written there; see docs/uploads.md."""
+    document = d.one("Deployment")
+    workers = plan_workers(d.settings, api_resources(d)).workers
+    bodies = workers * d.settings.max_buffered_bytes / MEGABYTE
+    mount = _mounts(d, document).get(TEMPORARY_DIRECTORY)
+    space = _memory_limit(document, mount) if mount else None
+    if space is not None and bodies > space:
+        yield (
+            f"Deployment: {POD}.volumes: {TEMPORARY_DIRECTORY} has {space:g} MB, and {workers} x "
+            f"MAX_BUFFERED_BYTES={d.settings.max_buffered_bytes} need {bodies:g} MB: raise its "
+            "sizeLimit and resources.limits.memory, or lower MAX_BUFFERED_BYTES"
+        )
+
+
 def _temporary_directories(document: Document) -> list[str]:
     if component(document) == "api":
         return [TEMPORARY_DIRECTORY, SHARED_MEMORY]
