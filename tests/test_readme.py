@@ -349,56 +349,6 @@ class Guide:
         assert text.count(before) == 1, (name, before)
         path.write_text(text.replace(before, after))
 
-    def give_layer(self, include_example: bool) -> None:
-        """List the new directory in the import contract, if the project has one yet."""
-        if "[tool.importlinter]" not in (self.project / "pyproject.toml").read_text():
-            return
-        if include_example:
-            self.edit(
-                "pyproject.toml", '"(payments)", # example', '"(payments) | orders", # example'
-            )
-        else:
-            self.edit(
-                "pyproject.toml", '"lifespan | serving",', '"lifespan | serving",\n    "(orders)",'
-            )
-        self.run("lint-imports")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("include_example", [True, False])
-def test_route_with_a_table_of_the_readme_works(bake: Bake, include_example: bool) -> None:
-    project = bake(include_example=include_example)
-    guide = Guide(project, "Add a route with a table")
-    (_, setup), (_, checks) = guide.blocks("sh")
-    assert checks.splitlines() == [
-        ".venv/bin/ruff check --fix .",
-        ".venv/bin/ruff format .",
-        "make lint types test",
-    ]
-    setup = setup.replace(".venv/bin/alembic", str(SERVICE_BIN / "alembic"))
-    subprocess.run(["bash", "-ec", setup], cwd=project, check=True, capture_output=True)
-    (migration,) = (project / "migrations/versions").glob("*_create_orders.py")
-    for paragraph, code in guide.blocks("python"):
-        name = re.findall(r"`((?:app|tests)/orders/\w+\.py)`", paragraph)
-        if name:
-            (project / name[0]).write_text(code)
-        elif "migrations/versions" in paragraph:
-            header, _, _ = migration.read_text().partition("def upgrade")
-            migration.write_text(header + code)
-        else:
-            imported, included = code.splitlines(keepends=True)
-            first = "from app.lifespan import"
-            guide.edit("app/main.py", first, imported + first)
-            last = "    return app\n"
-            guide.edit("app/main.py", last, included + last)
-    changed = ["app/main.py", "app/orders", "tests/orders", str(migration)]
-    guide.run("ruff", "check", "--no-cache", "--fix", *changed)
-    guide.run("ruff", "format", "--no-cache", *changed)
-    guide.run("ruff", "check", "--no-cache", *changed)
-    guide.run("mypy", "--cache-dir", os.devnull, "app/main.py", "tests/orders")
-    guide.give_layer(include_example)
-    guide.run("python", "-m", "pytest", "-q", "tests/orders", "tests/test_migrations.py")
-
 
 @pytest.mark.slow
 def test_changed_timeout_of_the_readme_passes_the_checks(bake: Bake) -> None:

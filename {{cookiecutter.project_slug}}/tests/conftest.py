@@ -1,10 +1,12 @@
 """Fixtures: Postgres, Redis, settings, and a client of the application."""
 
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -13,8 +15,10 @@ from pydantic import SecretStr
 from starlette.types import Receive, Scope, Send
 
 from app.settings import Settings
+from app.storage.postgres import Database
 from scripts import dev_services
-from tests.service_process import DEADLINE_SECONDS
+from tests.databases import TEMPLATE, copy_database, drop_database
+from tests.service_process import DEADLINE_SECONDS, Service, serving
 
 # Settings of the service in the developer's environment must not reach the tests.
 for name in Settings.model_fields:
@@ -24,6 +28,8 @@ for name in Settings.model_fields:
 from app.main import create_app
 
 PROJECT = Path(__file__).parent.parent
+#: For the names of databases.
+_numbers = itertools.count(1)
 #: What the template brings, and an update of the template may change. All other tests are the
 #: team's: those of its features, and those of its settings, migrations and manifests.
 FRAMEWORK = {
@@ -45,10 +51,15 @@ FRAMEWORK = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the framework's tests, and run them after the team's, which are quicker."""
+    """Mark the framework's tests, and run them after the team's, which are quicker.
+
+    Tests that start the service are marked as well.
+    """
     for item in items:
         if item.path.relative_to(PROJECT / "tests").parts[0] in FRAMEWORK:
             item.add_marker("framework")
+        if "service" in getattr(item, "fixturenames", ()):
+            item.add_marker("process")
     items.sort(key=lambda item: item.get_closest_marker("framework") is not None)
 
 
@@ -78,18 +89,37 @@ def database_url(postgres: dev_services.Postgres) -> str:
     command = [sys.executable, "-m", "alembic", "upgrade", "head"]
     environment = os.environ | {"DATABASE_URL": postgres.url}
     subprocess.run(command, check=True, cwd=PROJECT, env=environment, stdout=subprocess.PIPE)
+    # Before any other test connects to it: Postgres copies only databases without connections.
+    copy_database(postgres.url, "postgres", TEMPLATE)
     return postgres.url
 
 
 @pytest.fixture
-def settings(database_url: str, redis: dev_services.Redis) -> Settings:
+def clean_database(database_url: str) -> Iterator[str]:
+    """The URL of a new database for one test, with the migrations applied.
+
+    `settings`, `client`, `database` and `service` use it, if the test requests it.
+    """
+    name = f"test_{next(_numbers)}"
+    yield copy_database(database_url, TEMPLATE, name)
+    drop_database(database_url, name)
+
+
+@pytest.fixture
+def settings(request: pytest.FixtureRequest, redis: dev_services.Redis) -> Settings:
     """Settings for the servers of this session; access lines are written at once.
+
+    Each test that requests `clean_database` has its own database, and its own keys in Redis.
 
     Its timeouts are longer than the defaults: while other tests run, a connect can last over 1 s,
     and a query over 5 s.
     """
+    is_clean = "clean_database" in request.fixturenames
+    url = request.getfixturevalue("clean_database" if is_clean else "database_url")
+    own = {"redis_key_prefix": urlsplit(url).path.strip("/")} if is_clean else {}
     return Settings(
-        database_url=SecretStr(database_url),
+        **own,
+        database_url=SecretStr(url),
         redis_url=SecretStr(redis.url),
         log_format="json",
         access_log_flush_ms=0,
@@ -125,3 +155,29 @@ async def client(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application, in this process."""
     async with InProcess(create_app(settings)) as client:
         yield client
+
+
+@pytest.fixture
+async def database(clean_database: str, settings: Settings) -> AsyncIterator[Database]:
+    """The connections of a test to a database of its own: what services expect.
+
+    `database.pool` has `fetch`, `fetchval` and `execute` for plain SQL.
+    """
+    async with Database(settings, connections=3, process="test") as database:
+        yield database
+
+
+@pytest.fixture
+def service(clean_database: str, settings: Settings) -> Iterator[Service]:
+    """The service as a real process, ready, on a database of its own. A start needs 2 s.
+
+    A module with several such tests has a fixture of its own, see tests/serving.
+    """
+    variables = {
+        "DATABASE_URL": clean_database,
+        "REDIS_URL": settings.redis_url.get_secret_value(),
+        "REDIS_KEY_PREFIX": settings.redis_key_prefix,
+    }
+    with serving(WEB_CONCURRENCY="1", **variables) as service:
+        service.wait()
+        yield service

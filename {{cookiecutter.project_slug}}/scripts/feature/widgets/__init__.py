@@ -1,0 +1,1 @@
+"""The widgets feature: created, looked up, listed."""
