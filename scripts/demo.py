@@ -1,8 +1,11 @@
-"""Generate the default service and run it under gunicorn, with a temporary Postgres and Redis.
+"""Generate the default service and run it: gunicorn, a consumer, a gateway, Postgres and Redis.
 
-Ctrl-C stops it. The environment variable `TOOLS` names the directory of the uv that installs it.
+A first payment is created and settled. Ctrl-C stops everything. The environment variable `TOOLS`
+names the directory of the uv that installs the service.
 """
 
+import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -11,11 +14,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cookiecutter.main import cookiecutter
 
-from scripts.ports import is_listening
+from scripts.ports import free_port, is_listening
 
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTORY = ROOT / ".demo"
@@ -23,15 +28,21 @@ HOST = "127.0.0.1"
 PORT = 8000
 METRICS_PORT = 9464
 READY_SECONDS = 60
+SETTLE_SECONDS = 60
 HEADERS = "-H 'Content-Type: application/json' -H 'Idempotency-Key: first'"
 PAYMENT = '{"amount": 1250, "currency": "EUR", "reference": "order-1"}'
 GUIDE = """
-The service in {project} is ready. In another terminal:
+The service in {project} is ready. Its first payment:
+
+{first}
+
+In another terminal:
 
     curl -i http://{bind}/
     curl -i http://{bind}/health/ready
     curl -i http://{bind}/payments {headers} \\
       -d '{payment}'
+    sleep 1; curl -s http://{bind}/payments
     curl -s http://{metrics_bind}/metrics | grep _count
 
 Watch it drain: for ten seconds readiness is 503, and every request is still served, with
@@ -43,16 +54,67 @@ Ctrl-C ends the demo.
 """
 
 
-def wait_until_ready(process: subprocess.Popen[bytes]) -> bool:
-    """Wait until the service is ready; return False if it exits first or the time limit passes."""
+def wait_until_ready(process: subprocess.Popen[bytes], address: str) -> bool:
+    """Wait until a process is ready; return False if it exits first or the time limit passes."""
     deadline = time.monotonic() + READY_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{PORT}/health/ready", timeout=1):
+            with urllib.request.urlopen(f"http://{address}/health/ready", timeout=1):
                 return True
         except OSError:
             time.sleep(0.1)
     return False
+
+
+def request(path: str, **options: Any) -> dict[str, Any]:
+    """Send a request to the service; return the JSON of the response."""
+    prepared = urllib.request.Request(f"http://{HOST}:{PORT}{path}", **options)
+    with urllib.request.urlopen(prepared, timeout=10) as response:
+        body: dict[str, Any] = json.load(response)
+        return body
+
+
+def settle_a_payment() -> str:
+    """Create a payment, and wait until the consumer has charged it; return a line for each."""
+    headers = {"Content-Type": "application/json", "Idempotency-Key": "demo"}
+    start = time.monotonic()
+    payment = request("/payments", data=PAYMENT.encode(), headers=headers)
+    created = payment["status"]
+    while payment["status"] != "settled" and time.monotonic() < start + SETTLE_SECONDS:
+        time.sleep(0.2)
+        payment = request(f"/payments/{payment['payment_id']}")
+    later = f"{payment['status']}, {time.monotonic() - start:.1f} s later"
+    path = f"/payments/{payment['payment_id']}"
+    return f"    POST /payments    {created}\n    GET {path}    {later}"
+
+
+@contextlib.contextmanager
+def consuming(project: Path, environment: dict[str, str]) -> Iterator[bool]:
+    """Run the consumer that charges payments, and a gateway for it, during the block.
+
+    Yields whether the consumer is ready.
+    """
+    python = str(project / ".venv/bin/python")
+    port = free_port()
+    metrics_bind = f"{HOST}:{free_port()}"
+    environment = environment | {
+        "ENVIRONMENT": "development",
+        "GATEWAY_URL": f"http://{HOST}:{port}",
+        "METRICS_BIND": metrics_bind,
+    }
+    gateway = [python, "-m", "scripts.fake_gateway", str(port)]
+    # It shares Postgres and Redis with the service.
+    consumer = [python, "-m", "scripts.dev_environment", python, "-m", "app.payments.consumer"]
+    processes = [
+        subprocess.Popen(command, cwd=project, env=environment) for command in (gateway, consumer)
+    ]
+    try:
+        yield wait_until_ready(processes[-1], metrics_bind)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
 
 
 def set_up(project: Path, **variables: str) -> dict[str, str]:
@@ -88,8 +150,8 @@ def generate() -> Path:
     return Path(project)
 
 
-def print_guide(project: Path, pid: Path) -> None:
-    """Print the requests to try."""
+def print_guide(project: Path, pid: Path, first: str) -> None:
+    """Print the first payment, and the requests to try."""
     guide = GUIDE.format(
         project=project.relative_to(Path.cwd()),
         bind=f"{HOST}:{PORT}",
@@ -97,6 +159,7 @@ def print_guide(project: Path, pid: Path) -> None:
         headers=HEADERS,
         payment=PAYMENT,
         pid=pid.relative_to(Path.cwd()),
+        first=first,
     )
     sys.stdout.write(guide)
     sys.stdout.flush()
@@ -120,8 +183,13 @@ def main() -> int:
     process = subprocess.Popen(["make", "--silent", "run"], cwd=project, env=environment)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ignore)
-    if wait_until_ready(process):
-        print_guide(project, pid)
+    if wait_until_ready(process, f"{HOST}:{PORT}"):
+        with consuming(project, environment) as is_ready:
+            # Ctrl-C may stop the service or the consumer meanwhile.
+            with contextlib.suppress(OSError):
+                first = settle_a_payment() if is_ready else "    (the consumer has not started)"
+                print_guide(project, pid, first)
+            process.wait()
     process.wait()
     return 0
 

@@ -194,6 +194,15 @@ def test_demo_serves_the_requests_of_the_readme(demo: Terminal) -> None:
     assert "'/payments' 201" in demo.read()
 
 
+@pytest.mark.slow
+def test_demo_settles_its_first_payment(demo: Terminal) -> None:
+    """The guide reports it, and the service lists it."""
+    (path,) = re.findall(
+        r"GET (/payments/[0-9a-f-]{36})    settled, \d+\.\d s later\s", demo.read()
+    )
+    assert httpx.get(BASE + path).json()["status"] == "settled"
+
+
 def development_ports(project: Path) -> list[int]:
     """Return the ports of the project's Postgres and Redis."""
     return [int((project / f".dev/{name}/port").read_text()) for name in ("postgres", "redis")]

@@ -161,7 +161,8 @@ drop table if exists payments, idempotency_keys, outbox, inbox;
 delete from alembic_version where version_num in ('0001_payments', '0002_patterns');
 """
 DATABASES = f"""
-A database that was migrated with the example needs these statements before the next `make migrate`.
+`make dev-reset` deletes the development database, which still has the tables of the example.
+Another database that was migrated with it needs these statements before the next `make migrate`.
 They delete the data of the example. Without the first one, its tables stay.
 
 psql "$DATABASE_URL" <<'SQL'
