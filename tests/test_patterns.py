@@ -249,7 +249,9 @@ def remove_the_source(project: Path) -> None:
 
 def rename_the_layer(project: Path) -> None:
     path = project / "pyproject.toml"
-    path.write_text(path.read_text().replace('"web | storage"', '"edge | storage"'))
+    text, count = re.subn(r"\bweb \|", "edge |", path.read_text())
+    assert count == 1
+    path.write_text(text)
 
 
 def write_an_own_test(project: Path) -> None:
