@@ -1,4 +1,4 @@
-"""Cursors of keyset pagination: every position survives the way to the client and back."""
+"""Cursors of keyset pagination: the position of a row survives the way to the client and back."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from app.patterns.pagination import MAX_ID, MAX_TIME, PATTERN, Cursor
+from app.patterns.pagination import MAX_ID, PATTERN, Cursor
 
 EPOCH = datetime.fromtimestamp(0, UTC)
 
@@ -14,9 +14,8 @@ EPOCH = datetime.fromtimestamp(0, UTC)
 @pytest.mark.parametrize(
     "cursor",
     [
-        Cursor(),
-        Cursor(MAX_TIME, MAX_ID),
         Cursor(EPOCH, UUID(int=0)),
+        Cursor(datetime(2100, 1, 1, tzinfo=UTC), MAX_ID),
         Cursor(EPOCH + timedelta(days=20_000, microseconds=1), uuid4()),
     ],
 )
@@ -39,3 +38,7 @@ def test_order_of_texts_is_that_of_positions() -> None:
 def test_every_text_of_the_pattern_is_a_cursor(text: str) -> None:
     assert re.fullmatch(PATTERN, text)
     assert str(Cursor.parse(text)) == text
+
+
+def test_default_cursor_is_newer_than_every_row() -> None:
+    assert Cursor() > Cursor.parse("f" * 45)
