@@ -175,6 +175,24 @@ def test_bake_is_formatted_and_lint_clean(bake: Bake, include_example: bool) -> 
         assert done.returncode == 0, done.stdout.decode()
 
 
+def test_checkout_with_line_ends_of_windows_has_those_of_unix(bake: Bake) -> None:
+    """`core.autocrlf=true` is the default of Git for Windows; sh and make read no CRLF."""
+    project = bake()
+    before = tree(project)
+    git = ["git", "-c", "core.autocrlf=true", "-c", "user.name=a", "-c", "user.email=a@b"]
+    commands = [
+        ["init", "--quiet"],
+        ["add", "."],
+        ["commit", "--quiet", "--message", "a"],
+        ["rm", "-r", "--quiet", "."],
+        ["checkout", "--quiet", "HEAD", "--", "."],
+    ]
+    for command in commands:
+        subprocess.run([*git, *command], cwd=project, check=True, capture_output=True)
+    after = {name: text for name, text in tree(project).items() if not name.startswith(".git/")}
+    assert after == before
+
+
 def test_tools_and_data_are_not_linted_without_git(bake: Bake) -> None:
     """`make setup` installs uv in `.tools`. Ruff reads `.gitignore` only in a git repository."""
     project = bake()
