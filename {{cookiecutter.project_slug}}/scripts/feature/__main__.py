@@ -3,14 +3,13 @@
 Everything is checked and rendered first, then written; an error leaves the project as it was.
 """
 
-import contextlib
 import subprocess
 import sys
-from pathlib import Path
 
 from scripts.feature.edits import NoPlaceError
 from scripts.feature.names import InvalidNameError, Names, parse
-from scripts.feature.plan import PROJECT, FeatureError, plan
+from scripts.feature.plan import plan
+from scripts.project_files import PROJECT, ProjectError, written
 
 USAGE = "N is missing: make feature N=orders, or make feature N=people S=person"
 DONE = """
@@ -24,29 +23,6 @@ docs/first-feature.md continues from here, step by step.
 """
 
 
-def write(files: dict[Path, str]) -> None:
-    """Write all files and format them, or none: an error restores and deletes what was written."""
-    before: dict[Path, bytes | None] = {}
-    directories: list[Path] = []
-    try:
-        for name, text in files.items():
-            path = PROJECT / name
-            if not path.parent.exists():
-                directories.append(path.parent)
-                path.parent.mkdir()
-            before[path] = path.read_bytes() if path.exists() else None
-            _replace(path, text)
-        _format([str(name) for name in files if name.suffix == ".py"])
-    except BaseException:
-        for path, content in before.items():
-            with contextlib.suppress(OSError):
-                path.write_bytes(content) if content is not None else path.unlink()
-        for directory in directories:
-            with contextlib.suppress(OSError):
-                directory.rmdir()
-        raise
-
-
 def _format(names: list[str]) -> None:
     """Sort the imports, whose order follows from the name, and format, as the project does."""
     for command in (["check", "--select", "I", "--fix", "--exit-zero"], ["format"]):
@@ -58,21 +34,7 @@ def _format(names: list[str]) -> None:
         )
         if done.returncode:
             reason = done.stderr.decode().strip().partition("\n")[0]
-            raise FeatureError(f"nothing was written: ruff {command[0]} failed: {reason}")
-
-
-def _replace(link: Path, text: str) -> None:
-    """Write a file in one step, with the line ends that it has."""
-    path = link.resolve()
-    has_crlf = path.exists() and b"\r\n" in path.read_bytes()
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_bytes((text.replace("\n", "\r\n") if has_crlf else text).encode())
-        if path.exists():
-            temporary.chmod(path.stat().st_mode)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            raise ProjectError(f"nothing was written: ruff {command[0]} failed: {reason}")
 
 
 def main(arguments: list[str]) -> None:
@@ -82,13 +44,14 @@ def main(arguments: list[str]) -> None:
     try:
         names = parse(*arguments)
         files = plan(names)
-        write(files)
-    except (InvalidNameError, NoPlaceError, FeatureError) as error:
+        with written(PROJECT, files):
+            _format([name for name in files if name.endswith(".py")])
+    except (InvalidNameError, NoPlaceError, ProjectError) as error:
         sys.exit(str(error))
     except OSError as error:
         sys.exit(f"nothing was written: {error}")
     for name in files:
-        sys.stdout.write(f"{name.as_posix()}\n")
+        sys.stdout.write(f"wrote {name}\n")
     _print_next_steps(names)
 
 
