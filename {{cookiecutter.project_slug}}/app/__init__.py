@@ -6,6 +6,7 @@ settings.py          every setting, validated and frozen
 errors.py            the errors that clients see
 tasks.py             background tasks: of a request, of the process
 process.py           runs a process without routes: probes, metrics, shutdown
+event_loop.py        the event loop: connects to any address of a name
 lifecycle.py         the shutdown of a process, as the server reports it; forked children
 setting_types.py     validated types for settings
 connection_urls.py   validation of the URLs of Postgres and Redis

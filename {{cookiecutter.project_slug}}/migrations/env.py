@@ -19,6 +19,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from app.event_loop import EventLoop
 from app.settings import Settings, load_settings
 from app.storage import postgres
 from app.telemetry import logs
@@ -167,7 +168,8 @@ def main() -> None:
     else:
         settings = load_settings()
         logs.configure(settings)
-        asyncio.run(migrate_until_stopped(settings))
+        with asyncio.Runner(loop_factory=EventLoop) as runner:
+            runner.run(migrate_until_stopped(settings))
 
 
 main()

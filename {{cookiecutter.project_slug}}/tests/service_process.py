@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -93,13 +93,19 @@ class Service(Running):
     """gunicorn with the service, or with another application."""
 
     def __init__(
-        self, app: str | None, port: int, stdout: IO[bytes] | None, /, **settings: str
+        self,
+        app: str | None,
+        port: int,
+        stdout: IO[bytes] | None,
+        prefix: Sequence[str],
+        /,
+        **settings: str,
     ) -> None:
         self.port = port or free_port()
         self.metrics_port = free_port()
         # `serving` closes it.
         self.output = stdout or tempfile.TemporaryFile()  # noqa: SIM115
-        command = [sys.executable, "-m", "gunicorn"]
+        command = [*prefix, sys.executable, "-m", "gunicorn"]
         if app:
             command.append(app)
         defaults = {
@@ -153,13 +159,18 @@ class Service(Running):
 
 @contextlib.contextmanager
 def serving(
-    app: str | None = None, port: int = 0, stdout: IO[bytes] | None = None, /, **settings: str
+    app: str | None = None,
+    port: int = 0,
+    stdout: IO[bytes] | None = None,
+    prefix: Sequence[str] = (),
+    /,
+    **settings: str,
 ) -> Iterator[Service]:
     """Run the service, or another application, and stop it after the block.
 
-    Port 0 is any free port.
+    Port 0 is any free port. `prefix` is a command that runs gunicorn by `exec`.
     """
-    service = Service(app, port, stdout, **settings)
+    service = Service(app, port, stdout, prefix, **settings)
     try:
         yield service
     finally:

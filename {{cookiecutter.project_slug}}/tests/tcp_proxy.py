@@ -12,7 +12,7 @@ CHUNK_BYTES = 4096
 class TcpProxy:
     """Forwards connections to a port of the loopback interface. Its attributes may be changed."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, host: str = "127.0.0.1") -> None:
         #: New connections lead there; those that are open do not move.
         self.target = target
         #: Limit to the server, of all connections together; 0 is none.
@@ -28,9 +28,9 @@ class TcpProxy:
         self.lock = threading.Lock()
         self.sockets: list[socket.socket] = []
         self.threads: list[threading.Thread] = []
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server((host, 0))
         self.port: int = self.listener.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.url = f"redis://{host}:{self.port}/0"
 
     def accept(self) -> None:
         """Serve until the listener is closed."""
@@ -89,11 +89,23 @@ class TcpProxy:
 
 
 @contextlib.contextmanager
-def proxying(target: int) -> Iterator[TcpProxy]:
-    """Run a proxy to this port for the duration of the block."""
-    proxy = TcpProxy(target)
+def proxying(target: int, host: str = "127.0.0.1") -> Iterator[TcpProxy]:
+    """Run a proxy to this port for the duration of the block; it listens on `host`."""
+    proxy = TcpProxy(target, host)
     threading.Thread(target=proxy.accept, daemon=True).start()
     try:
         yield proxy
     finally:
         proxy.close()
+
+
+@contextlib.contextmanager
+def silent_listener(port: int = 0) -> Iterator[int]:
+    """Yield a port whose backlog is full: a connect waits, as for a host behind a packet filter."""
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", port))
+        listener.listen(0)
+        for client in (first, second):
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]

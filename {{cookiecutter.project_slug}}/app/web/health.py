@@ -122,9 +122,10 @@ class Health:
         cause = describe(error)
         extra = {"dependency": name, "reason": type(error).__name__}
         is_new = recent_causes.is_new(cause)
-        if is_new and self.state_logs[name].is_failing:
+        if not self.state_logs[name].is_failing:
+            self.state_logs[name].failed(cause, **extra)
+        elif is_new:
             logger.warning("%s still unavailable: %s", name, cause, extra=extra)
-        self.state_logs[name].failed(cause, **extra)
 
 
 router = APIRouter(prefix="/health", tags=["health"])
