@@ -19,8 +19,8 @@ if sys.platform == "win32":
 else:
     from uvloop import Loop
 
-#: Time until the next address is tried alongside: the shortest that RFC 8305, section 8, recommends.
-#: A connect to Redis has 0.5 s in all.
+#: Time until the next address is tried alongside: the minimum of RFC 8305, section 8, since a
+#: connect to Redis has 0.5 s in all.
 ATTEMPT_DELAY_SECONDS = 0.1
 
 
@@ -31,7 +31,7 @@ class EventLoop(Loop):
         super().__init__()
         self.lookups: dict[tuple[Any, ...], asyncio.Future[list[Any]]] = {}
 
-    async def getaddrinfo(  # type: ignore[override]
+    async def getaddrinfo(
         self,
         host: Any,
         port: Any,
@@ -63,7 +63,7 @@ class EventLoop(Loop):
         threading.Thread(target=_resolve, args=(self, question, lookup), daemon=True).start()
         return lookup
 
-    async def create_connection(  # type: ignore[override]
+    async def create_connection(
         self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any
     ) -> Any:
         """Connect to the first address that accepts. Raises `OSError` if none does."""
@@ -82,9 +82,7 @@ class EventLoop(Loop):
             raise
 
 
-def _resolve(
-    loop: EventLoop, question: tuple[Any, ...], lookup: asyncio.Future[list[Any]]
-) -> None:
+def _resolve(loop: EventLoop, question: tuple[Any, ...], lookup: asyncio.Future[list[Any]]) -> None:
     """Look a name up, in a thread."""
     try:
         set_outcome = functools.partial(_set, lookup, socket.getaddrinfo(*question), None)

@@ -41,6 +41,7 @@ FRAMEWORK = {
     "storage",
     "telemetry",
     "web",
+    "test_event_loop.py",
     "test_lifespan.py",
     "test_migration_commands.py",
     "test_process.py",

@@ -67,9 +67,7 @@ class NameServer:
         header = question[:2] + struct.pack(">5H", flags, 1, len(addresses), 0, 0)
         # The name of the question, class IN, no time to live, four bytes
         record = struct.pack(">HHHIH", 0xC00C, TYPE_A, 1, 0, 4)
-        return (
-            header + question[12:end] + b"".join(record + socket.inet_aton(a) for a in addresses)
-        )
+        return header + question[12:end] + b"".join(record + socket.inet_aton(a) for a in addresses)
 
 
 @contextlib.contextmanager

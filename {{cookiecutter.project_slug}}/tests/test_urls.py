@@ -7,10 +7,8 @@ asyncpg's documentation of `connect`: several hosts, IPv6, unix sockets, options
 import asyncio
 import functools
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
