@@ -47,7 +47,8 @@ class EventLoop(Loop):
             return socket.getaddrinfo(*question[:-1], flags | socket.AI_NUMERICHOST)
         lookup = self.lookups.get(question)
         if lookup is None:
-            lookup = self.lookups[question] = self._look_up(question)
+            lookup = self._look_up(question)
+            self.lookups[question] = lookup
         return await asyncio.shield(lookup)
 
     def _look_up(self, question: tuple[Any, ...]) -> asyncio.Future[list[Any]]:

@@ -56,8 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Tests that start the service are marked as well.
     """
+    framework = {PROJECT / "tests" / name for name in FRAMEWORK}
     for item in items:
-        if item.path.relative_to(PROJECT / "tests").parts[0] in FRAMEWORK:
+        if framework & {item.path, *item.path.parents}:
             item.add_marker("framework")
         if "service" in getattr(item, "fixturenames", ()):
             item.add_marker("process")
