@@ -80,7 +80,7 @@ def test_start_amid_four_failures_recovers_from_each(
             service.wait("/health/startup")
             assert service.get("/health/ready").status_code == 503
             eventually(lambda: len(states(service)) == 3)
-            filler = Path(f"/proc/{service.process.pid}/root/dev/shm/filler")
+            filler = Path("/proc", str(service.process.pid), "root", "dev/shm/filler")
             filler.unlink()
             eventually(lambda: "metrics are complete again" in service.messages)
             names.is_dead = False
