@@ -1,17 +1,20 @@
 """PgBouncer in transaction mode and TLS, between the service and its dependencies."""
 
+import asyncio
 import contextlib
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 from scripts.dev_services import Postgres, free_port, is_listening
-from tests.service_process import Service, eventually, serving
+from tests.service_process import PROJECT, Service, eventually, serving
 
 from load import get, load, post
 from prerequisites import program
@@ -67,7 +70,7 @@ def pgbouncer(postgres: Postgres, directory: Path, **settings: object) -> Iterat
     }
     lines = [
         "[databases]",
-        f"postgres = host=127.0.0.1 port={url.port}",
+        f"* = host=127.0.0.1 port={url.port}",
         "[pgbouncer]",
         *(f"{name} = {value}" for name, value in chosen.items()),
         "",
@@ -103,6 +106,39 @@ def test_pgbouncer_requires_a_statement_cache_size_of_zero(
             eventually(lambda: result.total >= 800, 60)
         print(result)
         assert bool(result.failures) == fails
+
+
+def test_concurrent_migrations_through_pgbouncer_are_safe(
+    postgres: Postgres, directory: Path
+) -> None:
+    """PgBouncer's documentation, "SQL feature map": session locks are lost in transaction mode."""
+    execute(postgres.url, "create database unmigrated")
+    with pgbouncer(postgres, directory) as url:
+        own = url.replace("/postgres", "/unmigrated")
+        environment = os.environ | {"DATABASE_URL": own}
+        command = [sys.executable, "-m", "alembic", "upgrade", "head"]
+        output = subprocess.PIPE
+        runs = [
+            subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=output, stderr=output)
+            for _ in range(2)
+        ]
+        outputs = [b"".join(run.communicate(timeout=60)) for run in runs]
+        assert [run.returncode for run in runs] == [0, 0], outputs
+        # Each migration ran once.
+        migrations = len(list((PROJECT / "migrations" / "versions").glob("*.py")))
+        assert b"".join(outputs).count(b"Running upgrade") == migrations, outputs
+    execute(postgres.url, "drop database unmigrated with (force)")
+
+
+def execute(url: str, statement: str) -> None:
+    """Execute a statement outside a transaction."""
+
+    async def run() -> None:
+        connection = await asyncpg.connect(url)
+        await connection.execute(statement)
+        await connection.close()
+
+    asyncio.run(run())
 
 
 class Certificate(NamedTuple):

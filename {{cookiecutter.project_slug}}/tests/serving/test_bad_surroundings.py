@@ -164,3 +164,36 @@ def test_name_with_dead_addresses_leads_to_the_live_one(
             assert service.http.post("/cache").status_code == 204
             assert service.http.post("/errors?sqlstate=40001").status_code == 503
             assert "unavailable" not in service.text
+
+
+def test_too_many_connections_are_503_and_one_line_at_start_and_later(
+    database_url: str, redis: dev_services.Redis
+) -> None:
+    """PostgreSQL's documentation, "Error Codes": 53300, `too_many_connections`."""
+    server = urlsplit(database_url).netloc.rpartition("@")[2]
+    urls = {"DATABASE_URL": f"postgresql://many:hunter2@{server}/postgres", "REDIS_URL": redis.url}
+    terminate = "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'many'"
+    no_more = "alter role many connection limit 0"
+    unlimited = "alter role many connection limit -1"
+    execute(database_url, "create role many login password 'hunter2' in role app", no_more)
+    try:
+        with serving(DATABASE_ROUTES, **SETTINGS | urls) as service:
+            service.wait("/health/live")
+            for outages in (1, 2):
+                service.wait("/health/ready", 503)
+                for _ in range(3):
+                    response = service.http.post("/errors?sqlstate=22012")
+                    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+                assert states(service)[-1].startswith(
+                    "postgres unavailable: TooManyConnectionsError: too many connections for role"
+                )
+                execute(database_url, unlimited)
+                service.wait("/health/ready")
+                assert service.http.post("/errors?sqlstate=22012").status_code == 500
+                assert len(states(service)) == 2 * outages, states(service)
+                execute(database_url, no_more, terminate)
+            responded = [each for each in service.messages if each.startswith("responded 503")]
+            assert len(responded) <= 1
+            assert "hunter2" not in service.text
+    finally:
+        execute(database_url, "drop role many")
