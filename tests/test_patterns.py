@@ -139,12 +139,11 @@ def test_every_module_and_test_of_the_patterns_is_listed(
 
 def test_requirements_are_those_of_the_template(patterns: dict[str, dict[str, Any]]) -> None:
     configuration = tomllib.loads((PROJECT / "pyproject.toml").read_text())
-    arrays = configuration["dependency-groups"] | {
-        "dependencies": configuration["project"]["dependencies"]
-    }
+    groups = configuration["dependency-groups"]
+    groups["project"] = configuration["project"]["dependencies"]
     for each in patterns.values():
-        for requirement, array in each["packages"].items():
-            assert requirement in arrays[array]
+        for requirement, group in each["packages"].items():
+            assert requirement in groups[group]
 
 
 def test_stream_consumer_loads_few_modules() -> None:
@@ -230,7 +229,9 @@ def test_table_follows_the_newest_migration_of_the_team(project: Path) -> None:
     write_migration(project, "0001_ours")
     add(project, "inbox")
     history = succeeds(project, "alembic", "history").splitlines()
-    assert re.fullmatch(r"0001_ours -> \w{12} \(head\), Create inbox\.?", history[0]), history
+    assert re.fullmatch(r"0001_ours -> \w{12} \(head\), Create the table inbox\.?", history[0]), (
+        history
+    )
     assert history[1].startswith("<base> -> 0001_ours")
 
 
@@ -241,6 +242,12 @@ def make_two_heads(project: Path) -> None:
 
 def break_a_migration(project: Path) -> None:
     (project / "migrations/versions/0001_ours.py").write_text("revision = \n")
+
+
+def create_the_table(project: Path) -> None:
+    write_migration(project, "0001_ours")
+    with (project / "migrations/versions/0001_ours.py").open("a") as file:
+        file.write('SQL = "create table inbox (id int)"\n')
 
 
 def remove_the_source(project: Path) -> None:
@@ -266,8 +273,13 @@ def write_an_own_test(project: Path) -> None:
         (None, "../outbox", "P=../outbox: must be one of cache_aside, "),
         (make_two_heads, "inbox", "several migrations are the newest, 0001_ours and 0001_theirs: "),
         (break_a_migration, "inbox", "migrations/versions: invalid syntax"),
+        (
+            create_the_table,
+            "inbox",
+            "migrations/versions/0001_ours.py creates a table of the name ",
+        ),
         (remove_the_source, "inbox", "docs/patterns/app/patterns/inbox.py is missing: restore "),
-        (rename_the_layer, "inbox", "pyproject.toml has no line "),
+        (rename_the_layer, "inbox", "pyproject.toml has no layer with "),
         (write_an_own_test, "inbox", "P=inbox: tests/patterns/test_inbox.py exists; "),
     ],
 )

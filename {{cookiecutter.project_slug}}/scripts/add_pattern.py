@@ -10,26 +10,36 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts.project_files import (
-    PROJECT,
-    ProjectError,
-    add_layer,
-    add_requirement,
-    insert_line,
-    new_migration,
-    package_name,
-    written,
-)
+from scripts.add_package import insert, normalize
+from scripts.project_files import PROJECT, ProjectError, new_migration, read, written
 
 #: The sources, each in the directory that it is copied to.
 SOURCE = "docs/patterns"
 TABLES = "migrations/versions/0002_patterns.py"
-#: Each array of pyproject.toml with the file that locks it.
-LOCKS = {"dependencies": "requirements.txt", "dev": "requirements-dev.txt"}
+#: The requirements that lock a group of dependencies.
+LOCKS = {"project": "requirements.txt", "dev": "requirements-dev.txt"}
+MIGRATION = '''"""Create the table {table}."""
+
+from alembic import op
+
+revision = "{revision}"
+down_revision = {follows}
+
+
+def upgrade() -> None:
+    """Create the table."""
+    {statements}
+
+
+def downgrade() -> None:
+    """Drop the table."""
+    op.execute("drop table {table}")
+'''
 MAKE = shutil.which("make") or "make"
 SHARED = ("app/patterns/__init__.py", "tests/patterns/__init__.py", "tests/patterns/conftest.py")
 
@@ -47,7 +57,7 @@ class Pattern(NamedTuple):
     #: The script that its test imports.
     script: str = ""
     table: str = ""
-    #: The requirements, each with its array of pyproject.toml.
+    #: The requirements, each with its group of dependencies.
     packages: Mapping[str, str] = {}
     #: What the developer does next.
     todo: str = ""
@@ -65,7 +75,7 @@ PATTERNS = {
         "call another service, with retries and deadlines",
         along=("circuit_breaker",),
         script="quiet_http",
-        packages={"httpx>=0.28,<1": "dependencies", "stamina>=26,<27": "dependencies"},
+        packages={"httpx>=0.28,<1": "project", "stamina>=26,<27": "project"},
         todo="open one `UpstreamClient` in the lifespan",
     ),
     "idempotency": Pattern(
@@ -139,11 +149,11 @@ def changes(project: Path, name: str) -> dict[str, str | bytes]:
         if PATTERNS[each].table:
             file, text = _migration(project, PATTERNS[each].table)
             files[file] = text
-    for file, edit in (("pyproject.toml", _edit_pyproject), ("app/__init__.py", _edit_docstring)):
-        text = (project / file).read_text()
-        edited = edit(text, added)
-        if edited != text:
-            files[file] = edited
+    for edited, edit in EDITS.items():
+        before = read(project, edited)
+        after = edit(before, added)
+        if after != before:
+            files[edited] = after
     return files
 
 
@@ -157,45 +167,64 @@ def _source(project: Path, file: str) -> bytes:
 
 def _migration(project: Path, table: str) -> tuple[str, str]:
     """Return a migration with the statements that the template's has for this table."""
-    source = _source(project, TABLES).decode()
+    source = _source(project, TABLES).decode().replace("\r\n", "\n")
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    (upgrade,) = [function for function in functions if function.name == "upgrade"]
+    statements = [ast.get_source_segment(source, node) or "" for node in upgrade.body]
     concerns_table = re.compile(rf"\b(table|on) {table}\b")
-    upgrade = next(
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name == "upgrade"
+    path, revision, predecessor = new_migration(project, table)
+    text = MIGRATION.format(
+        table=table,
+        revision=revision,
+        follows=f'"{predecessor}"' if predecessor else None,
+        statements="\n    ".join(filter(concerns_table.search, statements)),
     )
-    statements = [ast.get_source_segment(source, node) or "" for node in upgrade.body[1:]]
-    return new_migration(
-        project,
-        f"Create {table}",
-        [statement for statement in statements if concerns_table.search(statement)],
-        [f'op.execute("drop table {table}")'],
-    )
+    return path, text
 
 
 def _edit_pyproject(text: str, added: list[str]) -> str:
+    """Add the requirements and the layer of the import contract, if they are missing."""
+    metadata = tomllib.loads(text)
+    groups = metadata["dependency-groups"] | {"project": metadata["project"]["dependencies"]}
     for name in added:
-        for requirement, array in PATTERNS[name].packages.items():
-            text = add_requirement(text, array, requirement)
-    return add_layer(text, "(patterns)", "web")
+        for requirement, group in PATTERNS[name].packages.items():
+            if package(requirement) not in map(package, groups[group]):
+                text = insert(text, group, requirement)
+    layers = re.search(r"^layers = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    if layers is None or re.search(r"\bpatterns\b", layers[1]):
+        return text
+    # In a line of its own above that of the core, `web`.
+    place = re.search(r'^ *"[^"\n]*\bweb\b', layers[1], re.MULTILINE)
+    if place is None:
+        msg = 'pyproject.toml has no layer with "web" to put "(patterns)" above; add it by hand'
+        raise ProjectError(msg)
+    start = layers.start(1) + place.start()
+    return f'{text[:start]}    "(patterns)",\n{text[start:]}'
 
 
 def _edit_docstring(text: str, _: list[str]) -> str:
     """Add the directory to the tree of modules, if there is a tree."""
-    if re.search("^patterns/", text, re.MULTILINE) or not re.search("^web/", text, re.MULTILINE):
+    if re.search("^patterns/", text, re.MULTILINE):
         return text
-    line = "patterns/            building blocks: docs/patterns.md"
-    return insert_line(text, line, "^web/", "app/__init__.py")
+    line = "patterns/            building blocks: docs/patterns.md\n"
+    return re.sub("^(?=web/)", line, text, count=1, flags=re.MULTILINE)
+
+
+EDITS = {"pyproject.toml": _edit_pyproject, "app/__init__.py": _edit_docstring}
+
+
+def package(requirement: str) -> str:
+    """Return the normalized name of the package that a line begins with."""
+    return normalize(re.split(r"[^\w.-]", requirement)[0])
 
 
 def unlocked(project: Path, name: str) -> list[str]:
     """Return the packages of a pattern that the requirements files do not have."""
     missing = []
-    for requirement, array in PATTERNS[name].packages.items():
-        lines = (project / LOCKS[array]).read_text().splitlines()
-        package = package_name(requirement)
-        if package not in map(package_name, lines):
-            missing.append(package)
+    for requirement, group in PATTERNS[name].packages.items():
+        lines = (project / LOCKS[group]).read_text().splitlines()
+        if package(requirement) not in map(package, lines):
+            missing.append(package(requirement))
     return missing
 
 
@@ -236,25 +265,25 @@ def listing(project: Path) -> str:
     return lines
 
 
-def main(arguments: list[str]) -> int:
-    """List the patterns, or copy the one that is named; return the exit code."""
+def main(arguments: list[str]) -> None:
+    """List the patterns, or copy one. Exits with one line if that is not possible."""
     name = "".join(arguments).strip().removesuffix(".py").replace("-", "_")
     if not name:
         sys.stdout.write(listing(PROJECT))
-        return 0
+        return
     try:
         files = copy(PROJECT, name)
     except ProjectError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"nothing was written: {error}")
     sys.stdout.write("".join(f"wrote {file}\n" for file in files))
     if PATTERNS[name].table:
         sys.stdout.write("next: `make migrate`\n")
     if PATTERNS[name].todo:
         sys.stdout.write(f"next: {PATTERNS[name].todo}\n")
     sys.stdout.write("docs/patterns.md has the rules for its use\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -1,52 +1,39 @@
-"""Edits of this project's files, all or none, for `make pattern` and `make feature`."""
+"""Changes of this project's files, all or none, for `make feature` and `make pattern`."""
 
 import contextlib
 import datetime
 import re
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-MIGRATION = '''"""{title}."""
-
-from alembic import op
-
-revision = "{revision}"
-down_revision = {down_revision}
-
-
-def upgrade() -> None:
-    """Create the table."""
-{upgrade}
-
-
-def downgrade() -> None:
-    """Drop the table."""
-{downgrade}
-'''
+VERSIONS = "migrations/versions"
 
 
 class ProjectError(Exception):
-    """An edit that cannot be made; its text is one line with the remedy."""
+    """A change that cannot be made; its text is one line with the remedy."""
 
 
 @contextlib.contextmanager
 def written(project: Path, files: Mapping[str, str | bytes]) -> Iterator[None]:
-    """Write files for the block, and for good if it succeeds; if not, restore what was there."""
+    """Write files for the block, and for good if it succeeds; if not, restore what was there.
+
+    A text gets the line ends that its file has.
+    """
     before = {name: _read(project / name) for name in files}
     parents = {parent for name in files for parent in (project / name).parents}
     new_directories = [parent for parent in parents if not parent.exists()]
     try:
         for name, content in files.items():
             (project / name).parent.mkdir(parents=True, exist_ok=True)
-            _write(project / name, content)
+            _replace(project / name, content)
         yield
     except BaseException:
         for name, previous in before.items():
-            _restore(project / name, previous)
+            with contextlib.suppress(OSError):
+                _restore(project / name, previous)
         for directory in sorted(new_directories, reverse=True):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 directory.rmdir()
         raise
 
@@ -55,113 +42,78 @@ def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
-def _write(path: Path, content: str | bytes) -> None:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
+def _replace(link: Path, content: str | bytes) -> None:
+    """Write a file in one step, behind a link too."""
+    path = link.resolve()
+    if isinstance(content, str):
+        has_crlf = path.exists() and b"\r\n" in path.read_bytes()
+        content = (content.replace("\n", "\r\n") if has_crlf else content).encode()
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.write_bytes(content)
+        if path.exists():
+            temporary.chmod(path.stat().st_mode)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _restore(path: Path, previous: bytes | None) -> None:
     if previous is None:
-        path.unlink(missing_ok=True)
-    else:
+        path.unlink()
+    elif path.read_bytes() != previous:
         path.write_bytes(previous)
 
 
-def insert_line(text: str, line: str, before: str, file: str) -> str:
-    """Insert a line before the first one that matches the pattern.
+def read(project: Path, name: str) -> str:
+    """Return a text of the project, with line feeds. Raises `ProjectError`."""
+    try:
+        text = (project / name).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProjectError(f"{name} cannot be read: {error}") from None
+    return text.replace("\r\n", "\n")
 
-    Raises `ProjectError` if no line matches.
+
+def new_migration(project: Path, table: str) -> tuple[str, str, str | None]:
+    """Return the path and the revision of a migration for a new table, and its predecessor.
+
+    The names are those of `make migration`. Raises `ProjectError` if several migrations are the
+    newest, or if one has the table or cannot be read.
     """
-    match = re.search(before, text, re.MULTILINE)
-    if match is None:
-        msg = f"{file} has no line {before!r}: add {line.strip()} by hand, then repeat the command"
-        raise ProjectError(msg)
-    return f"{text[: match.start()]}{line}\n{text[match.start() :]}"
-
-
-def add_layer(pyproject: str, layer: str, before: str) -> str:
-    """Add a layer to the import contract, above the layer that names the module `before`.
-
-    An optional layer is in parentheses: `(patterns)`. Nothing changes if the module has a layer.
-    Raises `ProjectError` if there is no such place.
-    """
-
-    def edit(layers: str) -> str:
-        if re.search(rf"\b{re.escape(layer.strip('()'))}\b", layers):
-            return layers
-        place = rf'^ *"[^"\n]*\b{before}\b'
-        return insert_line(layers, f'    "{layer}",', place, "pyproject.toml")
-
-    return _edit_array(pyproject, "layers", edit)
-
-
-def add_requirement(pyproject: str, array: str, requirement: str) -> str:
-    """Add a requirement to an array of pyproject.toml in alphabetical order, if it is missing.
-
-    `array` is `dependencies` or a dependency group. Raises `ProjectError` if there is none.
-    """
-
-    def edit(requirements: str) -> str:
-        lines = requirements.splitlines(keepends=True)
-        name = package_name(requirement)
-        if name in map(package_name, lines):
-            return requirements
-        place = sum(package_name(line) < name for line in lines)
-        lines.insert(place, f'    "{requirement}",\n')
-        return "".join(lines)
-
-    return _edit_array(pyproject, array, edit)
-
-
-def _edit_array(pyproject: str, array: str, edit: Callable[[str], str]) -> str:
-    """Replace the lines of an array by what `edit` returns for them."""
-    match = re.search(rf"^{array} = \[\n((?:.*\n)*?)\]", pyproject, re.MULTILINE)
-    if match is None:
-        raise ProjectError(f"pyproject.toml has no array `{array} = [` with a line for each item")
-    return f"{pyproject[: match.start(1)]}{edit(match[1])}{pyproject[match.end(1) :]}"
-
-
-def package_name(requirement: str) -> str:
-    """Return the normalized name of a package (PEP 503) from a line that begins with it."""
-    name = re.match(r'[\s"]*([\w.-]*)', requirement)
-    return re.sub(r"[-_.]+", "-", name[1] if name else "").lower()
-
-
-def newest_migration(project: Path) -> str | None:
-    """Return the newest revision. Raises `ProjectError` if there are several or one is broken."""
     # Only here, since the import takes longer than all the rest.
+    from alembic.util import rev_id
+
+    predecessor = _newest_migration(project)
+    _check_table(project, table)
+    revision = rev_id()
+    today = datetime.datetime.now(tz=datetime.UTC)
+    return f"{VERSIONS}/{today:%Y%m%d}_{revision}_create_{table}.py", revision, predecessor
+
+
+def _newest_migration(project: Path) -> str | None:
     from alembic.config import Config
     from alembic.script import ScriptDirectory
     from alembic.util import CommandError
 
-    configuration = Config(str(project / "alembic.ini"))
+    script = ScriptDirectory.from_config(Config(str(project / "alembic.ini")))
     try:
-        heads = ScriptDirectory.from_config(configuration).get_heads()
+        newest = sorted(script.get_heads())
     except (CommandError, SyntaxError, ImportError) as error:
-        raise ProjectError(f"migrations/versions: {error}") from error
-    if len(heads) > 1:
-        newest = " and ".join(heads)
+        reason = str(error).partition("\n")[0]
+        raise ProjectError(f"{VERSIONS}: {reason}") from None
+    if len(newest) > 1:
         remedy = "run `.venv/bin/alembic merge heads -m merge` first"
-        raise ProjectError(f"several migrations are the newest, {newest}: {remedy}")
-    return heads[0] if heads else None
+        raise ProjectError(f"several migrations are the newest, {' and '.join(newest)}: {remedy}")
+    return newest[0] if newest else None
 
 
-def new_migration(
-    project: Path, title: str, upgrade: list[str], downgrade: list[str]
-) -> tuple[str, str]:
-    """Return the name and the text of a migration that follows the newest one.
-
-    `upgrade` and `downgrade` are statements of Python, for example `op.execute("...")`. The name is
-    that of `alembic revision`.
-    """
-    newest = newest_migration(project)
-    revision = uuid.uuid4().hex[-12:]
-    slug = re.sub(r"\W+", "_", title.lower())
-    today = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d")
-    text = MIGRATION.format(
-        title=title,
-        revision=revision,
-        down_revision=f'"{newest}"' if newest else None,
-        upgrade="\n".join(f"    {statement}" for statement in upgrade),
-        downgrade="\n".join(f"    {statement}" for statement in downgrade),
+def _check_table(project: Path, table: str) -> None:
+    created = re.compile(
+        rf"create table (if not exists )?(\w+\.)?\"?{table}\b|create_table\(\s*[\"']{table}[\"']",
+        re.IGNORECASE,
     )
-    return f"migrations/versions/{today}_{revision}_{slug}.py", text
+    for path in sorted((project / VERSIONS).glob("*.py")):
+        if created.search(path.read_text("utf-8")):
+            raise ProjectError(
+                f"{VERSIONS / path.name} creates a table of the name {table} already"
+            )

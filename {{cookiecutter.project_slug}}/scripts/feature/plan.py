@@ -1,21 +1,17 @@
 """The files of a new feature: copied from `widgets`, renamed, and checked against the project."""
 
-import datetime
 import io
 import re
 import tokenize
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 from scripts.feature.edits import add_layer, add_router
 from scripts.feature.names import Names
-from scripts.project_files import PROJECT, ProjectError, newest_migration
+from scripts.project_files import PROJECT, ProjectError, new_migration, read
 
 SOURCE = Path("scripts/feature/widgets")
 TESTS = Path("tests/scripts/widgets")
 MIGRATION = Path("scripts/feature/migration.py")
-VERSIONS = "migrations/versions"
 #: Only for the feature as it stands.
 NOT_COPIED = {"conftest.py"}
 #: In texts for people, the words of a name are separated by spaces.
@@ -38,15 +34,8 @@ def plan(names: Names) -> dict[str, str]:
     migration, text = _migration(names)
     files[migration] = text
     for name, edit in (("app/main.py", add_router), ("pyproject.toml", add_layer)):
-        files[name] = _edit(name, edit, names)
+        files[name] = edit(read(PROJECT, name), names.plural)
     return files
-
-
-def _edit(name: str, edit: Callable[[str, str], str], names: Names) -> str:
-    """Return an edited file with the line ends that it has."""
-    text = _read(name)
-    edited = edit(text.replace("\r\n", "\n"), names.plural)
-    return edited.replace("\n", "\r\n") if "\r\n" in text else edited
 
 
 def _check_free(names: Names) -> None:
@@ -55,7 +44,9 @@ def _check_free(names: Names) -> None:
         for path in (Path(name), Path(f"{name}.py")):
             if (PROJECT / path).exists():
                 raise ProjectError(f"N={names.plural}: {path} exists; choose another name")
-    if re.search(rf"\bapp\.{names.plural}\b|\b{names.plural}_router\b", _read("app/main.py")):
+    if re.search(
+        rf"\bapp\.{names.plural}\b|\b{names.plural}_router\b", read(PROJECT, "app/main.py")
+    ):
         raise ProjectError(f"N={names.plural}: app/main.py has a router of this name already")
 
 
@@ -92,32 +83,9 @@ def _rename(text: str, names: Names) -> str:
 
 def _migration(names: Names) -> tuple[str, str]:
     """Return path and text of the migration, which follows the newest one."""
-    newest = newest_migration(PROJECT)
-    _check_table(names.plural)
-    revision = uuid.uuid4().hex[-12:]
-    follows = f'"{newest}"' if newest else "None"
+    path, revision, predecessor = new_migration(PROJECT, names.plural)
+    follows = f'"{predecessor}"' if predecessor else "None"
     text = (PROJECT / MIGRATION).read_text("utf-8")
     text = text.replace('revision = "widgets"', f'revision = "{revision}"', 1)
     text = text.replace("down_revision = None", f"down_revision = {follows}", 1)
-    today = datetime.datetime.now(tz=datetime.UTC)
-    path = f"{VERSIONS}/{today:%Y%m%d}_{revision}_create_{names.plural}.py"
     return path, _rename(text, names)
-
-
-def _check_table(table: str) -> None:
-    """Raise `ProjectError` if a migration creates this table already."""
-    created = re.compile(
-        rf"create table (if not exists )?(\w+\.)?\"?{table}\b|create_table\(\s*[\"']{table}[\"']",
-        re.IGNORECASE,
-    )
-    for path in sorted((PROJECT / VERSIONS).glob("*.py")):
-        if created.search(path.read_text("utf-8")):
-            problem = f"{VERSIONS}/{path.name} creates a table of this name"
-            raise ProjectError(f"N={table}: {problem}; choose another name")
-
-
-def _read(name: str) -> str:
-    try:
-        return (PROJECT / name).read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProjectError(f"{name} cannot be read: {error}") from None
