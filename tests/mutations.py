@@ -108,6 +108,24 @@ def add(document: dict[str, Any]) -> Change:
     return change
 
 
+def add_secret(**values: str) -> Change:
+    """Add the Secret that the pods mount, as an overlay for development has it."""
+
+    def change(fields: Fields) -> None:
+        pods = find(fields, "Deployment")
+        volumes = pods["spec"]["template"]["spec"]["volumes"]
+        (name,) = [
+            each["projected"]["sources"][0]["secret"]["name"]
+            for each in volumes
+            if "projected" in each
+        ]
+        metadata = {"name": name, "namespace": pods["metadata"]["namespace"]}
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": values}
+        fields["documents"].append(secret)
+
+    return change
+
+
 def remove(kind: str) -> Change:
     """Remove the documents of a kind."""
 
@@ -432,7 +450,10 @@ MUTATIONS = [
         api("resources.limits.cpu", "500m"),
     ),
     mutation(
-        "CPU limit missing", "resources.limits.cpu: is missing", api("resources.limits.cpu", None)
+        "CPU limit missing", "resources.limits.cpu is missing", api("resources.limits.cpu", None)
+    ),
+    mutation(
+        "memory limit missing", "limits.memory is missing", api("resources.limits.memory", None)
     ),
     mutation("memory limit with an unknown unit", "256MB", api("resources.limits.memory", "256MB")),
     mutation(
@@ -456,7 +477,7 @@ MUTATIONS = [
     ),
     mutation(
         "ephemeral-storage limit missing",
-        "limits.ephemeral-storage: is missing",
+        "limits.ephemeral-storage is missing",
         migrate("resources.limits.ephemeral-storage", None),
     ),
     mutation(
@@ -643,6 +664,24 @@ MUTATIONS = [
     mutation("port of Redis closed", "6379", policy("spec.egress.1.ports.1", None)),
     mutation("DNS port closed", "UDP port 53", policy("spec.egress.0.ports.0", None)),
     mutation(
+        "port of the HTTP proxy closed",
+        "TCP port 3128 of HTTPS_PROXY",
+        setting("HTTPS_PROXY", "http://proxy.example:3128"),
+    ),
+    mutation(
+        "port of a setting's URL closed",
+        "TCP port 8443 of GATEWAY_URL",
+        setting("GATEWAY_URL", "https://gateway.example:8443/v1"),
+    ),
+    mutation(
+        "port of the second database host closed",
+        "TCP port 5433 of DATABASE_URL",
+        add_secret(
+            database_url="postgresql://app@10.0.0.1:5432,10.0.0.2:5433/app",
+            redis_url="redis://10.0.0.3:6379/0",
+        ),
+    ),
+    mutation(
         "network policy does not select the pods",
         "NetworkPolicy: spec.podSelector",
         label("NetworkPolicy", "spec.podSelector.matchLabels", NAME_LABEL, "web"),
@@ -697,6 +736,21 @@ MUTATIONS = [
                 "data": {},
             }
         ),
+    ),
+    mutation(
+        "Secret of the overlay without a key",
+        "has no 'redis_url', which the Deployment mounts",
+        add_secret(database_url="postgresql://app@10.0.0.1/app"),
+    ),
+    mutation(
+        "Secret of the overlay with an empty value",
+        "has no 'database_url', which the Job mounts",
+        add_secret(database_url="", redis_url="redis://10.0.0.3:6379/0"),
+    ),
+    mutation(
+        "variable with a misspelled name of a library",
+        "OTLP_ENDPOINT is not a setting",
+        setting("OTLP_ENDPOINT", "http://collector:4317"),
     ),
     mutation(
         "secrets mounted elsewhere",

@@ -85,7 +85,7 @@ def quantity_at(document: Document, path: str) -> float:
     try:
         return quantity(at(document, path))
     except UnreadableError as error:
-        msg = f"{document['kind']}: {path}: {error}"
+        msg = f"{document['kind']}: {path} {error}"
         raise UnreadableError(msg) from None
 
 

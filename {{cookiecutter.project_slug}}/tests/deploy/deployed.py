@@ -37,6 +37,13 @@ BINARY_UNITS = {f"{letter}i": 1024**power for power, letter in enumerate("KMGTPE
 UNITS: dict[str, float] = {"": 1, "m": 0.001} | DECIMAL_UNITS | BINARY_UNITS
 SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
 
+#: Variables that the service does not read: its libraries, Python, and the C library do. Manifests,
+#: compose.yaml and the Dockerfile may set them. Add those of your platform here.
+FOREIGN_VARIABLES = re.compile(
+    r"PATH|TZ|LANG|LC_\w+|PYTHON\w+|(LD|MALLOC)_\w+"
+    r"|(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy|SSL_CERT_(FILE|DIR)|OTEL_\w+"
+)
+
 Document = dict[str, Any]
 
 #: Runs gunicorn.conf.py from stdin and prints the variables that are named in its arguments.
@@ -72,7 +79,7 @@ def quantity(value: Any) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-zA-Z]*)", str(value))
     if not match or match[2] not in UNITS:
-        problem = "is missing" if value is None else f"{value!r} is not a quantity"
+        problem = "is missing" if value is None else f"is {value!r}, which is not a quantity"
         msg = f"{problem}; set a number with a unit, such as 500m, 1 or 256Mi"
         raise UnreadableError(msg)
     return float(match[1]) * UNITS[match[2]]
@@ -123,6 +130,11 @@ def render(directory: Path) -> list[Document]:
 def is_setting(variable: str) -> bool:
     """Return whether app/settings.py reads a variable."""
     return variable.lower() in Settings.model_fields
+
+
+def has_reader(variable: str) -> bool:
+    """Return whether the service or one of its libraries reads a variable."""
+    return is_setting(variable) or FOREIGN_VARIABLES.fullmatch(variable) is not None
 
 
 def validate_settings(source: str, environment: Mapping[str, Any]) -> Settings:
@@ -289,14 +301,13 @@ class Deployed:
 
     def secrets(self, document: Document) -> dict[str, str | None]:
         """Return the required secret files of a pod, with each value that the overlay holds."""
-        held = {each["metadata"]["name"]: each.get("data") or {} for each in self.all("Secret")}
+        held = {each["metadata"]["name"]: secret_data(each) for each in self.all("Secret")}
         files: dict[str, str | None] = {}
         for volume in self.secret_volumes(document):
-            for source in _required_sources(volume):
+            for source in required_sources(volume):
                 data = held.get(at(source, "secret.name"), {})
                 for item in at(source, "secret.items") or []:
-                    encoded = data.get(item["key"])
-                    files[item["path"]] = base64.b64decode(encoded).decode() if encoded else None
+                    files[item["path"]] = data.get(item["key"])
         return files
 
     @functools.cached_property
@@ -323,7 +334,14 @@ class Deployed:
         return run_gunicorn_conf(self.gunicorn_conf, frozenset(settings))
 
 
-def _required_sources(volume: Document) -> list[Document]:
+def secret_data(secret: Document) -> dict[str, str]:
+    """Return the values of a Secret by their keys."""
+    encoded = secret.get("data") or {}
+    decoded = {key: base64.b64decode(value).decode() for key, value in encoded.items()}
+    return decoded | (secret.get("stringData") or {})
+
+
+def required_sources(volume: Document) -> list[Document]:
     """Return the sources of a projected volume: the first, and the others unless optional.
 
     The first must not be optional, which is a rule of its own.

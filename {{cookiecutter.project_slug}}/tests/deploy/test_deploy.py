@@ -12,6 +12,7 @@ from tests.deploy.deployed import (
     OVERLAYS,
     REPLACING,
     Deployed,
+    has_reader,
     kustomize,
     read,
     with_components,
@@ -53,6 +54,24 @@ def deployed(
 def test_deployment_follows_the_rule(rule: Rule, deployed: Deployed) -> None:
     problems = find_problems(rule, deployed)
     assert problems == [], "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("variable", "is_read"),
+    [
+        ("DRAIN_SECONDS", True),
+        ("TZ", True),
+        ("HTTPS_PROXY", True),
+        ("no_proxy", True),
+        ("SSL_CERT_FILE", True),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", True),
+        ("DRAIN_SECOND", False),
+        ("HTTPS_PROXIES", False),
+        ("tz", False),
+    ],
+)
+def test_variables_of_libraries_are_known_by_name(variable: str, is_read: bool) -> None:
+    assert has_reader(variable) is is_read
 
 
 def test_every_component_is_rendered(every_component: Path) -> None:

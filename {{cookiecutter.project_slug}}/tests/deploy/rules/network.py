@@ -1,10 +1,14 @@
 """Rules for the network: ports, selectors, the Service, routes, and the network policy."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from pydantic import SecretStr
+
 from app.setting_types import HostPort
+from app.settings import Settings
 from tests.deploy.checking import POD_LABELS, Problems, expect, rule, selects, show
 from tests.deploy.deployed import POD, Deployed, Document, at, duration
 
@@ -14,6 +18,11 @@ INGRESS_KEEPALIVE_SECONDS = 60
 ALL_INTERFACES = {"0.0.0.0", "::"}
 ALL_ADDRESSES = {"0.0.0.0/0", "::/0"}
 DEFAULT_PORTS = {"postgresql": 5432, "postgres": 5432, "redis": 6379, "rediss": 6379}
+DEFAULT_PORTS |= {"http": 80, "https": 443, "amqp": 5672, "amqps": 5671}
+#: Addresses of the pod itself, such as of a sidecar, which need no egress.
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+#: Settings with URLs to which the service does not connect. Add yours here.
+NO_CONNECTIONS = {"CORS_ALLOW_ORIGINS"}
 MONITORING = {"kubernetes.io/metadata.name": "monitoring"}
 ANTI_AFFINITY_TERM = (
     f"{POD}.affinity.podAntiAffinity"
@@ -149,7 +158,7 @@ def network_policy_allows_the_needed_ports(d: Deployed) -> Problems:
     yield from expect(policy, "spec", why, policyTypes=["Ingress", "Egress"])
     needed: dict[str, set[Port]] = {
         "ingress": {("http", "TCP"), ("metrics", "TCP")},
-        "egress": {(53, "UDP"), (53, "TCP"), *_store_ports(d)},
+        "egress": {(53, "UDP"), (53, "TCP")},
     }
     for direction, ports in needed.items():
         allowed: set[Port] = set()
@@ -183,11 +192,77 @@ def network_policy_shows_metrics_to_monitoring_only(d: Deployed) -> Problems:
             yield f"{place} shows the metrics to other namespaces; list only `monitoring`"
 
 
-def _store_ports(d: Deployed) -> Iterator[Port]:
-    """Yield the ports of Postgres and Redis."""
-    for secret in (d.settings.database_url, d.settings.redis_url):
-        url = urlsplit(secret.get_secret_value())
-        yield url.port or DEFAULT_PORTS[url.scheme], "TCP"
+@rule
+def network_policy_allows_the_port_of_every_url(d: Deployed) -> Problems:
+    """Of each variable and secret file, such as `GATEWAY_URL` or `HTTPS_PROXY`.
+
+    One pod suffices: all pods share the ConfigMap, and the egress of some is their own.
+    """
+    allowed: dict[tuple[str, int], bool] = {}
+    for document in d.pods:
+        entries = list(_egress_entries(d, at(document, POD_LABELS)))
+        for name, port in _url_ports(d, document):
+            is_allowed = any(_allows(entry, port) for entry in entries)
+            allowed[name, port] = allowed.get((name, port), False) or is_allowed
+    for (name, port), is_allowed in sorted(allowed.items()):
+        if not is_allowed:
+            yield (
+                f"NetworkPolicy: spec.egress does not allow TCP port {port} of {name}; add it, as "
+                "in the components egress-*"
+            )
+
+
+def _url_ports(d: Deployed, document: Document) -> Iterator[tuple[str, int]]:
+    """Yield the name and the port of each URL to which a pod connects."""
+    local = ("", *LOOPBACK)
+    for name, url in d.environment(document).items():
+        if name not in NO_CONNECTIONS:
+            yield from ((name, port) for host, port in _addresses(url) if host not in local)
+    for file, secret in d.secrets(document).items():
+        name = file.upper()
+        url = _default_url(file) if secret is None else secret
+        yield from ((name, port) for host, port in _addresses(url))
+
+
+def _default_url(name: str) -> str:
+    """Return the default of a secret, whose port counts if the overlay does not hold the secret."""
+    field = Settings.model_fields.get(name.lower())
+    default = field.default if field else None
+    return default.get_secret_value() if isinstance(default, SecretStr) else ""
+
+
+def _addresses(text: str) -> Iterator[tuple[str, int]]:
+    """Yield each host of a URL with its port; nothing of other texts. Postgres may have several."""
+    scheme, separator, rest = text.partition("://")
+    if not separator or not scheme.isalnum():
+        return
+    hosts = re.split(r"[/?#]", rest)[0].rpartition("@")[2]
+    for host in hosts.split(","):
+        address = urlsplit(f"//{host}")
+        port = address.port or DEFAULT_PORTS.get(scheme)
+        if port:
+            yield address.hostname or "", port
+
+
+def _egress_entries(d: Deployed, labels: Mapping[str, str] | None) -> Iterator[Document]:
+    """Yield the egress entries of all network policies that apply to pods with these labels."""
+    for policy in d.all("NetworkPolicy"):
+        if selects(at(policy, "spec.podSelector.matchLabels"), labels):
+            yield from at(policy, "spec.egress") or []
+
+
+def _allows(entry: Document, number: int) -> bool:
+    """Return whether an entry of a network policy allows a TCP port, or has no ports."""
+    ports = entry.get("ports")
+    if not ports:
+        return True
+    for port in ports:
+        first = port.get("port")
+        last = port.get("endPort", first)
+        is_tcp = port.get("protocol", "TCP") == "TCP"
+        if is_tcp and isinstance(first, int) and first <= number <= last:
+            return True
+    return False
 
 
 def _policy_entries(d: Deployed) -> Iterator[tuple[str, list[Document], set[Port]]]:

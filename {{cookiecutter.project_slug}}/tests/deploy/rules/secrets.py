@@ -8,15 +8,23 @@ from pydantic import SecretStr
 
 from app.settings import Settings
 from tests.deploy.checking import Problems, expect, rule
-from tests.deploy.deployed import POD, Deployed, Document, at, component
+from tests.deploy.deployed import (
+    POD,
+    Deployed,
+    Document,
+    at,
+    component,
+    has_reader,
+    required_sources,
+    secret_data,
+)
 
 SECRETS = {
     name for name, field in Settings.model_fields.items() if isinstance(field.default, SecretStr)
 }
 MIGRATION_SECRETS = {"database_url"}
-SETTINGS = {name.upper() for name in Settings.model_fields}
-#: Variables of the image that Python and the C library read.
-RUNTIME_VARIABLES = r"PATH|PYTHON\w+|(LD|MALLOC)_\w+"
+#: The remedy for a variable without an effect.
+UNREAD = "correct its name, remove it, or add it to FOREIGN_VARIABLES of tests/deploy/deployed.py"
 #: A URL with a password.
 PASSWORD = re.compile(r"://[^/\s:@]*:[^/@\s]+@")
 #: ENVIRONMENT of an overlay. All others are production.
@@ -25,13 +33,11 @@ ENVIRONMENTS = {"dev": "development", "staging": "staging"}
 
 @rule
 def every_variable_is_a_setting(d: Deployed) -> Problems:
-    remedy = "correct its name, or remove it: it has no effect"
-    for document in d.pods:
-        for name in sorted(d.environment(document).keys() - SETTINGS):
-            yield f"ConfigMap: {name} is not a setting of app/settings.py; {remedy}"
-    for name in sorted(d.image_environment.keys() - SETTINGS):
-        if not re.fullmatch(RUNTIME_VARIABLES, name):
-            yield f"Dockerfile: ENV {name} is not a setting of app/settings.py; {remedy}"
+    places = [("ConfigMap:", d.environment(document)) for document in d.pods]
+    for place, variables in [*places, ("Dockerfile: ENV", d.image_environment)]:
+        for name in sorted(variables):
+            if not has_reader(name):
+                yield f"{place} {name} is not a setting of app/settings.py; {UNREAD}"
 
 
 @rule
@@ -80,6 +86,27 @@ def pods_have_the_secret_files_that_they_need(d: Deployed) -> Problems:
             why = "without the secret the pod would start with the default URLs, of localhost"
             source = {"kind": kind, **volume}
             yield from expect(source, "projected.sources.0.secret", why, optional=None)
+
+
+@rule
+def secrets_of_the_overlay_have_every_key(d: Deployed) -> Problems:
+    """A pod whose Secret lacks a key does not start (`FailedMount`). An empty value is unset."""
+    held = {each["metadata"]["name"]: secret_data(each) for each in d.all("Secret")}
+    for document in d.pods:
+        for name, key in _required_keys(d, document):
+            if name in held and not held[name].get(key):
+                yield (
+                    f"Secret: {name} has no {key!r}, which the {document['kind']} mounts; add it: "
+                    "the pod would not start, or would use the default"
+                )
+
+
+def _required_keys(d: Deployed, document: Document) -> Iterator[tuple[str, str]]:
+    """Yield the Secret and the key of each secret file that a pod must have."""
+    for volume in d.secret_volumes(document):
+        for source in required_sources(volume):
+            for item in at(source, "secret.items") or []:
+                yield at(source, "secret.name"), item["key"]
 
 
 @rule
