@@ -273,11 +273,7 @@ def write_an_own_test(project: Path) -> None:
         (None, "../outbox", "P=../outbox: must be one of cache_aside, "),
         (make_two_heads, "inbox", "several migrations are the newest, 0001_ours and 0001_theirs: "),
         (break_a_migration, "inbox", "migrations/versions: invalid syntax"),
-        (
-            create_the_table,
-            "inbox",
-            "migrations/versions/0001_ours.py creates a table of the name ",
-        ),
+        (create_the_table, "inbox", "migrations/versions/0001_ours.py creates the table inbox "),
         (remove_the_source, "inbox", "docs/patterns/app/patterns/inbox.py is missing: restore "),
         (rename_the_layer, "inbox", "pyproject.toml has no layer with "),
         (write_an_own_test, "inbox", "P=inbox: tests/patterns/test_inbox.py exists; "),

@@ -114,6 +114,4 @@ def _check_table(project: Path, table: str) -> None:
     )
     for path in sorted((project / VERSIONS).glob("*.py")):
         if created.search(path.read_text("utf-8")):
-            raise ProjectError(
-                f"{VERSIONS / path.name} creates a table of the name {table} already"
-            )
+            raise ProjectError(f"{VERSIONS}/{path.name} creates the table {table} already")

@@ -44,9 +44,8 @@ def _check_free(names: Names) -> None:
         for path in (Path(name), Path(f"{name}.py")):
             if (PROJECT / path).exists():
                 raise ProjectError(f"N={names.plural}: {path} exists; choose another name")
-    if re.search(
-        rf"\bapp\.{names.plural}\b|\b{names.plural}_router\b", read(PROJECT, "app/main.py")
-    ):
+    main = read(PROJECT, "app/main.py")
+    if re.search(rf"\bapp\.{names.plural}\b|\b{names.plural}_router\b", main):
         raise ProjectError(f"N={names.plural}: app/main.py has a router of this name already")
 
 
