@@ -163,7 +163,7 @@ def open_testbed(directory: Path) -> Iterator[Testbed]:
     Takes a few seconds with a warm uv cache. Postgres and Redis stop with the block.
     """
     generate = [sys.executable, "-m", "cookiecutter", str(demo.ROOT), "--no-input"]
-    generate += ["--default-config", "--output-dir", str(directory)]
+    generate += ["--default-config", "--output-dir", str(directory), "project_slug=my-service"]
     subprocess.run(generate, check=True, stdout=subprocess.DEVNULL)
     project = directory / "my-service"
     demo.set_up(project, PYTHON=python())

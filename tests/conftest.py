@@ -1,9 +1,11 @@
 """Fixtures: a clean copy of the template, and projects generated from it."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -15,10 +17,23 @@ from scripts.interpreter import find
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "{{cookiecutter.project_slug}}"
+#: What a fork adds to the lists of these tests: docs/forking.md. The template never has this file.
+FORK_LISTS = ROOT / "tests/house/lists.toml"
+FORK: dict[str, list[str]] = tomllib.loads(FORK_LISTS.read_text()) if FORK_LISTS.exists() else {}
 #: The only files that may contain Jinja. Cookiecutter renders hooks too; they contain only answers.
+#: `house/` is the fork's.
+_RENDERED = [r"README\.md", r"docs/runbook\.md", "deploy/.*", "house/.*", *FORK.get("jinja", [])]
 JINJA_ALLOWED = re.compile(
-    rf"{re.escape(SOURCE)}/(README\.md|docs/runbook\.md|deploy/.*)|hooks/.*\.py|cookiecutter\.json"
+    rf"{re.escape(SOURCE)}/({'|'.join(_RENDERED)})|hooks/.*\.py|cookiecutter\.json"
 )
+#: The questions, without cookiecutter's own variables.
+QUESTIONS: list[str] = [
+    name
+    for name in json.loads((ROOT / "cookiecutter.json").read_text())
+    if not name.startswith("_")
+]
+#: The name of generated projects in tests, whatever the default of a fork is.
+NAME = {"project_name": "My Service"}
 #: The programs of the service's environment.
 SERVICE_BIN = Path(os.environ.get("SERVICE_BIN", ROOT / ".venv-service/bin"))
 CI = os.environ.get("CI") == "true"
@@ -59,7 +74,7 @@ def bake_to(template: Path, output: Path, accept_hooks: bool = True, **answers: 
         default_config=True,
         accept_hooks=accept_hooks,
         output_dir=str(output),
-        extra_context=answers,
+        extra_context=NAME | answers,
     )
     return Path(project)
 

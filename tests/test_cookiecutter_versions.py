@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Bake, missing, tree
+from tests.conftest import NAME, Bake, missing, tree
 from tests.projects import environment, tools
 
 #: The oldest; Debian 12's and Ubuntu 22.04's; the last without boolean variables; two newer ones.
@@ -47,7 +47,8 @@ def generate(
     python: Path, template: Path, output: Path, *answers: str
 ) -> subprocess.CompletedProcess[str]:
     options = ["--no-input", "--default-config", "--output-dir", str(output)]
-    command = [str(python), "-m", "cookiecutter", str(template), *options, *answers]
+    named = [f"{name}={value}" for name, value in NAME.items()]
+    command = [str(python), "-m", "cookiecutter", str(template), *options, *named, *answers]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.conftest import ROOT, SERVICE_BIN, SOURCE, missing
+from tests.conftest import NAME, ROOT, SERVICE_BIN, SOURCE, missing
 
 IDENTITY = {
     "GIT_AUTHOR_NAME": "a team",
@@ -132,7 +132,7 @@ def run_cruft(directory: Path, *command: str, home: Path) -> subprocess.Complete
 
 def create_project(repository: Path, output: Path) -> Path:
     """Create a project with cruft, commit it, and return its directory."""
-    options = ["--no-input", "--output-dir", str(output)]
+    options = ["--no-input", "--output-dir", str(output), "--extra-context", json.dumps(NAME)]
     created = run_cruft(output, "create", str(repository), *options, home=output)
     assert created.returncode == 0, created.stderr
     project = output / "my-service"

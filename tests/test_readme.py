@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from scripts.ports import eventually, free_port, is_listening
-from tests.conftest import CI, ROOT, SERVICE_BIN, SOURCE, Bake, tracked
+from tests.conftest import CI, QUESTIONS, ROOT, SERVICE_BIN, SOURCE, Bake, tracked
 
 README = (ROOT / "README.md").read_text()
 SERVICE_README = (ROOT / SOURCE / "README.md").read_text()
@@ -74,7 +74,7 @@ def test_help_of_the_service_is_short() -> None:
 
 def test_readme_lists_the_questions_of_the_template() -> None:
     questions = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
-    assert questions == ["project_name", "project_slug", "description", "owner", "include_example"]
+    assert questions == QUESTIONS
 
 
 def test_no_file_mentions_the_build_machine() -> None:

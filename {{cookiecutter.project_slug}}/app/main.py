@@ -33,6 +33,7 @@ def create_app(
         responses=COMMON_RESPONSES,
         openapi_url="/openapi.json" if settings.docs_enabled else None,  # /docs and /redoc too
         telemetry=TELEMETRY,
+        mandatory_dependencies=dependencies,
     )
     app.state.settings = settings
     app.state.lifecycle = lifecycle.PROCESS
@@ -44,8 +45,6 @@ def create_app(
         return {"service": settings.service_name, "version": settings.service_version}
 
     app.include_router(health.router)
-    # Only the routes that are added after this have the dependencies.
-    app.router.dependencies.extend(dependencies)
     app.include_router(payments_router)  # example
     return app
 

@@ -1,8 +1,11 @@
 """The application class: FastAPI inside of the request middleware."""
 
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.params import Depends
 from fastapi.telemetry import TelemetryConfig
 from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
@@ -21,6 +24,16 @@ class Service(FastAPI):
     Middleware that is added to it, or patched into it by an agent, is inside too. So every response
     has a request ID, an access line and a count.
     """
+
+    def __init__(self, *, mandatory_dependencies: Sequence[Depends] = (), **options: Any) -> None:
+        """Routes that are added after the first router have the mandatory dependencies."""
+        super().__init__(**options)
+        self.mandatory_dependencies = list(mandatory_dependencies)
+
+    def include_router(self, router: APIRouter, **options: Any) -> None:
+        """Include a router. The first is that of the probes, for which kubelet sends no token."""
+        super().include_router(router, **options)
+        self.router.dependencies = self.mandatory_dependencies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or the lifespan: ASGI."""
