@@ -194,7 +194,7 @@ OWN_LOG_FIELDS = frozenset(
         """
         timestamp level logger message service pid exception stack
         request_id trace_id parent_span_id
-        method path route status duration_ms response_bytes client
+        method path route status duration_ms request_bytes response_bytes client close_code
         dependency reason task stacks requests arguments format_error
         """,
     )
