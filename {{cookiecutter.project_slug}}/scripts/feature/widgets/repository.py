@@ -9,33 +9,35 @@ from uuid import UUID
 from app.storage.postgres import Connection
 from scripts.feature.widgets.schemas import NewWidget, Widget
 
+_COLUMNS = "widget_id, name, created_at"
+_CREATE = f"""
+    insert into widgets (name) values ($1)
+    returning {_COLUMNS}
+"""  # noqa: S608
+_GET = f"""
+    select {_COLUMNS} from widgets
+    where widget_id = $1
+"""  # noqa: S608
+_LIST_NEWEST = f"""
+    select {_COLUMNS} from widgets
+    order by created_at desc, widget_id desc
+    limit $1
+"""  # noqa: S608
+
 
 async def create(connection: Connection, new: NewWidget) -> Widget:
     """Store a new widget and return it."""
-    query = """
-        insert into widgets (name) values ($1)
-        returning widget_id, name, created_at
-    """
-    row: Any = await connection.fetchrow(query, new.name)
+    row: Any = await connection.fetchrow(_CREATE, new.name)
     return Widget(**row)
 
 
 async def get(connection: Connection, widget_id: UUID) -> Widget | None:
     """Return the one with this ID, or None."""
-    query = """
-        select widget_id, name, created_at from widgets
-        where widget_id = $1
-    """
-    row = await connection.fetchrow(query, widget_id)
+    row = await connection.fetchrow(_GET, widget_id)
     return Widget(**row) if row else None
 
 
 async def list_newest(connection: Connection, limit: int) -> list[Widget]:
     """Return up to `limit`, the newest first."""
-    query = """
-        select widget_id, name, created_at from widgets
-        order by created_at desc, widget_id desc
-        limit $1
-    """
-    rows = await connection.fetch(query, limit)
+    rows = await connection.fetch(_LIST_NEWEST, limit)
     return [Widget(**row) for row in rows]
