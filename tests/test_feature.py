@@ -86,7 +86,7 @@ def test_invalid_name_is_rejected(plural: str, singular: str, message: str) -> N
     ("before", "after", "follows"),
     [
         ("", "", "    app.include_router(payments_router)  # example"),
-        ("    app.include_router(payments_router)  # example\n", "", "extend(dependencies)"),
+        ("    app.include_router(payments_router)  # example\n", "", "(health.router)"),
         (
             "    app.include_router(payments_router)  # example\n",
             "    for router in (a.router, b.router):\n        app.include_router(router)\n",
@@ -100,7 +100,7 @@ def test_invalid_name_is_rejected(plural: str, singular: str, message: str) -> N
         (
             "    app.include_router(payments_router)  # example\n    return app\n",
             "    app.mount('/', files)\n    app.state.team = 1\n    return wrap(app)\n",
-            "extend(dependencies)",
+            "(health.router)",
         ),
         (
             MAIN[MAIN.index("    app.include_router(health") : MAIN.index("    return app\n")],
@@ -112,7 +112,7 @@ def test_invalid_name_is_rejected(plural: str, singular: str, message: str) -> N
 def test_router_is_included_among_the_edits_of_a_team(
     before: str, after: str, follows: str
 ) -> None:
-    """After the mandatory dependencies, such as authentication, and before a catch-all."""
+    """After the last router, so before a catch-all."""
     edited = EDITS["add_router"](MAIN.replace(before, after, 1), "orders")
     compile(edited, "main.py", "exec")
     lines = edited.split("\n")

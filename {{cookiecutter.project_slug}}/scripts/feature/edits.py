@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 #: A layer in `[tool.importlinter]`, on a line of its own.
 _LAYER = re.compile(r'^(\s*)"([^"]+)"(.*)$')
-#: A router has the mandatory dependencies only if it is included after them.
-_ROUTING = {"include_router", "dependencies"}
 
 
 class NoPlaceError(ValueError):
@@ -19,8 +17,7 @@ def add_router(text: str, name: str) -> str:
     """Return `app/main.py` with the router imported and included.
 
     The import follows the last one of `app`; the caller sorts. The router is included after the
-    last one in `create_app` and after the mandatory dependencies, or before its return. Raises
-    `NoPlaceError`.
+    last one in `create_app`, or before its return. Raises `NoPlaceError`.
     """
     imported = f"from app.{name}.router import router as {name}_router"
     problem = f"app/main.py has no place for the router of {name}; add these lines by hand: "
@@ -54,10 +51,9 @@ def _place_of_router(tree: ast.Module) -> tuple[int, int, str] | None:
             application = application or statement.value.id
             place = place or (statement.lineno - 1, statement.col_offset)
         for node in ast.walk(statement):
-            if isinstance(node, ast.Attribute) and node.attr in _ROUTING:
+            if isinstance(node, ast.Attribute) and node.attr == "include_router":
                 place = (statement.end_lineno or 0, statement.col_offset)
-                if node.attr == "include_router":
-                    application = ast.unparse(node.value)
+                application = ast.unparse(node.value)
     return (*place, application) if place and application else None
 
 
