@@ -40,12 +40,16 @@ def test_linked_files_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
+def anchors(text: str) -> set[str]:
+    """Return the anchors of the headings of a document, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 _-]", "", name.lower()).replace(" ", "-") for name in headings}
+
+
 def test_links_within_the_service_readme_lead_to_headings() -> None:
-    headings = re.findall(r"^#+ (.+)$", SERVICE_README, re.MULTILINE)
-    anchors = {re.sub(r"[^a-z0-9 -]", "", name.lower()).replace(" ", "-") for name in headings}
     links = set(re.findall(r"\]\(#([^)]+)\)", SERVICE_README))
     assert links
-    assert links <= anchors
+    assert links <= anchors(SERVICE_README)
 
 
 def help_lines(directory: Path) -> list[str]:
@@ -64,6 +68,46 @@ def test_make_targets_of_the_readmes_exist_and_are_explained() -> None:
     assert set(MAKE_TARGET.findall(SERVICE_README)) <= service_targets
     for line in template_help + service_help:
         assert len(line.split(maxsplit=1)) == 2, line
+
+
+@pytest.mark.parametrize("include_example", [True, False])
+def test_readme_of_a_project_has_its_targets(bake: Bake, include_example: bool) -> None:
+    """Each target of the Makefile, and no other one: those of the example go with it."""
+    project = bake(include_example=include_example)
+    targets = {line.split()[0] for line in help_lines(project)}
+    documents = [project / "README.md", *project.glob("docs/*.md")]
+    texts = [path.read_text() for path in documents]
+    mentioned = {name for text in texts for name in re.findall(r"`make ([a-z0-9-]+)", text)}
+    of_template = {"bench", "tuning"}  # docs/tuning.md
+    assert mentioned - targets == of_template
+    assert targets - set(re.findall(r"make ([a-z0-9-]+)", texts[0])) == set()
+
+
+@pytest.mark.parametrize("include_example", [True, False])
+def test_links_between_the_documents_of_a_project_exist(bake: Bake, include_example: bool) -> None:
+    project = bake(include_example=include_example)
+    for document in [project / "README.md", *project.glob("docs/*.md")]:
+        for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+            name, _, anchor = link.partition("#")
+            if "://" in name:
+                continue
+            target = document.parent / name if name else document
+            assert target.exists(), (document.name, link)
+            if anchor:
+                assert anchor in anchors(target.read_text()), (document.name, link)
+
+
+@pytest.mark.parametrize("include_example", [True, False])
+def test_each_script_of_a_project_has_a_reader(bake: Bake, include_example: bool) -> None:
+    """The Makefile, another script, a test, or a document that the team follows."""
+    project = bake(include_example=include_example)
+    readers = [project / "Makefile", project / ".github/workflows/ci.yml", project / "README.md"]
+    readers += [*project.glob("scripts/**/*.py"), *project.glob("tests/**/*.py")]
+    for path in project.glob("scripts/*.py"):
+        if path.name != "__init__.py":
+            used = re.compile(rf"scripts(\.|/| import .*){path.stem}\b")
+            others = [reader for reader in readers if reader != path]
+            assert any(used.search(reader.read_text()) for reader in others), path.name
 
 
 def test_help_of_the_service_is_short() -> None:
