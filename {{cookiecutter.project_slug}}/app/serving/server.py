@@ -152,10 +152,10 @@ class ServiceServer(Server):
         WebSockets are cancelled.
         """
         self.server_state.is_retiring = True
-        self.lifecycle.retire()
         await self._stop_listening(sockets)
         for connection in self._http_connections():
             connection.close_after_response()
+        self.lifecycle.retire()  # streams end, and close their connections
         websockets = self.server_state.connections - set(self._http_connections())
         for websocket in websockets:
             websocket.shutdown()  # closes with 1012: service restart

@@ -7,7 +7,7 @@ from asyncio import BaseTransport
 from typing import Any
 
 import httptools
-from uvicorn._types import ASGIReceiveEvent, HTTPScope
+from uvicorn._types import ASGIReceiveEvent, ASGISendEvent, HTTPScope
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.datastructures import Headers
 from websockets.http11 import Request
@@ -105,6 +105,13 @@ class ServiceWebSocket(WebSocketsSansIOProtocol):
         finally:
             self.handler = None
             self.state.cancel_left_handlers.discard(self.cancel_handler)
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Send a message: ASGI. A rejection completes the handshake, or uvicorn logs an error."""
+        await super().send(message)
+        is_rejection = message["type"] == "websocket.http.response.body"
+        if is_rejection and not message.get("more_body", False):
+            self.handshake_complete = True
 
     async def receive(self) -> ASGIReceiveEvent:
         """Return the next message: ASGI."""

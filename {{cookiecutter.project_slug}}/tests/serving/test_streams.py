@@ -15,7 +15,7 @@ from websockets.sync.connection import Connection
 
 from scripts.dev_services import Redis
 from tests.service_process import DEADLINE_SECONDS, Service, eventually, serving
-from tests.serving.raw_http import access_line, connect
+from tests.serving.raw_http import access_line, connect, read_all
 
 RETIRE_SECONDS = 2
 SETTINGS = {
@@ -256,7 +256,7 @@ def test_streams_leave_requests_alone_and_end_at_shutdown(urls: dict[str, str]) 
         start = time.monotonic()
         service.process.terminate()
         for client in clients[100:]:
-            read_until(client, b"0\r\n\r\n")
+            assert read_all(client).endswith(b"0\r\n\r\n")
         assert time.monotonic() - start < RETIRE_SECONDS
         websocket.recv(DEADLINE_SECONDS)
         with pytest.raises(ConnectionClosed):
@@ -286,6 +286,7 @@ def test_streams_over_the_limit_are_rejected(urls: dict[str, str]) -> None:
             problem = json.loads(rejected.value.response.body)
             assert problem["detail"] == "The service has too many streams."
             assert service.get("/").status_code == 200
+        assert not [line for line in service.lines if line["level"] == "error"]
         service.process.terminate()
         assert service.process.wait(DEADLINE_SECONDS) == 0
 
