@@ -146,11 +146,11 @@ def test_first_week(user: User) -> None:
     assert "Traceback" not in dev.text
     assert "still here" in user.make("psql", text="select note from notes")
 
+    user.make("migration", "M=add a column")
+    user.make("feature", "N=orders")
     user.make("format")
     user.make("lint", "types")
-    user.make("migration", "M=add a column")
-
-    # A feature of the team's own: its commands come here.
+    user.make("test", "T=tests/orders")
 
     user.make("remove-example")
     user.make("format")
