@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 from fastapi import FastAPI
 from pydantic import SecretStr
@@ -19,6 +18,7 @@ from app.storage.postgres import Database
 from scripts import dev_services
 from tests.databases import TEMPLATE, copy_database, drop_database
 from tests.service_process import DEADLINE_SECONDS, Service, serving
+from tests.streams import Client
 
 # Settings of the service in the developer's environment must not reach the tests.
 for name in Settings.model_fields:
@@ -143,17 +143,17 @@ class InProcess:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.app({**scope, "state": dict(self.state)}, receive, send)
 
-    async def __aenter__(self) -> httpx.AsyncClient:
+    async def __aenter__(self) -> Client:
         self.lifespan = self.app.router.lifespan_context(self.app)
         self.state = await self.lifespan.__aenter__() or {}
-        return httpx.AsyncClient(transport=httpx.ASGITransport(self), base_url="http://test")
+        return Client(self)
 
     async def __aexit__(self, *error: object) -> None:
         await self.lifespan.__aexit__(None, None, None)
 
 
 @pytest.fixture
-async def client(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+async def client(settings: Settings) -> AsyncIterator[Client]:
     """A client of the application, in this process."""
     async with InProcess(create_app(settings)) as client:
         yield client

@@ -15,9 +15,12 @@ from typing import IO, Any
 
 import httpx
 import psutil
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
 
 from app.settings import Settings
 from scripts.dev_services import free_port
+from tests.streams import Event, parse_events
 
 PROJECT = Path(__file__).parent.parent
 #: A start needs 10 s on a machine that runs other tests. Less than GRACEFUL_TIMEOUT_SECONDS.
@@ -132,6 +135,18 @@ class Service(Running):
     def get(self, path: str, **headers: str) -> httpx.Response:
         """Send a GET request over a new connection."""
         return self.http.get(path, headers=headers)
+
+    @contextlib.contextmanager
+    def events(self, path: str, **headers: str) -> Iterator[Iterator[Event]]:
+        """Open a stream of server-sent events; yield them, and disconnect after the block."""
+        with self.http.stream("GET", path, headers=headers) as response:
+            assert response.status_code == 200, response.read()
+            yield parse_events(response.iter_lines())
+
+    def websocket(self, path: str, **headers: str) -> Connection:
+        """Open a WebSocket, a context manager with `send` and `recv`."""
+        url = f"ws://127.0.0.1:{self.port}{path}"
+        return connect(url, additional_headers=headers, open_timeout=DEADLINE_SECONDS)
 
     def metrics(self, strip_prefix: bool = True) -> str:
         """Scrape the metrics; without the prefix that is the default of `METRICS_PREFIX`."""
