@@ -198,6 +198,15 @@ def test_checkout_with_line_ends_of_windows_has_those_of_unix(bake: Bake) -> Non
     assert after == before
 
 
+def test_commands_of_development_replace_their_shell() -> None:
+    """They end with their parent: make, which an editor's stop button kills, not a shell."""
+    makefile = (ROOT / SOURCE / "Makefile").read_text()
+    starts = re.findall(r"^.*-m scripts\.dev(?:_environment)?$", makefile, re.MULTILINE)
+    assert len(starts) == 2
+    for line in starts:
+        assert re.search(r"(@|:= )exec \$\(ENV\) ", line), line
+
+
 def test_tools_and_data_are_not_linted_without_git(bake: Bake) -> None:
     """`make setup` installs uv in `.tools`. Ruff reads `.gitignore` only in a git repository."""
     project = bake()

@@ -57,9 +57,9 @@ def run(data: Path, *command: str, text: str = "", **others: str) -> str:
 class Held:
     """A command that holds the servers until it is stopped."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, *parent: str) -> None:
         self.process = subprocess.Popen(
-            [*RUN, *HOLD],
+            [*parent, *RUN, *HOLD],
             cwd=PROJECT,
             env=variables(data),
             stdin=subprocess.PIPE,
@@ -146,6 +146,15 @@ def test_signal_stops_the_command_and_the_servers(data: Path, number: int) -> No
         held.process.send_signal(number)
         held.process.wait()
     eventually(lambda: processes(data) == [])
+
+
+def test_end_of_the_parent_ends_the_command_and_the_servers(data: Path) -> None:
+    """The parent is make, which an editor may kill with SIGKILL."""
+    parent = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"]
+    with Held(data, *parent) as held:
+        held.process.kill()
+        held.process.wait()
+        eventually(lambda: processes(data) == [])
 
 
 def test_pid_of_a_killed_server_that_is_in_use_again_is_ignored(data: Path) -> None:
