@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -232,14 +233,17 @@ def test_database_of_the_example_is_migrated_after_the_printed_command(
     environment = {name: value for name, value in os.environ.items() if name not in removed}
     # Only Postgres is needed.
     environment |= {"PATH": path, "PYTHONDONTWRITEBYTECODE": "1", "REDIS_URL": "redis://127.0.0.1"}
-    done = subprocess.run(
-        [python, "-m", "scripts.dev_services", "sh", "-c", "\n".join(commands)],
-        cwd=project,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as temporary:
+        # The user of Postgres needs access, which pytest's directories deny.
+        Path(temporary).chmod(0o755)
+        done = subprocess.run(
+            [python, "-m", "scripts.dev_environment", "sh", "-c", "\n".join(commands)],
+            cwd=project,
+            env=environment | {"DEV_DIRECTORY": f"{temporary}/dev"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert ("migrated" if revision == "head" else "rejected") in lines
