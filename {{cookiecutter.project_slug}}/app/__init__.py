@@ -15,7 +15,7 @@ payments/            a feature: what a team writes  # example
     events.py  gateway.py  consumer.py  # example
 patterns/            building blocks to copy  # example
     idempotency.py  pagination.py  rate_limit.py  cache_aside.py  fail_open.py  # example
-    outbox.py  inbox.py  periodic.py  # example
+    outbox.py  inbox.py  periodic.py  schedule.py  # example
     stream_consumer.py  stream_handler.py  stream_group.py  # example
     http_client.py  circuit_breaker.py  # example
 process_pool/        CPU-heavy work in other processes

@@ -105,6 +105,11 @@ PATTERNS = {
         todo="start `run_periodically` in the lifespan",
     ),
     "rate_limit": Pattern("limit the requests of each caller", along=("fail_open",)),
+    "schedule": Pattern(
+        "run a job every n seconds in one process of the fleet",
+        table="schedule",
+        todo="start `schedule.every(database, seconds, job)` in the lifespan",
+    ),
     "stream_consumer": Pattern(
         "consume a Redis stream in a group",
         parts=("stream_group", "stream_handler"),

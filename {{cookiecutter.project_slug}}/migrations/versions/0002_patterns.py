@@ -39,8 +39,17 @@ def upgrade() -> None:
         )
     """)
     op.execute("create index on inbox (received_at)")
+    op.execute("""
+        create table schedule (
+            name text primary key,
+            due_at timestamptz not null,
+            succeeded_at timestamptz
+        )
+    """)
 
 
 def downgrade() -> None:
     """Drop the tables."""
     op.execute("drop table idempotency_keys, outbox, inbox")
+    # A database that was migrated before this table was added here has none.
+    op.execute("drop table if exists schedule")
