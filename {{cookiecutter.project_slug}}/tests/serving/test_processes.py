@@ -234,7 +234,7 @@ def test_passwords_are_not_logged(service: Service, urls: dict[str, str]) -> Non
 
 def test_start_logs_workers_and_connections(service: Service) -> None:
     (line,) = [line for line in service.lines if line["logger"] == "app.sizing"]
-    sizes = "2 workers with 4 database connections each"
+    sizes = "2 workers with 8 database connections each"
     assert line["message"].startswith(f"{sizes}: WEB_CONCURRENCY=2")
 
 
