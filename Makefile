@@ -30,7 +30,7 @@ PYTEST = $(RUN) pytest -o cache_dir="$(VENV)/cache/pytest"
 
 WITHOUT := and not engine
 
-.PHONY: help setup demo lint fast test test-all audit attack bench tuning lock upgrade
+.PHONY: help setup demo lint fast test test-all audit attack bench tuning release lock upgrade
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
@@ -81,6 +81,9 @@ bench: setup ## benchmark against bare FastAPI and the most used template; QUICK
 
 tuning: setup ## measure the figures of the service's docs/tuning.md on this machine; two minutes
 	@$(RUN) benchmarks.tuning
+
+release: setup ## tag the release V=1.2.0, with the unreleased lines of the changelog; pushes nothing
+	@$(RUN) scripts.release '$(V)'
 
 lock: | $(OWN_UV) ## lock all requirements; no version changes that need not
 	$(LOCK) pyproject.toml --group dev --output-file requirements-dev.txt

@@ -186,14 +186,21 @@ def project(repository: Path, tmp_path: Path) -> Path:
     return create_project(repository, tmp_path)
 
 
-@pytest.fixture
-def flat_repository(tmp_path: Path) -> Path:
-    """A git repository of the template as it was with the flat layout."""
+def past_revisions() -> list[str]:
+    """Return the revisions from which services are updated: the flat layout, and each release."""
+    tags = run_git(ROOT, "tag", "--list", "v*").decode().split()
+    return [FLAT_LAYOUT, *tags]
+
+
+@pytest.fixture(params=past_revisions())
+def past_repository(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A git repository of the template as it was."""
+    revision = request.param
     archive = subprocess.run(
-        ["git", "archive", "--format=tar", FLAT_LAYOUT], cwd=ROOT, check=False, capture_output=True
+        ["git", "archive", "--format=tar", revision], cwd=ROOT, check=False, capture_output=True
     )
     if archive.returncode:
-        pytest.skip(f"revision {FLAT_LAYOUT} is not in this clone: it lacks the history")
+        pytest.skip(f"revision {revision} is not in this clone: it lacks the history")
     directory = tmp_path / "template"
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
         files.extractall(directory, filter="data")
@@ -224,6 +231,13 @@ def replace_template(repository: Path, template: Path) -> None:
             path.unlink()
     shutil.copytree(template, repository, dirs_exist_ok=True)
     commit(repository, "second")
+
+
+def edits_for(project: Path, edits: list[Edit]) -> list[Edit]:
+    """Return the edits whose text the project has: a release may have changed a default."""
+    found = [edit for edit in edits if (project / edit.path).read_text().count(edit.before) == 1]
+    assert len(found) > len(edits) / 2, "too few edits apply to this revision; add others"
+    return found
 
 
 def apply_edits(project: Path, edits: list[Edit]) -> None:
@@ -305,13 +319,13 @@ def test_update_keeps_renewed_lock_files(repository: Path, project: Path) -> Non
     assert (project / "requirements.txt").read_text() == "theirs\n"
 
 
-def test_update_from_the_flat_layout_keeps_edits(
-    flat_repository: Path, template: Path, tmp_path: Path
+def test_update_from_each_release_keeps_edits(
+    past_repository: Path, template: Path, tmp_path: Path
 ) -> None:
-    project = create_project(flat_repository, tmp_path)
-    edits = EDITS + EXAMPLE_EDITS
+    project = create_project(past_repository, tmp_path)
+    edits = edits_for(project, EDITS + EXAMPLE_EDITS)
     apply_edits(project, edits)
-    replace_template(flat_repository, template)
+    replace_template(past_repository, template)
     update(project)
     assert_edits_are_kept(project, edits)
     assert not list(project.rglob("*.rej"))
@@ -319,15 +333,16 @@ def test_update_from_the_flat_layout_keeps_edits(
     assert is_up_to_date(project)
 
 
-def test_update_from_the_flat_layout_keeps_edits_without_the_example(
-    flat_repository: Path, template: Path, tmp_path: Path
+def test_update_from_each_release_keeps_edits_without_the_example(
+    past_repository: Path, template: Path, tmp_path: Path
 ) -> None:
-    project = create_project(flat_repository, tmp_path)
+    project = create_project(past_repository, tmp_path)
     remove_example(project)
-    apply_edits(project, EDITS)
-    replace_template(flat_repository, template)
+    edits = edits_for(project, EDITS)
+    apply_edits(project, edits)
+    replace_template(past_repository, template)
     update(project)
-    assert_edits_are_kept(project, EDITS)
+    assert_edits_are_kept(project, edits)
     assert not list(project.rglob("*.rej"))
     assert not (project / "app/payments").exists()
     assert_application_imports(project)
