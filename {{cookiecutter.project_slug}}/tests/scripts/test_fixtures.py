@@ -11,6 +11,7 @@ from app.main import create_app
 from app.settings import Settings
 from app.storage.postgres import Database
 from scripts.dev_services import Redis
+from scripts.feature.names import POSTGRES_RESERVED
 from tests.conftest import InProcess
 from tests.service_process import Service, serving
 from tests.streams import Client, Event, RejectedError, parse_events
@@ -116,3 +117,10 @@ def test_events_are_parsed_as_html_defines_them() -> None:
     """HTML, section 9.2.6: several lines of data, comments, a reconnection time, no data."""
     text = ": comment\nretry: 5\n\ndata: a\ndata:b\n\nevent: x\n\ndata: c\nevent: y\nid: 7\n\n"
     assert list(parse_events(text.split("\n"))) == [Event("a\nb"), Event("c", "y", "7")]
+
+
+async def test_reserved_words_of_postgres_are_no_names_of_features(database: Database) -> None:
+    """Postgres, "SQL Key Words"; a newer version may have more of them."""
+    query = "select word from pg_get_keywords() where catcode in ('R', 'T')"
+    reserved = {row["word"] for row in await database.pool.fetch(query)}
+    assert reserved <= POSTGRES_RESERVED
