@@ -33,7 +33,7 @@ WITHOUT := and not engine
 .PHONY: help setup demo lint fast test test-all audit attack bench tuning release lock upgrade
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s%s\n' "$$name" "$$text"; done
+	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "%-10s%s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## create the environment of the template's tools
 

@@ -1,13 +1,15 @@
 """The platforms of docs/platforms.md, as far as one machine can show them."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.conftest import ROOT, SOURCE, Bake, render
+from tests.conftest import ROOT, SOURCE, Bake, render, tracked, tree
 
 Document = dict[str, Any]
 #: Components that each change only their own part of the manifests.
@@ -126,3 +128,83 @@ def test_document_names_every_platform_and_component() -> None:
     assert set(re.findall(names, text)) == set(names.replace("\\", "").split("|"))
     for name in re.findall(r"`components/([a-z0-9-]+)`", text):
         assert (ROOT / SOURCE / "deploy/k8s/components" / name).is_dir(), name
+
+
+#: Names that Windows keeps for devices, with any suffix: "Naming Files, Paths, and Namespaces".
+DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def windows_problems(names: list[str]) -> list[str]:
+    """Return the paths that Windows, or a file system without case, cannot have."""
+    folded = [name.casefold() for name in names]
+    return [
+        name
+        for name in names
+        if folded.count(name.casefold()) > 1
+        or any(DEVICE.fullmatch(part) or part[-1] in ". " for part in name.split("/"))
+        or re.search(r'[<>:"|?*\\\x00-\x1f]', name)
+    ]
+
+
+def test_windows_can_have_every_file() -> None:
+    assert windows_problems(tracked()) == []
+    planted = ["a/Con.txt", "a./b", "a ", "README.md", "readme.md", "a:b"]
+    assert windows_problems([*planted, "docs/console.md"]) == planted
+
+
+@pytest.mark.parametrize("include_example", [True, False])
+def test_projects_have_line_feeds_only(bake: Bake, include_example: bool) -> None:
+    """Python on Windows writes CRLF unless told not to; cookiecutter keeps the template's."""
+    for name, content in tree(bake(include_example=include_example)).items():
+        assert b"\r" not in content, name
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "hooks").glob("*.py")))
+def test_hooks_run_on_windows(name: str) -> None:
+    """They start no program, and use nothing that only POSIX has."""
+    text = (ROOT / "hooks" / name).read_text()
+    posix = r"\b(fcntl|pwd|grp|resource|termios|fork|chmod|chown|symlink|subprocess|os\.system)\b"
+    assert re.findall(posix, text) == []
+    assert "read_text" not in text, "its default encoding is not UTF-8 on Windows"
+    assert "write_text" not in text, "it writes CRLF on Windows"
+
+
+#: Features that macOS lacks: GNU options of its BSD tools, and bash after 3.2.
+GNU_ONLY = re.compile(
+    r"sed -[nE]*i |sed [^|]*\\t|sed [^|]*\[\^?[^]]*\\t|readlink -f|date (-d|--date)|grep -P|stat -c"
+    r"|cp --|xargs -[a-z]*[rd]|\bmapfile\b|\breadarray\b|declare -A|\$\$?\{\w+(,,|\^\^)|\|&|&>>"
+)
+
+
+def test_make_uses_no_gnu_only_tools() -> None:
+    """The manuals of sed(1), readlink(1), date(1) of macOS; NEWS of bash 4.0."""
+    for name in ("Makefile", f"{SOURCE}/Makefile"):
+        lines = (ROOT / name).read_text().splitlines()
+        assert [line for line in lines if GNU_ONLY.search(line)] == [], name
+    assert GNU_ONLY.search("sed -n 's/a/\\1\\t/p'")
+    assert GNU_ONLY.search("readlink -f x")
+
+
+@pytest.mark.parametrize("directory", [ROOT, ROOT / SOURCE], ids=["template", "service"])
+def test_help_is_the_same_with_a_posix_shell(directory: Path) -> None:
+    """make runs recipes with /bin/sh, which is dash on Debian and bash 3.2 on macOS."""
+    outputs = {
+        subprocess.run(
+            ["make", "--silent", "help", f"SHELL={shell}"],
+            cwd=directory,
+            check=True,
+            capture_output=True,
+        ).stdout
+        for shell in filter(None, map(shutil.which, ("sh", "bash", "dash")))
+    }
+    assert len(outputs) == 1
+
+
+def test_linux_paths_have_an_alternative() -> None:
+    """Only Linux has /proc and /dev/shm: each module that reads them handles an error."""
+    for path in sorted((ROOT / SOURCE / "app").rglob("*.py")):
+        text = path.read_text()
+        code = "\n".join(line for line in text.splitlines() if not line.strip().startswith("#"))
+        if re.search(r"[\"']/(proc|dev/shm|sys/fs)", code):
+            guard = r"except .*(OSError|FileNotFoundError)|suppress\(|\.is_dir\(\)|sys\.platform"
+            assert re.search(guard, code), path.name

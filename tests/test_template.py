@@ -122,6 +122,7 @@ def test_top_level_of_app_is_what_a_team_edits() -> None:
         "lifecycle.py",
         "setting_types.py",
         "connection_urls.py",
+        "event_loop.py",
         *FORK.get("modules", []),
     }
 
