@@ -130,7 +130,7 @@ class StateLog:
 
         The first word of the reason is the cause. The others may differ each time.
         """
-        cause = reason.partition(" ")[0]
+        cause = reason.partition(" ")[0].rstrip(":")
         if cause not in self.causes:
             self.logger.warning("%s: %s", self.failure, reason, extra=extra)
         self.causes.add(cause)
@@ -147,12 +147,25 @@ class StateLog:
 def describe(error: BaseException) -> str:
     """Return class and message of a client's error, for the log.
 
-    Without the details, which may quote a row, and without a command's arguments.
+    Of an error that Redis has sent: its code, such as READONLY, and its message. Without the
+    details, which may quote a row, and without a command's arguments.
     """
-    first_line = str(error).partition("\n")[0]
-    message = first_line.partition(", with args beginning")[0][:MAX_MESSAGE]
+    message = _without_arguments(str(error).partition("\n")[0])[:MAX_MESSAGE]
     name = type(error).__name__
+    code = getattr(error, "status_code", None)
+    if isinstance(code, str):
+        return f"{code} {message}"
+    if name == "ResponseError":  # the message begins with the code
+        return message
     return f"{name}: {message}" if message else name
+
+
+def _without_arguments(message: str) -> str:
+    """Return a message of redis-py or Redis without the command that caused it."""
+    _, in_pipeline, cause = message.rpartition("of pipeline caused error: ")
+    if in_pipeline:
+        cause = cause.strip("('\",)")
+    return cause.partition("with args beginning with")[0].rstrip(", ")
 
 
 class RecentCauses:

@@ -6,10 +6,14 @@ import gc
 import logging
 import time
 
+import asyncpg
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError, ResponseError
 
 from app import tasks
-from app.tasks import Background, StateLog, background_task, run_to_completion
+from app.errors import UnavailableError
+from app.tasks import Background, StateLog, background_task, describe, run_to_completion
 
 LONG_SECONDS = 20.0
 
@@ -271,3 +275,31 @@ def test_state_log_logs_each_cause_and_the_recovery_once(caplog: pytest.LogCaptu
     ]
     extras = [vars(record).get("dependency") for record in caplog.records]
     assert extras == ["redis", "redis", "redis", None]
+
+
+# Descriptions of errors
+
+UNKNOWN = "unknown command 'XADD', with args beginning with: 'orders' 'secret'"
+IN_PIPELINE = f"Command # 1 (SET key secret) of pipeline caused error: {('full',)}"
+OF_A_ROW = "duplicate key value\nDETAIL:  Key (email)=(secret) already exists."
+
+
+@pytest.mark.parametrize(
+    ("error", "description"),
+    [
+        (ResponseError(UNKNOWN, status_code="ERR"), "ERR unknown command 'XADD'"),
+        (ResponseError(IN_PIPELINE, status_code="OOM"), "OOM full"),
+        (ResponseError("WRONGTYPE Operation against a key"), "WRONGTYPE Operation against a key"),
+        (ReadOnlyError("not on a replica", status_code="READONLY"), "READONLY not on a replica"),
+        (RedisConnectionError("Error 111"), "ConnectionError: Error 111"),
+        (asyncpg.UniqueViolationError(OF_A_ROW), "UniqueViolationError: duplicate key value"),
+        (UnavailableError("It is down."), "UnavailableError: 503: It is down."),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_description_has_the_cause_without_arguments(error: Exception, description: str) -> None:
+    assert describe(error) == description
+
+
+def test_description_is_bounded() -> None:
+    assert len(describe(ResponseError("a" * 10_000))) == tasks.MAX_MESSAGE

@@ -252,11 +252,11 @@ async def test_cause_of_redis_503_is_logged_once(database_url: str, redis: Redis
     try:
         with serving(app, REDIS_URL=limited, **settings) as service:
             service.wait()
-            assert_logged_once(service, "NoPermissionError: ")
+            assert_logged_once(service, ": NOPERM ")
         await client.config_set("maxmemory", "1")
         with serving(app, REDIS_URL=redis.url, **settings) as service:
             service.wait()
-            assert_logged_once(service, "OutOfMemoryError: ")
+            assert_logged_once(service, ": OOM ")
     finally:
         await client.config_set("maxmemory", "0")
         await client.execute_command("ACL", "DELUSER", "limited")

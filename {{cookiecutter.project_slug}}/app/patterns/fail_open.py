@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from redis.exceptions import RedisError, ResponseError
 
-from app.storage.redis import reason, server_code
-from app.tasks import StateLog
+from app.storage.redis import server_code
+from app.tasks import StateLog, describe
 
 COOL_DOWN_SECONDS = 1.0
 Result = TypeVar("Result")
@@ -54,7 +54,7 @@ class FailOpen:
                 result = await command()
         except (RedisError, OSError, TimeoutError) as error:
             if isinstance(error, ResponseError) or server_code(error):
-                self.state.failed(reason(error))
+                self.state.failed(describe(error))
             return None
         self.state.succeeded()
         return result

@@ -21,8 +21,8 @@ from prometheus_client import Gauge
 from redis.exceptions import RedisError, ResponseError
 
 from app.storage.postgres import Connection, Database
-from app.storage.redis import RedisClient, reason, server_code
-from app.tasks import StateLog, run_to_completion
+from app.storage.redis import RedisClient, server_code
+from app.tasks import StateLog, describe, run_to_completion
 
 #: Events in one transaction, and bytes of their payloads. A larger event is the last of its batch.
 BATCH = 200
@@ -106,7 +106,7 @@ async def relay(database: Database, redis: RedisClient, max_length: int) -> None
                 await run_to_completion(redis.ping())
                 await run_to_completion(publisher.publish())
             except Exception as error:  # noqa: BLE001 - the relay outlives every error
-                state.failed(reason(error))
+                state.failed(describe(error))
                 pause_seconds = backoff_seconds
                 backoff_seconds = min(2 * backoff_seconds, MAX_PAUSE_SECONDS)
             else:
@@ -233,7 +233,7 @@ class Publisher:
             accepted.append(event["id"])
             self.failing.pop(event["id"], None)
             self.failing.pop(event["topic"], None)
-        elif reason(error).startswith(_TOPIC_CODES):
+        elif describe(error).startswith(_TOPIC_CODES):
             self._postpone(event["topic"], event, error)
         elif server_code(error):
             return error
@@ -260,7 +260,8 @@ class Publisher:
         if failures > tolerated:
             doublings = min(failures - tolerated - 1, MAX_DOUBLINGS)
             retry_at = time.monotonic() + min(2.0**doublings, MAX_POSTPONED_SECONDS)
-            self.state.failed(reason(error), topic=event["topic"], event_id=str(event["event_id"]))
+            event_id = str(event["event_id"])
+            self.state.failed(describe(error), topic=event["topic"], event_id=event_id)
         self.failing[key] = (failures, retry_at)
 
 

@@ -11,7 +11,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from app.patterns.stream_group import Message
 from app.patterns.stream_handler import StreamHandler
-from app.tasks import StateLog, background_task, run_to_completion
+from app.tasks import StateLog, background_task, describe, run_to_completion
 
 #: Interval at which the messages in progress are kept alive.
 BEAT_SECONDS = 1.0
@@ -65,7 +65,7 @@ class StreamConsumer:
             try:
                 await self._fill()
             except Exception as error:  # noqa: BLE001 - the consumer outlives every error
-                state.failed(self.group.redis.reason(error))
+                state.failed(describe(error))
                 await asyncio.sleep(PAUSE_SECONDS)
             else:
                 state.succeeded()

@@ -16,7 +16,7 @@ from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocket
 from redis.asyncio.retry import Retry
 from redis.backoff import EqualJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from app.settings import Settings
 
@@ -34,8 +34,6 @@ MAX_CONNECTIONS = 20
 REPLACE_SECONDS = 1.0
 #: Time to live of the key that the readiness probe writes.
 PROBE_SECONDS = 60
-#: Characters of an error message that are logged.
-MAX_REASON = 200
 #: Codes of errors that are due to the state of the server, or to its idea of the client, and not to
 #: the command. Redis 6 puts those of a script's command into the text, as `...: -READONLY ...`.
 _SERVER_CODES = re.compile(
@@ -49,18 +47,6 @@ def server_code(error: BaseException) -> str | None:
     code = getattr(error, "status_code", None) or ""
     found = _SERVER_CODES.search(code) or _SERVER_CODES.search(str(error))
     return found[1] if found else None
-
-
-def reason(error: BaseException) -> str:
-    """Return the cause of an error for the log, without the arguments of the command."""
-    _, in_pipeline, text = str(error).rpartition("of pipeline caused error: ")
-    if in_pipeline:
-        text = text.strip("('\",)")
-    text = text.partition("with args beginning with")[0]
-    code = getattr(error, "status_code", None)
-    if code is None and type(error) is not ResponseError:
-        code = type(error).__name__
-    return f"{code or ''} {text}".strip()[:MAX_REASON]
 
 
 class _Watch:
@@ -133,9 +119,6 @@ class _Pool(BlockingConnectionPool):
 
 class RedisClient(Redis):
     """A client that knows the prefix of the service's keys, streams and groups."""
-
-    #: For modules that get a client, and need not import this one.
-    reason = staticmethod(reason)
 
     def __init__(self, settings: Settings, pool: _Pool) -> None:
         super().__init__(connection_pool=pool)

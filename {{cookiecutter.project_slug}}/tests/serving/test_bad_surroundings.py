@@ -105,7 +105,7 @@ def test_start_amid_four_failures_recovers_from_each(
     assert "No space left on device" in causes
     assert f'InvalidPasswordError: password authentication failed for user "{role}"' in causes
     assert "redis unavailable: TimeoutError: Timeout connecting to server" in causes
-    assert "You can't write against a read only replica." in causes
+    assert "redis still unavailable: READONLY You can't write against a read only" in causes
 
 
 def states(service: Service) -> list[str]:

@@ -17,7 +17,7 @@ from redis import Redis as Client
 from redis.exceptions import RedisError, ResponseError
 
 from app.settings import Settings
-from app.storage.redis import RedisClient, create_redis, reason, server_code
+from app.storage.redis import RedisClient, create_redis, server_code
 from scripts import dev_services
 from tests.tcp_proxy import TcpProxy, proxying
 
@@ -117,14 +117,6 @@ async def test_error_of_a_command_keeps_the_connection(rejecting: RejectingServe
             with pytest.raises(ResponseError):
                 await client.set("key", 1)
     assert rejecting.connections == 1
-
-
-def test_reason_contains_no_argument_of_the_command() -> None:
-    text = "unknown command 'XADD', with args beginning with: 'orders' 'secret'"
-    assert reason(ResponseError(text, status_code="ERR")) == "ERR unknown command 'XADD',"
-    assert len(reason(ResponseError("a" * 10_000))) == 200
-    in_pipeline = f"Command # 1 (SET key secret) of pipeline caused error: {('full',)}"
-    assert reason(ResponseError(in_pipeline, status_code="OOM")) == "OOM full"
 
 
 @pytest.fixture
