@@ -25,7 +25,8 @@ from app.settings import Settings
 from redis import Redis as Client
 from redis.exceptions import RedisError
 from scripts.fake_gateway import FakeGateway
-from tests.payments.test_consumer import Consumer, gateway  # noqa: F401 - gateway is a fixture
+from tests.payments.conftest import gateway  # noqa: F401 - a fixture
+from tests.payments.test_consumer import Consumer
 from tests.service_process import Service, eventually, frozen, serving
 
 from scripts import dev_services

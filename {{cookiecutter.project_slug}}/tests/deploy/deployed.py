@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from app.settings import Settings
-from tests.deploy import image_file as dockerfile
+from tests.deploy import image_file
 from tests.deploy.image_file import Stage
 
 PROJECT = Path(__file__).parents[2]
@@ -263,16 +263,16 @@ class Deployed:
     @functools.cached_property
     def stages(self) -> list[Stage]:
         """The instructions of the Dockerfile, stage by stage."""
-        return dockerfile.parse_stages(self.dockerfile)
+        return image_file.parse_stages(self.dockerfile)
 
     def instruction(self, name: str) -> str:
         """Return the arguments of the last such instruction in the Dockerfile's last stage."""
-        return dockerfile.last_arguments(self.stages[-1], name)
+        return image_file.last_arguments(self.stages[-1], name)
 
     @property
     def image_environment(self) -> dict[str, str]:
         """The variables that the image sets."""
-        return dockerfile.environment(self.stages[-1])
+        return image_file.environment(self.stages[-1])
 
     def environment(self, document: Document) -> dict[str, str]:
         """Return the variables of a pod: from its ConfigMaps, then its own.

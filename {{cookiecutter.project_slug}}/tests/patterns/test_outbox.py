@@ -255,7 +255,7 @@ async def relaying(database: Database, client: RedisClient) -> AsyncIterator[Non
 
 async def until_published(client: RedisClient, ids: list[UUID]) -> None:
     expected = {str(event_id) for event_id in ids}
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while True:
             with contextlib.suppress(RedisError):
                 if set(await published_ids(client)) >= expected:

@@ -21,9 +21,8 @@ import pytest
 from redis import Redis as Client
 
 from app.settings import Settings, load_settings
-from scripts import dev_services
 from scripts.dev_services import free_port
-from scripts.fake_gateway import FakeGateway, run_gateway
+from scripts.fake_gateway import FakeGateway
 from tests.service_process import PROJECT, Running, Service, eventually, frozen, serving
 
 pytestmark = pytest.mark.process
@@ -75,29 +74,6 @@ def consuming(**settings: str) -> Iterator[Consumer]:
         if consumer.process.poll() is None:
             consumer.stop()
         consumer.output.close()
-
-
-@pytest.fixture
-def gateway() -> Iterator[FakeGateway]:
-    with run_gateway() as server:
-        yield server
-
-
-@pytest.fixture
-def urls(database_url: str, redis: dev_services.Redis, gateway: FakeGateway) -> dict[str, str]:
-    return {
-        "DATABASE_URL": database_url,
-        "REDIS_URL": redis.url,
-        "GATEWAY_URL": gateway.url,
-        "LOG_FORMAT": "json",
-    }
-
-
-@pytest.fixture
-def service(urls: dict[str, str]) -> Iterator[Service]:
-    with serving(**urls) as service:
-        service.wait()
-        yield service
 
 
 @pytest.fixture

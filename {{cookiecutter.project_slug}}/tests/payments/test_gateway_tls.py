@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts import dev_services
 from scripts.fake_gateway import FakeGateway, run_gateway
 from tests.payments.test_consumer import consuming, pay, run_module, status, wait_until_settled
-from tests.service_process import Service, eventually, serving
+from tests.service_process import Service, eventually
 
 pytestmark = pytest.mark.process
 
@@ -55,23 +54,6 @@ def gateway(directory: Path) -> Iterator[FakeGateway]:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
         server.url = server.url.replace("http://", "https://")
         yield server
-
-
-@pytest.fixture
-def urls(database_url: str, redis: dev_services.Redis, gateway: FakeGateway) -> dict[str, str]:
-    return {
-        "DATABASE_URL": database_url,
-        "REDIS_URL": redis.url,
-        "GATEWAY_URL": gateway.url,
-        "LOG_FORMAT": "json",
-    }
-
-
-@pytest.fixture
-def service(urls: dict[str, str]) -> Iterator[Service]:
-    with serving(**urls) as service:
-        service.wait()
-        yield service
 
 
 def test_gateway_of_a_private_authority_is_trusted(

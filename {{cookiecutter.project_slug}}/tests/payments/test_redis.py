@@ -15,14 +15,7 @@ from redis import Redis as Client
 
 from app.settings import Settings
 from scripts import dev_services
-from tests.payments.test_consumer import (
-    STREAM,
-    consuming,
-    gateway,  # noqa: F401 - a fixture
-    pay,
-    urls,  # noqa: F401 - a fixture
-    wait_until_settled,
-)
+from tests.payments.test_consumer import STREAM, consuming, pay, wait_until_settled
 from tests.service_process import PROJECT, Service, eventually, serving
 from tests.storage.test_redis_failover import READONLY, new, old, proxy  # noqa: F401 - fixtures
 from tests.tcp_proxy import TcpProxy
@@ -39,7 +32,7 @@ def test_service_follows_a_fail_over(
     old: Any,  # noqa: F811
     new: dev_services.Redis,  # noqa: F811
     proxy: TcpProxy,  # noqa: F811
-    urls: dict[str, str],  # noqa: F811
+    urls: dict[str, str],
 ) -> None:
     """The old primary is a replica of the new one; then the name leads to the new one."""
     changed = {"REDIS_URL": proxy.url, "READINESS_REQUIRED": "postgres,redis"}
@@ -83,7 +76,7 @@ def has_events(client: Any, service: str, number: int) -> bool:
 
 def test_services_on_one_redis_share_no_limit_and_no_event(
     old: Any,  # noqa: F811
-    urls: dict[str, str],  # noqa: F811
+    urls: dict[str, str],
 ) -> None:
     for name in ("orders", "billing"):
         with serving(**urls, SERVICE_NAME=name, RATE_LIMIT_PER_MINUTE="2") as service:
@@ -105,7 +98,7 @@ def test_services_on_one_redis_share_no_limit_and_no_event(
 
 def test_key_prefix_may_differ_from_the_name(
     old: Any,  # noqa: F811
-    urls: dict[str, str],  # noqa: F811
+    urls: dict[str, str],
 ) -> None:
     """As staging and production of one service on one Redis need it."""
     with serving(**urls, REDIS_KEY_PREFIX="orders-staging") as service:
@@ -132,7 +125,7 @@ def restricted_url(old: Any) -> Iterator[str]:  # noqa: F811
 def test_documented_rights_suffice_and_others_are_named(
     old: Any,  # noqa: F811
     restricted_url: str,
-    urls: dict[str, str],  # noqa: F811
+    urls: dict[str, str],
 ) -> None:
     """The rights are those of https://redis.io/docs/latest/operate/oss_and_stack/management/security/acl/."""
     changed = urls | {"REDIS_URL": restricted_url, "READINESS_REQUIRED": "postgres,redis"}
@@ -180,7 +173,7 @@ def worker_megabytes(service: Service) -> float:
 def test_large_events_pass_a_slow_link_once_in_bounded_memory(
     old: Any,  # noqa: F811
     proxy: TcpProxy,  # noqa: F811
-    urls: dict[str, str],  # noqa: F811
+    urls: dict[str, str],
 ) -> None:
     """200 events of 80 KiB, at 4 MiB/s. Before, a batch had a second, and repeated all of it."""
     with serving(**urls | {"REDIS_URL": proxy.url}) as service:

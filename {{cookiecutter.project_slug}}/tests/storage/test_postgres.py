@@ -22,12 +22,6 @@ TIMEOUT_SECONDS = 2.0
 RETRY_SECONDS = 1.2
 
 
-@pytest.fixture(scope="session")
-def anyio_backend() -> tuple[str, dict[str, bool]]:
-    """uvloop, as in the workers. It notices a lost connection at another time."""
-    return "asyncio", {"use_uvloop": True}
-
-
 @pytest.fixture
 async def database(settings: Settings) -> AsyncIterator[Database]:
     """A database with short timeouts."""
@@ -37,14 +31,6 @@ async def database(settings: Settings) -> AsyncIterator[Database]:
     }
     async with Database(settings.model_copy(update=short), CONNECTIONS) as database:
         yield database
-
-
-@pytest.fixture
-async def admin(database_url: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection of its own, to act on the server and on the others."""
-    connection = await asyncpg.connect(database_url)
-    yield connection
-    await connection.close()
 
 
 async def terminate(admin: asyncpg.Connection, connection: Connection) -> None:

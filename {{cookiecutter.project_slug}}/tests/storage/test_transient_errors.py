@@ -33,24 +33,11 @@ ROWS = 200
 MIGRATION_ATTEMPTS = 3
 
 
-@pytest.fixture(scope="session")
-def anyio_backend() -> tuple[str, dict[str, bool]]:
-    """uvloop, as in the workers."""
-    return "asyncio", {"use_uvloop": True}
-
-
 @pytest.fixture
 async def database(settings: Settings) -> AsyncIterator[Database]:
     short = {"database_retry_seconds": 0.5}
     async with Database(settings.model_copy(update=short), 4) as database:
         yield database
-
-
-@pytest.fixture
-async def admin(database_url: str) -> AsyncIterator[asyncpg.Connection]:
-    connection = await asyncpg.connect(database_url)
-    yield connection
-    await connection.close()
 
 
 @pytest.mark.parametrize("sqlstate", SQLSTATES)
