@@ -76,7 +76,8 @@ async def assert_nothing_leaked(database: Database) -> None:
 
 async def test_exhausted_pool_sheds_requests_and_stays_ready(settings: Settings) -> None:
     """With four workers the pool has one connection, and the probe another."""
-    update = {"database_acquire_timeout_seconds": 0.1, "web_concurrency": 4}
+    short = {"database_acquire_timeout_seconds": 0.1}
+    update = short | {"database_max_connections": 8, "web_concurrency": 4}
     async with open_state(settings.model_copy(update=update)) as state:
         await asyncio.sleep(0)
         # From the pool itself, since a connect may take longer than 0.1 s.
