@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import FORK_LISTS, ROOT, SOURCE, tracked
+from tests.conftest import FORK_LISTS, ROOT, SOURCE, Bake, tracked
 from tests.test_cruft import make_repository, replace
 
 #: Files of the fork, which the template never has.
@@ -168,3 +168,15 @@ def test_template_has_no_house_files() -> None:
     """Files of forks are named so. A fork has the list of the tests."""
     if not FORK_LISTS.exists():
         assert [name for name in tracked() if "house" in Path(name).parts] == []
+
+
+def test_nothing_else_imports_the_files_of_kubernetes(bake: Bake) -> None:
+    """The command of the guide deletes them in a project."""
+    text = (ROOT / "docs/forking.md").read_text()
+    (deleted,) = re.findall(r"`git rm -r ([^`]*)`", text)
+    project = bake()
+    for name in deleted.split():
+        assert (project / name).exists(), name
+    for path in project.rglob("*.py"):
+        if not path.is_relative_to(project / "tests/deploy"):
+            assert not re.search(r"(from|import) tests\.deploy", path.read_text()), path
