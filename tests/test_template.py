@@ -121,8 +121,6 @@ def test_top_level_of_app_is_what_a_team_edits() -> None:
         "process.py",
         "lifecycle.py",
         "setting_types.py",
-        "connection_urls.py",
-        "event_loop.py",
         *FORK.get("modules", []),
     }
 

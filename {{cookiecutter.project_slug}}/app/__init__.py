@@ -6,10 +6,8 @@ settings.py          every setting, validated and frozen
 errors.py            the errors that clients see
 tasks.py             background tasks: of a request, of the process
 process.py           runs a process without routes: probes, metrics, shutdown
-event_loop.py        the event loop: connects to any address of a name
 lifecycle.py         the shutdown of a process, as the server reports it; forked children
 setting_types.py     validated types for settings
-connection_urls.py   validation of the URLs of Postgres and Redis
 payments/            a feature: what a team writes  # example
     router.py  service.py  repository.py  schemas.py  # example
     events.py  gateway.py  consumer.py  # example
@@ -31,6 +29,8 @@ telemetry/           logs and metrics
     metrics_directory.py  metrics_server.py  metrics_prefix.py  scrape_server.py
 sizing/              how many workers and connections fit here
     resources.py  plan.py  checks.py
+network/             how the service connects to others
+    connection_urls.py  event_loop.py
 serving/             the gunicorn runtime: nothing imports it, a team rarely opens it
     gunicorn_worker.py  server.py  http_protocol.py  http_response.py  websocket_protocol.py
     arbiter.py  shared_flags.py  state.py  listener.py  memory.py  healthcheck.py

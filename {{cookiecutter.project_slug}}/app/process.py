@@ -100,7 +100,7 @@ def run(settings: Settings, work: Work, name: str = "consumer") -> None:
         "access_log": False,
         "server_header": False,
         "http": _Connection,
-        "loop": "app.event_loop:EventLoop",
+        "loop": "app.network.event_loop:EventLoop",
         "headers": [("Connection", "close")],
         "timeout_graceful_shutdown": RESPONSES_SECONDS,
     }

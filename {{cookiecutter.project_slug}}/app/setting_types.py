@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 from pydantic_settings import NoDecode
 
-from app.connection_urls import check_postgres_url, check_redis_url
+from app.network.connection_urls import check_postgres_url, check_redis_url
 
 
 def _check(text: str, pattern: str, requirement: str) -> None:

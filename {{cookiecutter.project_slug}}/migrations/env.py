@@ -19,7 +19,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from app.event_loop import EventLoop
+from app.network.event_loop import EventLoop
 from app.settings import Settings, load_settings
 from app.storage import postgres
 from app.telemetry import logs

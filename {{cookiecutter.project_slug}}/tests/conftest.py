@@ -33,6 +33,7 @@ _numbers = itertools.count(1)
 #: What the template brings, and an update of the template may change. All other tests are the
 #: team's: those of its features, and those of its settings, migrations and manifests.
 FRAMEWORK = {
+    "network",
     "patterns",
     "process_pool",
     "scripts",
@@ -41,13 +42,11 @@ FRAMEWORK = {
     "storage",
     "telemetry",
     "web",
-    "test_event_loop.py",
     "test_lifespan.py",
     "test_migration_commands.py",
     "test_process.py",
     "test_setting_types.py",
     "test_tasks.py",
-    "test_urls.py",
 }
 
 

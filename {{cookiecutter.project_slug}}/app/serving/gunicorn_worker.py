@@ -33,7 +33,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
         # uvicorn would guess, wrongly for a callable that is no coroutine function.
         "interface": "asgi3",
-        "loop": "app.event_loop:EventLoop",
+        "loop": "app.network.event_loop:EventLoop",
         "http": HttpRequestProtocol,
         "ws": ServiceWebSocket,
         # With "auto", a service whose startup fails would respond 500 to every request.

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Self, TypeVar
 import asyncpg
 from fastapi import Depends, Request
 
-from app.connection_urls import postgres_addresses
 from app.errors import UnavailableError
+from app.network.connection_urls import postgres_addresses
 from app.settings import Settings
 from app.storage import query_log
 from app.storage.postgres_errors import (

@@ -17,7 +17,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 from redis.asyncio import Redis as RedisClient
 
-from app import connection_urls
+from app.network import connection_urls
 from app.settings import Settings
 from app.storage.postgres import Database, connect
 from scripts.dev_services import Postgres, Redis, free_port

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from app.event_loop import EventLoop, connect_to_any
+from app.network.event_loop import EventLoop, connect_to_any
 from scripts.dev_services import free_port
 from tests.tcp_proxy import silent_listener
 

@@ -1,0 +1,1 @@
+"""How the service connects to others: URLs, names and addresses."""
