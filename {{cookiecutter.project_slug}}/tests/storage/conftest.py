@@ -6,7 +6,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from app.event_loop import EventLoop
+from app.network.event_loop import EventLoop
 
 
 @pytest.fixture(scope="session")
