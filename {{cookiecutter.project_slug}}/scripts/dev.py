@@ -32,15 +32,19 @@ def main() -> None:
     os.environ.update(DEFAULTS)
     load_settings()  # an invalid one stops it before anything is started
     with contextlib.ExitStack() as stack:
-        own_urls = {name: os.environ.get(name) for name in dev_environment.URLS}
-        os.environ.update(stack.enter_context(dev_environment.environment()))
+        variables = stack.enter_context(dev_environment.environment())
+        # Those that are set are in the environment, or in a file of SECRETS_DIR.
+        started = {
+            name for name in dev_environment.URLS if name in variables and not os.environ.get(name)
+        }
+        os.environ.update(variables)
         if received or not dev_reload.migrate():
             sys.exit(1)
         os.environ["BIND"] = addresses.free_address("BIND", load_settings().bind)
         stack.enter_context(_serving_metrics())
         settings = load_settings()
         listener = stack.enter_context(addresses.listen(settings.bind))
-        _print_guide(settings, own_urls)
+        _print_guide(settings, started)
         stack.enter_context(consuming())  # example
         if "--no-reload" in sys.argv:
             dev_server.serve(listener)
@@ -66,12 +70,15 @@ def _serving_metrics() -> Iterator[None]:
         directory.release()
 
 
-def _print_guide(settings: Settings, own_urls: dict[str, str | None]) -> None:
-    """Print the addresses. Passwords are shown only of the servers that this command started."""
+def _print_guide(settings: Settings, started: set[str]) -> None:
+    """Print the addresses. Passwords are shown only of the servers that this command started.
+
+    `started` has the settings that are the URLs of those servers.
+    """
     base = f"http://{settings.bind}{settings.root_path}"
     urls = {"DATABASE_URL": settings.database_url, "REDIS_URL": settings.redis_url}
     shown = {
-        name: redact(url.get_secret_value()) if own_urls[name] else url.get_secret_value()
+        name: url.get_secret_value() if name in started else redact(url.get_secret_value())
         for name, url in urls.items()
     }
     sys.stdout.write(
