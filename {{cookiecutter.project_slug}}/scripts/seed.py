@@ -3,14 +3,14 @@
 import asyncio
 import sys
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 
+from app.network.connection_urls import postgres_addresses
 from app.settings import load_settings
 
-#: Hosts on this machine. An empty one is a unix socket.
-LOCAL_HOSTS = {"", "127.0.0.1", "::1", "localhost"}
+#: Hosts on this machine, as is each unix socket, whose host is a path.
+LOCAL_HOSTS = {"127.0.0.1", "::1", "localhost"}
 # example: begin
 CREATE_PAYMENT = """
     insert into payments (payment_id, amount, currency, reference, status, request_id)
@@ -41,9 +41,10 @@ async def seed(connection: asyncpg.Connection) -> int:
 async def main() -> None:
     """Seed the database of `DATABASE_URL`. Raises `SystemExit` if it is on another machine."""
     url = load_settings().database_url.get_secret_value()
-    host = urlsplit(url).hostname or ""
-    if host not in LOCAL_HOSTS:
-        sys.exit(f"DATABASE_URL: {host} is another machine; unset it to seed the one of `make dev`")
+    for host, _ in postgres_addresses(url)[0]:
+        if host not in LOCAL_HOSTS and not host.startswith("/"):
+            remedy = "unset it to seed the one of `make dev`"
+            sys.exit(f"DATABASE_URL: {host} is another machine; {remedy}")
     connection = await asyncpg.connect(url)
     try:
         count = await seed(connection)
