@@ -47,6 +47,8 @@ def main() -> None:
         _print_guide(settings, started)
         stack.enter_context(consuming())  # example
         if "--no-reload" in sys.argv:
+            # uvicorn handles only the other two.
+            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
             dev_server.serve(listener)
         else:
             dev_reload.Reloader(listener, lambda: bool(received)).run()
