@@ -18,6 +18,7 @@ def serve(listener: socket.socket) -> None:
     settings = load_settings()
     config = uvicorn.Config(
         "app.main:app",
+        loop="app.network.event_loop:EventLoop",
         log_config=logs.config(settings),
         access_log=False,
         server_header=False,
