@@ -135,7 +135,8 @@ class PoolProcess:
                 rest = b""
             for line in lines:
                 self._forward(line)
-        self._forward(rest)
+        if rest:
+            self._forward(rest)
 
     def _forward(self, line: bytes) -> None:
         """Log a line: as it is if the process has logged it, else as a warning.
