@@ -240,13 +240,15 @@ def locked(project: Path, name: str) -> Iterator[None]:
     Raises `ProjectError` if that is not possible, for example without a package index.
     """
     packages = unlocked(project, name)
+    if not packages:
+        yield
+        return
     before = {file.name: file.read_bytes() for file in project.glob("requirements*.txt")}
     with written(project, before):
-        if packages:
-            done = subprocess.run([MAKE, "--silent", "lock"], cwd=project, check=False)
-            if done.returncode:
-                names = ", ".join(packages)
-                raise ProjectError(f"cannot lock {names}: `make lock` failed; nothing was changed")
+        done = subprocess.run([MAKE, "--silent", "lock"], cwd=project, check=False)
+        if done.returncode:
+            names = ", ".join(packages)
+            raise ProjectError(f"cannot lock {names}: `make lock` failed; nothing was changed")
         yield
 
 
