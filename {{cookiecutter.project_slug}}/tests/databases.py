@@ -27,7 +27,7 @@ def drop_database(server_url: str, name: str) -> None:
 
 
 def _execute(server_url: str, statement: str) -> None:
-    """Run a statement of a connection to none of these databases."""
+    """Run a statement, over a connection to another database."""
     url = urlsplit(server_url)._replace(path="/template1").geturl()
 
     async def execute() -> None:

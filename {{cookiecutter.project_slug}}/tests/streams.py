@@ -120,9 +120,9 @@ class Client(httpx.AsyncClient):
         """Open a stream; yield its events, and disconnect after the block."""
         scope = {**self._scope("http", path, headers), "method": "GET", "scheme": "http"}
         connection = Connection(self.application, scope, {"type": "http.request", "body": b""})
-        start = await connection.receive()
-        assert start["status"] == 200, start
         try:
+            start = await connection.receive()
+            assert start["status"] == 200, start
             yield _events(connection)
         finally:
             await connection.leave({"type": "http.disconnect"})
