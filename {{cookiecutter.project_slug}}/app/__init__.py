@@ -1,12 +1,12 @@
 """The service.
 
 main.py              create_app(settings): middleware, error handlers, routes
-lifespan.py          what the API process holds while it serves
+lifespan.py          resources of the API process: opened in order, closed in reverse
 settings.py          every setting, validated and frozen
 errors.py            the errors that clients see
 tasks.py             background tasks: of a request, of the process
 process.py           runs a process without routes: probes, metrics, shutdown
-lifecycle.py         the shutdown of a process, as the server reports it; forked children
+lifecycle.py         the server's shutdown state; independence of forked children
 setting_types.py     validated types for settings
 payments/            a feature: what a team writes  # example
     router.py  service.py  repository.py  schemas.py  # example
@@ -18,7 +18,7 @@ patterns/            building blocks to copy  # example
     http_client.py  circuit_breaker.py  # example
 process_pool/        CPU-heavy work in other processes
     pool.py  process.py  child.py
-web/                 what surrounds every request
+web/                 around every request
     application.py  middleware.py  limits.py  headers.py  proxies.py  threads.py
     problems.py  health.py  principal.py  routes.py  cors.py  head.py  sse.py  body_limit.py
 storage/             Postgres and Redis
@@ -27,7 +27,7 @@ telemetry/           logs and metrics
     logs.py  access_log.py  stdout.py  context.py
     http_metrics.py  process_metrics.py  metric_files.py  multiprocess.py
     metrics_directory.py  metrics_server.py  metrics_prefix.py  scrape_server.py
-sizing/              how many workers and connections fit here
+sizing/              workers and connections for this machine; `make doctor`
     resources.py  plan.py  checks.py
 network/             how the service connects to others
     connection_urls.py  event_loop.py
