@@ -51,7 +51,8 @@ def bounds(version: str) -> str:
     """Return the range of compatible versions: the same major, or the same minor of 0."""
     major, minor, *_ = [*version.split("."), "0"]
     if major == "0":
-        return f">=0.{minor},<0.{int(minor) + 1}"
+        number = re.split(r"\D", minor)[0]  # of 0.59b0, which is the newest of some packages
+        return f">=0.{minor},<0.{int(number) + 1}"
     return f">={major}.{minor},<{int(major) + 1}"
 
 

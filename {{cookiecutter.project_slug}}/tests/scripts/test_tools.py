@@ -86,6 +86,7 @@ def add(
     [
         ("humanize", "", "humanize==4.17.0", '    "humanize>=4.17,<5",'),
         ("Zope.Event", "dev", "zope-event==0.7", '    "Zope.Event>=0.7,<0.8",'),
+        ("humanize", "", "humanize==0.59b0", '    "humanize>=0.59b0,<0.60",'),
         ("boltons[all]", "", "boltons==25", '    "boltons[all]>=25.0,<26",'),
         ("humanize>=4,<6", "", "humanize==4.17.0", '    "humanize>=4,<6",'),
     ],
