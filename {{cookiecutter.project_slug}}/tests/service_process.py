@@ -189,7 +189,10 @@ def serving(
     try:
         yield service
     finally:
-        if service.process.poll() is None:
-            service.stop()
-        service.http.close()
-        service.output.close()
+        try:
+            if service.process.poll() is None:
+                service.stop()
+        finally:
+            service.process.kill()
+            service.http.close()
+            service.output.close()
