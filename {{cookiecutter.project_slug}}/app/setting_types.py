@@ -196,6 +196,7 @@ OWN_LOG_FIELDS = frozenset(
         request_id trace_id parent_span_id
         method path route status duration_ms request_bytes response_bytes client close_code
         dependency reason task stacks requests arguments format_error
+        error function process_pid exit
         """,
     )
 )

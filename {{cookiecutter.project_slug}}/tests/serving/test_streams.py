@@ -10,7 +10,6 @@ import httpx
 import psutil
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect as connect_websocket
 from websockets.sync.connection import Connection
 
 from scripts.dev_services import Redis
@@ -42,9 +41,7 @@ def service(urls: dict[str, str]) -> Iterator[Service]:
 
 
 def open_websocket(service: Service, path: str, request_id: str = "websocket") -> Connection:
-    headers = {"X-Request-ID": request_id}
-    url = f"ws://127.0.0.1:{service.port}{path}"
-    return connect_websocket(url, additional_headers=headers, open_timeout=DEADLINE_SECONDS)
+    return service.websocket(path, **{"X-Request-ID": request_id})
 
 
 @contextlib.contextmanager
