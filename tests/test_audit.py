@@ -158,7 +158,7 @@ def shellcheck(directory: Path) -> set[str]:
 
 
 def zizmor(directory: Path) -> set[str]:
-    """Return zizmor's findings in workflows and Dependabot's configuration.
+    """Return zizmor's findings in workflows, and in the configuration of Dependabot and pre-commit.
 
     Fails unless zizmor has read all of them.
     """
@@ -172,7 +172,11 @@ def zizmor(directory: Path) -> set[str]:
     )
     done = audit("zizmor", *options, ".", directory=directory)
     assert done.returncode == 0, done.stderr
-    files = {path.relative_to(directory).as_posix() for path in directory.rglob(".github/**/*.yml")}
+    paths = {
+        *directory.rglob(".github/**/*.yml"),
+        *directory.rglob(".pre-commit-config.yaml"),
+    }
+    files = {path.relative_to(directory).as_posix() for path in paths}
     assert set(re.findall(r"completed \./(\S+)", done.stderr)) == files
     return {
         f"{place['symbolic']['key']['Local']['verbatim_path']}: {finding['ident']}"
