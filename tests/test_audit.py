@@ -172,10 +172,7 @@ def zizmor(directory: Path) -> set[str]:
     )
     done = audit("zizmor", *options, ".", directory=directory)
     assert done.returncode == 0, done.stderr
-    paths = {
-        *directory.rglob(".github/**/*.yml"),
-        *directory.rglob(".pre-commit-config.yaml"),
-    }
+    paths = {*directory.rglob(".github/**/*.yml"), *directory.rglob(".pre-commit-config.yaml")}
     files = {path.relative_to(directory).as_posix() for path in paths}
     assert set(re.findall(r"completed \./(\S+)", done.stderr)) == files
     return {
