@@ -73,8 +73,9 @@ class EventLoop(Loop):
             return await create(protocol_factory, host, port, **options)
         lookup = {name: options.pop(name, 0) for name in ("family", "proto", "flags")}
         addresses = await self.getaddrinfo(host, port, type=socket.SOCK_STREAM, **lookup)
-        if options.get("ssl"):
-            options["server_hostname"] = options.get("server_hostname") or host
+        # An empty name is asyncio's way to verify no name.
+        if options.get("ssl") and options.get("server_hostname") is None:
+            options["server_hostname"] = host
         connected = await connect_to_any(addresses)
         try:
             return await create(protocol_factory, sock=connected, **options)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import socket
+import ssl
 import threading
 import time
 import warnings
@@ -148,3 +149,29 @@ def test_closed_loop_does_not_wait_for_a_lookup(lookups: Lookups) -> None:
     loop.close()
     # 30 s if it waited.
     assert time.monotonic() - start < 10
+
+
+async def client_hello(**options: Any) -> bytes:
+    """Return the first message of a connection with TLS to the name localhost."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        connecting = asyncio.create_task(
+            loop.create_connection(
+                asyncio.Protocol, "localhost", port, family=socket.AF_INET, ssl=context, **options
+            )
+        )
+        with (await asyncio.to_thread(listener.accept))[0] as connection:
+            message = await asyncio.to_thread(connection.recv, 65_536)
+    with pytest.raises((OSError, ssl.SSLError)):
+        await connecting
+    return message
+
+
+async def test_server_name_of_tls_is_the_host_unless_given() -> None:
+    """RFC 6066, section 3. An empty name sends none, as in asyncio."""
+    assert b"localhost" in await client_hello()
+    assert b"other.test" in await client_hello(server_hostname="other.test")
+    assert b"localhost" not in await client_hello(server_hostname="")
