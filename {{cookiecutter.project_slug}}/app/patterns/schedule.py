@@ -66,9 +66,10 @@ async def every(
         try:
             async with database.acquire() as connection:
                 pause = await schedule.look(connection)
+            schedule.database_state.succeeded()
         except Exception as error:  # noqa: BLE001 - no error ends the loop
             pause = schedule.longest_pause
-            schedule.failed(error)
+            schedule.database_state.failed(describe(error))
         jitter = random.uniform(0, JITTER * schedule.longest_pause)  # noqa: S311
         await asyncio.sleep(pause + jitter)
 
@@ -84,13 +85,10 @@ class _Schedule:
         self.longest_pause = min(seconds, LOOK_SECONDS)
         text = f"scheduled job {name}"
         self.state = StateLog(logger, f"{text} failed", f"{text} succeeded again")
+        database = f"database of {text}"
+        self.database_state = StateLog(logger, f"{database} failed", f"{database} works again")
         self.succeeded_runs = _RUNS.labels(name, "succeeded")
         self.failed_runs = _RUNS.labels(name, "failed")
-
-    def failed(self, error: Exception) -> None:
-        """Count a failure, and log it unless the last run failed for the same reason."""
-        self.failed_runs.inc()
-        self.state.failed(describe(error))
 
     async def look(self, connection: Connection) -> float:
         """Run the job if it is due, and no other process runs it. Return the next pause."""
@@ -104,12 +102,17 @@ class _Schedule:
                 _SUCCEEDED.labels(self.name).set(row["succeeded_at"])
             if 0 < row["seconds_left"] <= self.seconds:
                 return float(row["seconds_left"])
-            error = await self._run(connection)
+            try:
+                error = await self._run(connection)
+            except Exception:  # the database has rolled the run back
+                self.failed_runs.inc()
+                raise
         if error is None:
             self.succeeded_runs.inc()
             self.state.succeeded()
         else:
-            self.failed(error)
+            self.failed_runs.inc()
+            self.state.failed(describe(error))
         return 0
 
     async def _run(self, connection: Connection) -> Exception | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
+from app.errors import UnavailableError
 from app.patterns import schedule
 from app.patterns.schedule import every
 from app.settings import Settings, load_settings
@@ -154,6 +155,38 @@ async def test_failed_run_is_rolled_back_logged_and_counted(
     ]
 
 
+async def test_unavailable_database_is_logged_once_and_no_failed_run(
+    ticks: Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process can run the job meanwhile, but each looks for its row again."""
+    looks = 0
+    acquire = ticks.acquire
+
+    @contextlib.asynccontextmanager
+    async def acquire_after_outage() -> AsyncIterator[Connection]:
+        nonlocal looks
+        looks += 1
+        if looks < 4:
+            raise UnavailableError("The database is unavailable.")
+        async with acquire() as connection:
+            yield connection
+
+    async def job(_: Connection) -> None: ...
+
+    monkeypatch.setattr(ticks, "acquire", acquire_after_outage)
+    caplog.set_level(logging.INFO, "app.schedule")
+    failed = value("schedule_runs_total", outcome="failed")
+    succeeded = value("schedule_runs_total", outcome="succeeded")
+    async with background_task(every(ticks, 0.1, job, name="job")):
+        await eventually(lambda: value("schedule_runs_total", outcome="succeeded") > succeeded)
+        await eventually(lambda: len(caplog.messages) == 2)
+    assert value("schedule_runs_total", outcome="failed") == failed
+    assert caplog.messages == [
+        "database of scheduled job job failed: UnavailableError: 503: The database is unavailable.",
+        "database of scheduled job job works again",
+    ]
+
+
 async def test_hanging_holder_loses_the_job(
     ticks: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +202,8 @@ async def test_hanging_holder_loses_the_job(
 
     async with background_task(every(ticks, SECONDS, job, name="hang", timeout_seconds=0.1)):
         await eventually(lambda: runs >= 3)
+    labels = {"job": "hang", "outcome": "failed"}
+    assert REGISTRY.get_sample_value("schedule_runs_total", labels) == 1
 
 
 async def test_shorter_interval_takes_effect(ticks: Database) -> None:
