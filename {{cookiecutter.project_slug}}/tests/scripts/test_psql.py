@@ -18,7 +18,7 @@ from tests.service_process import PROJECT
         ("postgresql://u:p%40ss@h1,h2/app", "postgresql://u@h1,h2/app", {"PGPASSWORD": "p@ss"}),
         (
             "postgresql:///app?host=/run/a%20b&user=u&password=p@ss%2B",
-            "postgresql:///app?host=/run/a%20b&user=u",
+            "postgresql:///app?host=%2Frun%2Fa%20b&user=u",
             {"PGPASSWORD": "p@ss+"},
         ),
         ("postgresql://u:first@h/a?password=b", "postgresql://u@h/a", {"PGPASSWORD": "first"}),
