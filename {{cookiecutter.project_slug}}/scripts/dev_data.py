@@ -12,20 +12,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import psutil
 
-from scripts.dev_services import START_SECONDS, Postgres, is_listening, kept_port
+from scripts.dev_services import Postgres, find_redis, kept_port, wait_until_listening
 
 PROJECT = Path(__file__).resolve().parent.parent
 #: Where Postgres' user can have its data, if it may not enter the project.
 PUBLIC_DIRECTORY = Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - its name is random
 STOP_SECONDS = 10
-NO_REDIS = "no redis-server on PATH: using fakeredis, which keeps no data\n"
+#: A process that was started this long before or after its pid file is another one. Clocks jump.
+START_TOLERANCE_SECONDS = 60
 FAKE_REDIS = """
 import sys, fakeredis
 fakeredis.TcpFakeServer(("127.0.0.1", int(sys.argv[1]))).serve_forever()
@@ -39,7 +39,7 @@ def directory() -> Path:
     return Path(os.environ.get("DEV_DIRECTORY") or PROJECT / ".dev").absolute()
 
 
-class Redis:
+class KeptRedis:
     """A Redis or Valkey server on the loopback interface, with its data in a directory."""
 
     def __init__(self, directory: Path) -> None:
@@ -54,17 +54,13 @@ class Redis:
     def start(self) -> None:
         """Start and wait until it listens. Raises `SystemExit` if that fails."""
         detach(self._command(), self.log_file, self.pid_file)
-        end = time.monotonic() + START_SECONDS
-        while not is_listening(self.port):
-            if time.monotonic() > end or not self.is_running:
-                log = self.log_file.read_text(errors="replace")[-2000:]
-                sys.exit(f"Redis of {self.directory} failed; `make dev-reset` deletes it:\n{log}")
-            time.sleep(0.02)
+        if not wait_until_listening(self.port, lambda: self.is_running):
+            log = self.log_file.read_text(errors="replace")[-2000:]
+            sys.exit(f"Redis of {self.directory} failed; `make dev-reset` deletes it:\n{log}")
 
     def _command(self) -> list[str]:
-        program = shutil.which("redis-server") or shutil.which("valkey-server")
+        program = find_redis()
         if program is None:
-            sys.stderr.write(NO_REDIS)
             return [sys.executable, "-c", FAKE_REDIS, str(self.port)]
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory)]
         # A save after a minute with a change, and at the end.
@@ -87,14 +83,17 @@ class Redis:
         return self._process() is not None
 
     def _process(self) -> psutil.Process | None:
-        """Return the process of the pid file, unless its command line is another program's."""
+        """Return the process of the pid file, unless its pid is another process's by now."""
         try:
             port = (self.directory / "port").read_text()
             process = psutil.Process(int(self.pid_file.read_text()))
-            is_this = any(port in argument for argument in process.cmdline())
+            started_before = self.pid_file.stat().st_mtime - process.create_time()
+            # Redis shows one text in place of its command line: `redis-server 127.0.0.1:PORT`.
+            words = " ".join(process.cmdline()).split()
+            is_this = port in words or f"127.0.0.1:{port}" in words
         except (OSError, ValueError, psutil.Error):
             return None
-        return process if is_this else None
+        return process if is_this and abs(started_before) < START_TOLERANCE_SECONDS else None
 
 
 class Servers:
@@ -114,7 +113,7 @@ class Servers:
                 postgres.start()
             urls["DATABASE_URL"] = postgres.url
         if "REDIS_URL" in self.names:
-            redis = Redis(self.directory / "redis")
+            redis = KeptRedis(self.directory / "redis")
             if not redis.is_running:
                 redis.start()
             urls["REDIS_URL"] = redis.url
@@ -153,7 +152,7 @@ def stop_servers(directory: Path) -> None:
         if postgres.is_running:
             postgres.stop("fast")
     if (directory / "redis").exists():
-        Redis(directory / "redis").stop()
+        KeptRedis(directory / "redis").stop()
 
 
 @contextlib.contextmanager

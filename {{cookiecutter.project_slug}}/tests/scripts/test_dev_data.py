@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from scripts.dev_data import PUBLIC_DIRECTORY
-from scripts.dev_services import is_listening
+from scripts.dev_data import PUBLIC_DIRECTORY, stop_servers
+from scripts.dev_services import free_port, is_listening
 from tests.service_process import PROJECT, eventually
 
 RUN = [sys.executable, "-m", "scripts.dev_environment"]
@@ -163,6 +163,23 @@ def test_pid_of_a_killed_server_that_is_in_use_again_is_ignored(data: Path) -> N
     (data / "postgres/data/postmaster.pid").write_text(f"{os.getpid()}\n")
     (data / "redis/pid").write_text(f"{os.getpid()}\n")
     assert run(data, *PSQL, text="select 1") == "1"
+
+
+@pytest.mark.parametrize(("argument", "age"), [("x{port}y", 0), ("{port}", 3600)])
+def test_process_with_a_reused_pid_is_not_stopped(tmp_path: Path, argument: str, age: int) -> None:
+    """Neither a port within another argument, nor an older start is that of the server."""
+    port = str(free_port())
+    command = [sys.executable, "-c", "input()", argument.format(port=port)]
+    (tmp_path / "redis").mkdir()
+    (tmp_path / "redis/port").write_text(port)
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as other:
+        pid_file = tmp_path / "redis/pid"
+        pid_file.write_text(str(other.pid))
+        os.utime(pid_file, (time.time() - age,) * 2)
+        stop_servers(tmp_path)
+        assert other.poll() is None
+        other.communicate(b"\n")
+    assert other.returncode == 0
 
 
 def test_killed_servers_are_started_again(data: Path) -> None:
