@@ -30,9 +30,14 @@ class ScrapeHandler(_SilentHandler):
     connection: socket.socket
 
     def parse_request(self) -> bool:
-        """Parse a request whose first line has arrived."""
+        """Parse a request whose first line has arrived.
+
+        One without a version, which is HTTP/0.9 or cut off, gets no response: from Python 3.14 on
+        wsgiref raises `AttributeError` for it.
+        """
         self.server.mark_active(self.connection)
-        return super().parse_request()
+        is_valid = super().parse_request()
+        return is_valid and self.request_version != "HTTP/0.9"
 
 
 class ScrapeServer(ThreadingWSGIServer):

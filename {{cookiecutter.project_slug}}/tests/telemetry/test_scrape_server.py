@@ -100,3 +100,10 @@ def test_lost_client_is_not_logged(
     errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert errors == []
     assert capfd.readouterr().err == ""
+
+
+def test_request_without_a_version_gets_no_response(caplog: pytest.LogCaptureFixture) -> None:
+    """HTTP/0.9 (RFC 9110, appendix B.1, obsoletes it), or a request that was cut off."""
+    with running() as server, clients(server, 1, b"GET /small\r\n\r\n") as opened:
+        assert read_all(opened[0]) == b""
+    assert caplog.records == []
