@@ -6,6 +6,7 @@ Usage: `python -m scripts.dev [--no-reload]`. Without reload it is one process, 
 import contextlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -15,61 +16,98 @@ from app.telemetry import metrics_directory
 from app.telemetry.logs import redact
 from scripts import addresses, dev_environment, dev_reload, dev_server
 from scripts.dev_consumer import consuming  # example
+from scripts.parent import Parent
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DEFAULTS = {"ENVIRONMENT": "development", "WEB_CONCURRENCY": "1", "DRAIN_SECONDS": "0"}
+
+
+class Signals:
+    """The signals that end this command. None interrupts the start or the stop of the servers."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.is_serving = False
+        for number in self.NUMBERS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.is_serving and number == signal.SIGHUP:
+            # uvicorn handles only the other two.
+            signal.raise_signal(signal.SIGTERM)
+            return
+        self.received.append(number)
+        if self.is_serving:
+            self.is_serving = False
+            sys.exit(0)
+
+    def serve(self, listener: socket.socket) -> None:
+        """Serve in this process until a signal, even one before uvicorn handles them."""
+        self.is_serving = True
+        try:
+            if not self.received:
+                dev_server.serve(listener)
+        finally:
+            self.is_serving = False
 
 
 def main() -> None:
     """Serve until Ctrl-C, SIGTERM or SIGHUP. Raises `SystemExit` if something cannot start."""
-    received: list[int] = []
-
-    def receive(number: int, _: FrameType | None) -> None:
-        received.append(number)
-
-    for number in SIGNALS:
-        signal.signal(number, receive)
+    parent = Parent()
+    signals = Signals()
     os.environ.update(DEFAULTS)
     load_settings()  # an invalid one stops it before anything is started
-    with contextlib.ExitStack() as stack:
-        variables = stack.enter_context(dev_environment.environment())
+    with _servers() as started:
+        if signals.received or not dev_reload.migrate():
+            sys.exit(1)
+        with _listening(started) as listener:
+            if "--no-reload" in sys.argv:
+                signals.serve(listener)
+            else:
+                dev_reload.Reloader(listener, parent, lambda: bool(signals.received)).run()
+
+
+@contextlib.contextmanager
+def _servers() -> Iterator[set[str]]:
+    """Run Postgres and Redis during the block; yield the settings of those that it started."""
+    with dev_environment.environment() as variables:
         # Those that are set are in the environment, or in a file of SECRETS_DIR.
         started = {
             name for name in dev_environment.URLS if name in variables and not os.environ.get(name)
         }
         os.environ.update(variables)
-        if received or not dev_reload.migrate():
-            sys.exit(1)
-        os.environ["BIND"] = addresses.free_address("BIND", load_settings().bind)
-        stack.enter_context(_serving_metrics())
+        yield started
+
+
+@contextlib.contextmanager
+def _listening(started: set[str]) -> Iterator[socket.socket]:
+    """Yield the socket of the service; its metrics and its consumer run during the block."""
+    os.environ["BIND"] = addresses.free_address("BIND", load_settings().bind)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(serving_metrics())
         settings = load_settings()
         listener = stack.enter_context(addresses.listen(settings.bind))
         _print_guide(settings, started)
         stack.enter_context(consuming())  # example
-        if "--no-reload" in sys.argv:
-            # uvicorn handles only the other two.
-            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
-            dev_server.serve(listener)
-        else:
-            dev_reload.Reloader(listener, lambda: bool(received)).run()
+        yield listener
 
 
 @contextlib.contextmanager
-def _serving_metrics() -> Iterator[None]:
+def serving_metrics() -> Iterator[None]:
     """Run the metrics process during the block, on the next free port."""
     directory = metrics_directory.claim(None)
-    # prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it is imported.
-    from app.telemetry import metrics_server
+    with contextlib.ExitStack() as stack:
+        stack.callback(directory.release)
+        # prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it is imported.
+        from app.telemetry.metrics_server import MetricsProcess
 
-    address = addresses.free_address("METRICS_BIND", load_settings().metrics_bind)
-    os.environ["METRICS_BIND"] = address
-    metrics = metrics_server.MetricsProcess(address, directory.path, load_settings().metrics_prefix)
-    metrics.ensure()
-    try:
+        address = addresses.free_address("METRICS_BIND", load_settings().metrics_bind)
+        os.environ["METRICS_BIND"] = address
+        metrics = MetricsProcess(address, directory.path, load_settings().metrics_prefix)
+        metrics.ensure()
+        stack.callback(metrics.stop)
         yield
-    finally:
-        metrics.stop()
-        directory.release()
 
 
 def _print_guide(settings: Settings, started: set[str]) -> None:

@@ -1,7 +1,6 @@
 """Run a module as a program that ends with the process that started it.
 
-Usage: `python -m scripts.dev_child MODULE [ARGUMENT ...]`. An editor kills `make dev` with SIGKILL,
-which no program can pass on to its children.
+Usage: `python -m scripts.dev_child PARENT_PID MODULE [ARGUMENT ...]`.
 """
 
 import os
@@ -12,6 +11,8 @@ import sys
 import threading
 import time
 
+from scripts.parent import Parent
+
 CHECK_SECONDS = 0.5
 #: Time limit for a graceful end; then SIGKILL.
 STOP_SECONDS = 3.0
@@ -19,7 +20,7 @@ STOP_SECONDS = 3.0
 
 def start(module: str, *arguments: str, **options: object) -> "subprocess.Popen[bytes]":
     """Start a module as a child; the options are those of `Popen`."""
-    command = [sys.executable, "-m", "scripts.dev_child", module, *arguments]
+    command = [sys.executable, "-m", "scripts.dev_child", str(os.getpid()), module, *arguments]
     process: subprocess.Popen[bytes] = subprocess.Popen(command, **options)  # type: ignore[call-overload]
     return process
 
@@ -34,8 +35,8 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
+def _end_with(parent: Parent) -> None:
+    while parent.is_running:
         time.sleep(CHECK_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(STOP_SECONDS)
@@ -44,8 +45,9 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     """Run the module in this process."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    sys.argv = sys.argv[1:]
+    parent = Parent(int(sys.argv[1]))
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    sys.argv = sys.argv[2:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from scripts.dev_data import servers
+from scripts.parent import Parent
 
 URLS = ("DATABASE_URL", "REDIS_URL")
 #: How often a command checks that its parent, such as make, still runs.
@@ -46,7 +47,7 @@ class Signals:
 
     def __init__(self) -> None:
         """Take the signals. None of them interrupts the start or the stop of the servers."""
-        self.parent = os.getppid()
+        self.parent = Parent()
         self.received: list[int] = []
         self.child: subprocess.Popen[bytes] | None = None
         for number in self.NUMBERS:
@@ -72,7 +73,7 @@ class Signals:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = child.wait(PARENT_CHECK_SECONDS)
                 return code if code >= 0 else 128 - code
-            if os.getppid() != self.parent:
+            if not self.parent.is_running:
                 self.stop(child, signal.SIGHUP)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from dotenv import dotenv_values
 
 from scripts import dev_child
+from scripts.parent import Parent
 
 POLL_SECONDS = 0.25
 ENV_FILE = Path(".env")
@@ -80,11 +81,13 @@ class EnvFile:
 class Reloader:
     """Runs the server in a child process, and again after each change of a file."""
 
-    def __init__(self, listener: socket.socket, is_stopped: Callable[[], bool]) -> None:
+    def __init__(
+        self, listener: socket.socket, parent: Parent, is_stopped: Callable[[], bool]
+    ) -> None:
         """`is_stopped`: whether a signal has asked for the end."""
         self.listener = listener
         self.is_stopped = is_stopped
-        self.parent = os.getppid()
+        self.parent = parent
         self.files = WatchedFiles()
         self.env = EnvFile()
 
@@ -92,7 +95,7 @@ class Reloader:
         """Serve until the end, or until the parent of this process, such as make, is gone."""
         child = self._start()
         try:
-            while not self.is_stopped() and os.getppid() == self.parent:
+            while self.parent.is_running and not self.is_stopped():
                 changed = self.files.changed()
                 if changed:
                     self._prepare(changed)

@@ -17,6 +17,9 @@ import httpx
 import psutil
 import pytest
 
+from app.telemetry import metrics_directory
+from scripts import addresses, dev_server
+from scripts.dev import Signals, serving_metrics
 from scripts.dev_services import free_port
 from tests.scripts.test_dev_data import processes
 from tests.service_process import PROJECT, eventually
@@ -287,3 +290,44 @@ def test_run_reports_a_port_in_use_before_it_starts_anything() -> None:
     assert done.returncode == 1
     problem = "Address already in use; stop the process that listens there, or set BIND"
     assert done.stderr == f"BIND={bind}: {problem} to another address\n"
+
+
+@pytest.fixture
+def signals() -> Iterator[Signals]:
+    before = {number: signal.getsignal(number) for number in Signals.NUMBERS}
+    try:
+        yield Signals()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", Signals.NUMBERS)
+def test_signal_before_uvicorn_handles_it_ends_the_command(
+    signals: Signals, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Without reload. A second one does not interrupt the end."""
+
+    def serve(_: socket.socket) -> None:
+        signal.raise_signal(number)
+        pytest.fail("it serves")
+
+    monkeypatch.setattr(dev_server, "serve", serve)
+    with socket.socket() as listener:
+        with pytest.raises(SystemExit) as end:
+            signals.serve(listener)
+        signal.raise_signal(number)
+        signals.serve(listener)
+    assert end.value.code == 0
+
+
+def test_metrics_without_a_free_port_leave_no_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(metrics_directory.VARIABLE, "")
+
+    def fail(*_: str) -> str:
+        sys.exit("no port is free")
+
+    monkeypatch.setattr(addresses, "free_address", fail)
+    with pytest.raises(SystemExit), serving_metrics():
+        pytest.fail("it serves")
+    assert not Path(os.environ[metrics_directory.VARIABLE]).exists()
