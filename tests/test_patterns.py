@@ -338,6 +338,21 @@ def test_packages_that_are_not_locked_are_locked(project: Path, tmp_path: Path) 
     assert (project / "requirements.txt").read_text().endswith("locked==1\n")
 
 
+def test_packages_of_patterns_copied_along_are_locked(project: Path, tmp_path: Path) -> None:
+    """No pattern has such a one yet."""
+    forget_packages(project)
+    path = fake_uv(tmp_path / "bin", 'for file; do :; done; echo "locked==1" >> "$file"')
+    code = (
+        "from scripts import add_pattern as script; "
+        "pattern = script.PATTERNS['pagination']._replace(along=('http_client',)); "
+        "script.PATTERNS['pagination'] = pattern; script.main(['pagination'])"
+    )
+    done = run(project, "python", "-c", code, PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert (project / "app/patterns/http_client.py").exists()
+    assert (project / "requirements.txt").read_text().endswith("locked==1\n")
+
+
 def test_packages_that_cannot_be_locked_change_nothing(project: Path, tmp_path: Path) -> None:
     forget_packages(project)
     before = tree(project)

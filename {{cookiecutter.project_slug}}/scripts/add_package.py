@@ -1,18 +1,17 @@
 """Add a package to pyproject.toml and to the requirements: `make add P=package`, `G=dev` for tests.
 
-Usage: `python scripts/add_package.py REQUIREMENT [GROUP]`. It runs `make lock`, which changes no
+Usage: `python -m scripts.add_package REQUIREMENT [GROUP]`. It runs `make lock`, which changes no
 other package unless the new one requires it. If that fails, all files stay as they were.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+from scripts.project_files import MAKE, PROJECT, restored
+
 METADATA = PROJECT / "pyproject.toml"
 LOCKED = PROJECT / "requirements-dev.txt"
 #: PEP 508, without markers and addresses: name, extras, versions.
@@ -70,7 +69,7 @@ def add(requirement: str, group: str) -> str:
     if not parsed:
         sys.exit(f"P={requirement}: must be a package, for example P=httpx or P='httpx>=0.28,<1'")
     METADATA.write_text(insert(METADATA.read_text(), group, requirement))
-    subprocess.run([os.environ.get("MAKE", "make"), "--silent", "lock"], cwd=PROJECT, check=True)
+    subprocess.run([MAKE, "--silent", "lock"], cwd=PROJECT, check=True)
     if parsed["bounds"]:
         return requirement
     bounded = requirement + bounds(locked_version(parsed["name"]))
@@ -81,15 +80,11 @@ def add(requirement: str, group: str) -> str:
 def main(requirement: str, group: str = "project") -> None:
     """Add a requirement, or restore all files."""
     files = [METADATA, *PROJECT.glob("requirements*.txt")]
-    before = {file: file.read_bytes() for file in files}
     try:
-        added = add(requirement, group)
-    except BaseException as error:
-        for file, content in before.items():
-            file.write_bytes(content)
-        if isinstance(error, subprocess.CalledProcessError):
-            sys.exit(f"P={requirement}: cannot be locked, see above; nothing is changed")
-        raise
+        with restored(PROJECT, [file.name for file in files]):
+            added = add(requirement, group)
+    except subprocess.CalledProcessError:
+        sys.exit(f"P={requirement}: cannot be locked, see above; nothing is changed")
     sys.stdout.write(f"added {added}\n")
 
 

@@ -7,7 +7,6 @@ project, so a copy needs no network unless a package has left the requirements.
 import ast
 import contextlib
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,7 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scripts.add_package import insert, normalize
-from scripts.project_files import PROJECT, ProjectError, new_migration, read, written
+from scripts.project_files import (
+    MAKE,
+    PROJECT,
+    ProjectError,
+    new_migration,
+    read,
+    restored,
+    written,
+)
 
 #: The sources, each in the directory that it is copied to.
 SOURCE = "docs/patterns"
@@ -40,7 +47,6 @@ def downgrade() -> None:
     """Drop the table."""
     op.execute("drop table {table}")
 '''
-MAKE = shutil.which("make") or "make"
 SHARED = ("app/patterns/__init__.py", "tests/patterns/__init__.py", "tests/patterns/conftest.py")
 
 
@@ -134,6 +140,11 @@ def is_present(project: Path, name: str) -> bool:
     return (project / f"app/patterns/{name}.py").exists()
 
 
+def copied_together(project: Path, name: str) -> list[str]:
+    """Return a pattern, and those along with it that are not present."""
+    return [name, *(each for each in PATTERNS[name].along if not is_present(project, each))]
+
+
 def changes(project: Path, name: str) -> dict[str, str | bytes]:
     """Return the content of every file that copying a pattern writes.
 
@@ -143,7 +154,7 @@ def changes(project: Path, name: str) -> dict[str, str | bytes]:
         raise ProjectError(f"P={name}: must be one of {', '.join(PATTERNS)}")
     if is_present(project, name):
         raise ProjectError(f"P={name}: already present, in app/patterns/{name}.py")
-    added = [name, *(each for each in PATTERNS[name].along if not is_present(project, each))]
+    added = copied_together(project, name)
     names = [file for each in added for file in own_files(each)]
     existing = [file for file in names if (project / file).exists()]
     if existing:
@@ -223,32 +234,32 @@ def package(requirement: str) -> str:
     return normalize(re.split(r"[^\w.-]", requirement)[0])
 
 
-def unlocked(project: Path, name: str) -> list[str]:
-    """Return the packages of a pattern that the requirements files do not have."""
+def unlocked(project: Path, names: list[str]) -> list[str]:
+    """Return the packages of patterns that the requirements files do not have."""
     missing = []
-    for requirement, group in PATTERNS[name].packages.items():
-        lines = (project / LOCKS[group]).read_text().splitlines()
-        if package(requirement) not in map(package, lines):
-            missing.append(package(requirement))
+    for name in names:
+        for requirement, group in PATTERNS[name].packages.items():
+            lines = (project / LOCKS[group]).read_text().splitlines()
+            if package(requirement) not in map(package, lines):
+                missing.append(package(requirement))
     return missing
 
 
 @contextlib.contextmanager
-def locked(project: Path, name: str) -> Iterator[None]:
-    """Lock the packages of a pattern that are not locked; restore the requirements after an error.
+def locked(project: Path, names: list[str]) -> Iterator[None]:
+    """Lock the packages of patterns that are not locked; restore the requirements after an error.
 
     Raises `ProjectError` if that is not possible, for example without a package index.
     """
-    packages = unlocked(project, name)
+    packages = unlocked(project, names)
     if not packages:
         yield
         return
-    before = {file.name: file.read_bytes() for file in project.glob("requirements*.txt")}
-    with written(project, before):
+    with restored(project, [file.name for file in project.glob("requirements*.txt")]):
         done = subprocess.run([MAKE, "--silent", "lock"], cwd=project, check=False)
         if done.returncode:
-            names = ", ".join(packages)
-            raise ProjectError(f"cannot lock {names}: `make lock` failed; nothing was changed")
+            missing = ", ".join(packages)
+            raise ProjectError(f"cannot lock {missing}: `make lock` failed; nothing was changed")
         yield
 
 
@@ -258,7 +269,8 @@ def copy(project: Path, name: str) -> list[str]:
     Raises `ProjectError`, and writes nothing, if that is not possible.
     """
     files = changes(project, name)
-    with written(project, files), locked(project, name):
+    added = copied_together(project, name)
+    with written(project, files), locked(project, added):
         pass
     return list(files)
 

@@ -1,12 +1,17 @@
-"""Changes of this project's files, all or none, for `make feature` and `make pattern`."""
+"""Changes of this project's files, all or none, for `make feature`, `make pattern`, `make add`."""
+
+from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
+#: The make that runs a script passes its own name.
+MAKE = os.environ.get("MAKE") or "make"
 VERSIONS = "migrations/versions"
 
 
@@ -20,13 +25,20 @@ def written(project: Path, files: Mapping[str, str | bytes]) -> Iterator[None]:
 
     A text gets the line ends that its file has.
     """
-    before = {name: _read(project / name) for name in files}
-    parents = {parent for name in files for parent in (project / name).parents}
-    new_directories = [parent for parent in parents if not parent.exists()]
-    try:
+    with restored(project, files):
         for name, content in files.items():
             (project / name).parent.mkdir(parents=True, exist_ok=True)
             _replace(project / name, content)
+        yield
+
+
+@contextlib.contextmanager
+def restored(project: Path, names: Iterable[str]) -> Iterator[None]:
+    """Restore files if the block fails, and delete those that it has created."""
+    before = {name: _read(project / name) for name in names}
+    parents = {parent for name in before for parent in (project / name).parents}
+    new_directories = [parent for parent in parents if not parent.exists()]
+    try:
         yield
     except BaseException:
         for name, previous in before.items():

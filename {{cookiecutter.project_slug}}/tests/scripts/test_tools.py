@@ -66,14 +66,16 @@ def add(
 ) -> "subprocess.CompletedProcess[str]":
     """Run the script in a copy of the files that it edits."""
     (project / "scripts").mkdir(exist_ok=True)
-    for name in ("pyproject.toml", "requirements-dev.txt", "scripts/add_package.py"):
+    scripts = [f"scripts/{name}.py" for name in ("__init__", "add_package", "project_files")]
+    for name in ("pyproject.toml", "requirements-dev.txt", *scripts):
         if not (project / name).exists():
             shutil.copy(PROJECT / name, project / name)
     make = project / "make"
     make.write_text(MAKE)
     make.chmod(0o755)
     return subprocess.run(
-        [sys.executable, project / "scripts/add_package.py", *arguments],
+        [sys.executable, "-m", "scripts.add_package", *arguments],
+        cwd=project,
         env=os.environ | {"MAKE": str(make), "LOCKED": locked, "STATUS": str(status)},
         capture_output=True,
         text=True,
