@@ -63,12 +63,14 @@ class ProcessPool:
         timeout_seconds: float = 20,
         calls_per_process: int = 1000,
         warm_up: WarmUp | None = None,
+        warm_up_seconds: float = 60,
     ) -> None:
         """Of `processes` per worker. `max_waiting` more calls wait; those beyond get a 503.
 
         A call may run for `timeout_seconds`, less than `REQUEST_TIMEOUT_SECONDS`. A process is
         replaced after `calls_per_process`, which limits the effect of a memory leak. `warm_up` is
-        called in each process before its first call, such as to load a model.
+        called in each process before its first call, such as to load a model. One that takes longer
+        than `warm_up_seconds` is killed and started again; the startup probe allows a minute too.
         """
         self.settings = settings
         self.size = processes
@@ -76,6 +78,7 @@ class ProcessPool:
         self.timeout_seconds = timeout_seconds
         self.calls_per_process = calls_per_process
         self.warm_up = warm_up
+        self.warm_up_seconds = warm_up_seconds
         self.processes: set[PoolProcess] = set()
         #: The last one is used first: its memory is in the caches.
         self.idle: list[PoolProcess] = []
@@ -195,7 +198,7 @@ class ProcessPool:
     async def _start_until_it_succeeds(self, predecessor: PoolProcess | None) -> None:
         while True:
             try:
-                process = await PoolProcess.start(self.settings, self.warm_up)
+                process = await PoolProcess.start(self.settings, self.warm_up, self.warm_up_seconds)
                 break
             except Exception as error:  # noqa: BLE001 - a warm-up may raise anything
                 self.state.failed(describe(error))

@@ -39,6 +39,10 @@ class ProcessDiedError(Exception):
     """The process has ended in the middle of a call."""
 
 
+class WarmUpTimeoutError(Exception):
+    """The process did not become warm in time."""
+
+
 class PoolProcess:
     """A process that runs one call at a time.
 
@@ -64,14 +68,14 @@ class PoolProcess:
         self.forwarding = asyncio.create_task(self._forward_output())
 
     @classmethod
-    async def start(cls, settings: Settings, warm_up: WarmUp | None) -> Self:
-        """Start a process and warm it up. Raises what that raises, or `OSError`."""
-        calls, their_calls = socket.socketpair()
-        output, their_output = socket.socketpair()
-        with their_calls, their_output:
-            calls_stream = await asyncio.open_connection(sock=calls)
-            output_stream = await asyncio.open_connection(sock=output)
-            popen = _spawn(their_calls.fileno(), their_output.fileno())
+    async def start(
+        cls, settings: Settings, warm_up: WarmUp | None, warm_up_seconds: float
+    ) -> Self:
+        """Start a process and warm it up. Raises what that raises, or `OSError`.
+
+        Raises `WarmUpTimeoutError` if it hangs, and kills it.
+        """
+        popen, calls_stream, output_stream = await _connect()
         # The child cannot see whether lines are JSON: its stdout is not that of the parent.
         log_format = "json" if uses_json(settings) else "console"
         options = LogOptions(
@@ -80,7 +84,7 @@ class PoolProcess:
         process = cls(popen, calls_stream, output_stream, logs_json=log_format == "json")
         try:
             first_call = pickle.dumps((child.start, (options, warm_up), None))
-            read_result(await process.exchange(first_call))
+            read_result(await process.warm_up(first_call, warm_up_seconds))
         except BaseException:
             await process.end()
             raise
@@ -90,6 +94,14 @@ class PoolProcess:
     def pid(self) -> int:
         """The ID of the process."""
         return self.popen.pid
+
+    async def warm_up(self, message: bytes, seconds: float) -> bytes:
+        """Send the first call, and return its result. Raises `WarmUpTimeoutError`."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await self.exchange(message)
+        except TimeoutError:
+            raise WarmUpTimeoutError(f"not warm after {seconds:g} s") from None
 
     async def exchange(self, message: bytes) -> bytes:
         """Send a call, and return its result. Raises `ProcessDiedError`.
@@ -148,6 +160,29 @@ class PoolProcess:
         elif line.strip():
             text = line.decode(errors="backslashreplace")
             logger.warning(text, extra={"process_pid": self.pid})
+
+
+async def _connect() -> tuple[subprocess.Popen[bytes], Stream, Stream]:
+    """Start a process; return it with the streams of its calls and its output.
+
+    Nothing stays open if that fails or is cancelled.
+    """
+    with contextlib.ExitStack() as own, contextlib.ExitStack() as its:
+        calls, its_calls = await _open_stream(own, its)
+        output, its_output = await _open_stream(own, its)
+        popen = _spawn(its_calls, its_output)
+        own.pop_all()
+    return popen, calls, output
+
+
+async def _open_stream(own: contextlib.ExitStack, its: contextlib.ExitStack) -> tuple[Stream, int]:
+    """Return a stream and the descriptor of its other end; add both to the stacks of their ends."""
+    connection, its_connection = socket.socketpair()
+    own.enter_context(connection)
+    its.enter_context(its_connection)
+    stream = await asyncio.open_connection(sock=connection)
+    own.callback(stream[1].close)
+    return stream, its_connection.fileno()
 
 
 def _spawn(calls: int, output: int) -> subprocess.Popen[bytes]:

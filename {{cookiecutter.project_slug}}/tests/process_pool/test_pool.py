@@ -15,7 +15,9 @@ import pytest
 
 from app.errors import ConflictError, UnavailableError
 from app.process_pool import pool as module
+from app.process_pool import process
 from app.process_pool.pool import CallTimeoutError, CrashError, PoolFullError, ProcessPool
+from app.process_pool.process import PoolProcess
 from app.settings import Settings
 from tests.process_pool import work
 from tests.service_process import eventually
@@ -151,6 +153,50 @@ async def test_calls_fail_while_no_process_can_start(
     messages = [each.message for each in caplog.records if each.name == "app.process_pool"]
     assert messages[0].startswith("pool process cannot start: FileNotFoundError")
     assert messages[1:] == ["pool process started again"]
+
+
+async def test_hanging_warm_up_is_killed_and_repeated(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its place in the pool would stay empty. One line, and calls fail meanwhile."""
+    monkeypatch.setenv("WARM_UP_FILE", str(tmp_path / "pid"))
+    warm_up = work.warm_up_that_hangs_once
+    async with ProcessPool(SETTINGS, warm_up=warm_up, warm_up_seconds=2) as pool:
+        with pytest.raises(UnavailableError):
+            await pool.run(work.pid)
+        async with asyncio.timeout(60):
+            await pool.wait_until_warm()
+        assert await pool.run(work.pid)
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert [each.message for each in caplog.records if each.name == "app.process_pool"] == [
+        "pool process cannot start: WarmUpTimeoutError: not warm after 2 s",
+        "pool process started again",
+    ]
+
+
+async def test_failed_start_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For lack of processes, or cancelled at any moment."""
+
+    def fail(*_: int) -> None:
+        raise BlockingIOError("no more processes")
+
+    this = psutil.Process()
+    before = this.num_fds()
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "_spawn", fail)
+        with pytest.raises(BlockingIOError):
+            await PoolProcess.start(SETTINGS, None, 60)
+        await asyncio.sleep(0)
+    assert this.num_fds() == before
+    for number in range(8):
+        start = asyncio.create_task(PoolProcess.start(SETTINGS, None, 60))
+        for _ in range(number):
+            await asyncio.sleep(0)
+        start.cancel()
+        await asyncio.wait([start])
+        assert start.cancelled()
+    await asyncio.to_thread(eventually, lambda: this.num_fds() == before)
+    assert this.children() == []
 
 
 async def test_closing_ends_the_calls() -> None:

@@ -70,3 +70,10 @@ def large(content: bytes) -> bytes:
 
 def warm_up_if_file_exists() -> None:
     Path(os.environ["WARM_UP_FILE"]).stat()
+
+
+def warm_up_that_hangs_once() -> None:
+    file = Path(os.environ["WARM_UP_FILE"])
+    if not file.exists():
+        file.write_text(str(os.getpid()))
+        time.sleep(600)
