@@ -5,8 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect as connect_websocket
-from websockets.sync.connection import Connection
 
 from scripts.dev_services import Redis
 from tests.service_process import DEADLINE_SECONDS, Service, eventually, serving
@@ -35,12 +33,6 @@ def service(database_url: str, redis: Redis) -> Iterator[Service]:
     with serving(app, DATABASE_URL=database_url, REDIS_URL=redis.url, **LIMITS) as service:
         service.wait()
         yield service
-
-
-def open_websocket(service: Service, path: str, request_id: str = "websocket") -> Connection:
-    headers = {"X-Request-ID": request_id}
-    url = f"ws://127.0.0.1:{service.port}{path}"
-    return connect_websocket(url, additional_headers=headers, open_timeout=DEADLINE_SECONDS)
 
 
 def echo(service: Service, request: bytes) -> bytes:
@@ -103,8 +95,7 @@ def test_handler_receives_all_headers(service: Service) -> None:
         "Cookie": "a" * 9000,
         "X-Own": "\xe4",
     }
-    url = f"ws://127.0.0.1:{service.port}/websocket/headers?a=b"
-    with connect_websocket(url, additional_headers=headers) as websocket:
+    with service.websocket("/websocket/headers?a=b", **headers) as websocket:
         number, size, query, own = json.loads(websocket.recv(DEADLINE_SECONDS))
         assert websocket.response is not None
         assert websocket.response.headers["x-own"] == "1"
@@ -218,7 +209,7 @@ def test_open_websockets_over_the_limit_are_rejected(database_url: str, redis: R
     limits = LIMITS | {"MAX_IN_FLIGHT": "1", "MAX_STREAMS": "1"}
     with serving("tests.fault_routes:app", **urls, **limits) as service:
         service.wait()
-        with open_websocket(service, "/echo"):
+        with service.websocket("/echo"):
             eventually(lambda: b" 503 " in send_and_read_line(service))
             assert service.get("/").status_code == 200
         eventually(lambda: b" 101 " in send_and_read_line(service))
@@ -235,7 +226,7 @@ def send_and_read_line(service: Service) -> bytes:
 
 def test_bug_of_a_handler_closes_with_1011(service: Service) -> None:
     """RFC 6455, section 7.4.1: the server has met an unexpected condition."""
-    with open_websocket(service, "/websocket/bug", "bug") as websocket:
+    with service.websocket("/websocket/bug", **{"X-Request-ID": "bug"}) as websocket:
         websocket.send("hello")
         with pytest.raises(ConnectionClosed) as closed:
             websocket.recv(DEADLINE_SECONDS)
@@ -251,7 +242,7 @@ def test_bug_of_a_handler_closes_with_1011(service: Service) -> None:
 
 def test_disconnection_is_not_an_error(service: Service) -> None:
     """Starlette, WebSockets: receiving raises `WebSocketDisconnect`."""
-    with open_websocket(service, "/websocket/careless", "careless") as websocket:
+    with service.websocket("/websocket/careless", **{"X-Request-ID": "careless"}) as websocket:
         websocket.send("hello")
     assert access_line(service, "careless")["status"] == 101
     response = echo(service, ECHO + b"X-Request-ID: later\r\n\r\n")
