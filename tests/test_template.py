@@ -203,7 +203,8 @@ def test_commands_of_development_replace_their_shell() -> None:
     starts = re.findall(r"^.*-m scripts\.dev(?:_environment)?$", makefile, re.MULTILINE)
     assert len(starts) == 2
     for line in starts:
-        assert re.search(r"(@|:= )exec \$\(ENV\) ", line), line
+        # `$$PPID` is the pid of make, even if make ends before the command reads it.
+        assert re.search(r"(@|:= )exec env DEV_PARENT=\$\$PPID \$\(ENV\) ", line), line
 
 
 def test_tools_and_data_are_not_linted_without_git(bake: Bake) -> None:
