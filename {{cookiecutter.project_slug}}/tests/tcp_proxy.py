@@ -100,10 +100,10 @@ def proxying(target: int, host: str = "127.0.0.1") -> Iterator[TcpProxy]:
 
 
 @contextlib.contextmanager
-def silent_listener(port: int = 0) -> Iterator[int]:
+def silent_listener(port: int = 0, host: str = "127.0.0.1") -> Iterator[int]:
     """Yield a port whose backlog is full: a connect waits, as for a host behind a packet filter."""
     with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
-        listener.bind(("127.0.0.1", port))
+        listener.bind((host, port))
         listener.listen(0)
         for client in (first, second):
             client.setblocking(False)

@@ -143,16 +143,17 @@ def test_name_with_dead_addresses_leads_to_the_live_one(
 ) -> None:
     """RFC 8305, section 5: the next address is tried before the first one has failed.
 
-    getaddrinfo(3) keeps 127.0.0.1 first, which is silent here, and nothing listens on 127.0.0.2.
+    getaddrinfo(3) keeps the order of addresses of one network. The first is silent here, and
+    nothing listens on the second. No other test listens on this network.
     """
-    addresses = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+    addresses = ["127.77.0.1", "127.77.0.2", "127.77.0.3"]
     own = urlsplit(database_url)
     with contextlib.ExitStack() as stack:
         names = stack.enter_context(serving_names({"db.test": addresses, "redis.test": addresses}))
         ports = []
         for target in (own.port or 0, redis.port):
             proxy = stack.enter_context(proxying(target, addresses[-1]))
-            stack.enter_context(silent_listener(proxy.port))
+            stack.enter_context(silent_listener(proxy.port, addresses[0]))
             ports.append(proxy.port)
         urls = {
             "DATABASE_URL": f"postgresql://{own.username}:{own.password}@db.test:{ports[0]}/postgres",
