@@ -151,6 +151,7 @@ def test_first_week(user: User) -> None:
     user.make("format")
     user.make("lint", "types")
     user.make("test", "T=tests/orders")
+    user.make("test-fast")
 
     user.make("remove-example")
     user.make("format")
