@@ -13,7 +13,7 @@ import pytest
 
 from app.telemetry.scrape_server import MAX_CONNECTIONS
 from scripts.dev_services import Redis, free_port
-from tests.service_process import PROJECT, Running, eventually
+from tests.service_process import DEADLINE_SECONDS, PROJECT, Running, eventually
 from tests.serving.raw_http import stalled_clients
 
 #: Connections of such a process to Postgres and Redis
@@ -36,7 +36,7 @@ class IdleProcess(Running):
         )
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"http://127.0.0.1:{self.port}{path}")
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=DEADLINE_SECONDS)
 
     def connections(self) -> int:
         return len(psutil.Process(self.process.pid).net_connections())

@@ -53,10 +53,9 @@ def test_bytes_and_types_that_no_log_line_has_do_not_stop_it() -> None:
 
 
 def test_reader_that_ends_stops_it_without_a_traceback() -> None:
-    command = f"yes '{json.dumps(LINE)}' | {sys.executable} scripts/pretty_logs.py | head -n 1"
-    done = subprocess.run(
-        ["sh", "-c", command], cwd=PROJECT, capture_output=True, check=True, timeout=30
-    )
+    command = 'yes "$1" | "$2" scripts/pretty_logs.py | head -n 1'
+    arguments = ["sh", "-c", command, "sh", json.dumps(LINE), sys.executable]
+    done = subprocess.run(arguments, cwd=PROJECT, capture_output=True, check=True, timeout=30)
     assert done.stdout == PRETTY.splitlines(keepends=True)[0]
     assert b"Traceback" not in done.stderr
 
