@@ -88,9 +88,10 @@ async def test_error_of_the_query_itself_stays_a_bug(database: Database, sqlstat
 async def test_invalid_statement_stays_a_bug(database: Database, admin: asyncpg.Connection) -> None:
     body = "begin return 1 + ''a''::text; end"
     await admin.execute(f"create function broken() returns int language plpgsql as '{body}'")
+    await admin.execute("create table numbers (n int)")
     queries = [
         "select 1 + 'a'::text",
-        "insert into inbox (message_id) values ('a'::text)",
+        "insert into numbers values ('a'::text)",
         "select broken()",
     ]
     for query in queries:
@@ -101,7 +102,7 @@ async def test_invalid_statement_stays_a_bug(database: Database, admin: asyncpg.
         with pytest.raises((asyncpg.UndefinedFunctionError, asyncpg.DatatypeMismatchError)):
             async with database.acquire() as connection:
                 await connection.fetch(query)
-    await admin.execute("drop function broken")
+    await admin.execute("drop function broken; drop table numbers")
 
 
 async def test_real_deadlock_is_invisible(database: Database, admin: asyncpg.Connection) -> None:
