@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,17 +125,18 @@ EDITS = [
 
 
 @pytest.fixture
-def fork(template: Path) -> Path:
+def fork(template: Path, tmp_path: Path) -> Path:
     """A repository of the template with an organization's changes."""
+    fork = shutil.copytree(template, tmp_path / "fork")
     for name, text in OWN_FILES.items():
-        path = template / name
+        path = fork / name
         assert not path.exists(), f"{name} is the fork's"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     for name, before, after in EDITS:
-        replace(template / name, before, after)
-    make_repository(template)
-    return template
+        replace(fork / name, before, after)
+    make_repository(fork)
+    return fork
 
 
 @pytest.mark.slow

@@ -54,7 +54,9 @@ class KeptRedis:
     def start(self) -> None:
         """Start and wait until it listens. Raises `SystemExit` if that fails."""
         detach(self._command(), self.log_file, self.pid_file)
-        if not wait_until_listening(self.port, lambda: self.is_running):
+        pid = int(self.pid_file.read_text())
+        # Not `is_running`: while the program is loaded, a process has no command line.
+        if not wait_until_listening(self.port, lambda: _is_alive(pid)):
             log = self.log_file.read_text(errors="replace")[-2000:]
             sys.exit(f"Redis of {self.directory} failed; `make dev-reset` deletes it:\n{log}")
 
@@ -94,6 +96,14 @@ class KeptRedis:
         except (OSError, ValueError, psutil.Error):
             return None
         return process if is_this and abs(started_before) < START_TOLERANCE_SECONDS else None
+
+
+def _is_alive(pid: int) -> bool:
+    """Return whether a process exists and has not ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Servers:

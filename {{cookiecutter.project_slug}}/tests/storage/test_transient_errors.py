@@ -89,11 +89,7 @@ async def test_invalid_statement_stays_a_bug(database: Database, admin: asyncpg.
     body = "begin return 1 + ''a''::text; end"
     await admin.execute(f"create function broken() returns int language plpgsql as '{body}'")
     await admin.execute("create table numbers (n int)")
-    queries = [
-        "select 1 + 'a'::text",
-        "insert into numbers values ('a'::text)",
-        "select broken()",
-    ]
+    queries = ["select 1 + 'a'::text", "insert into numbers values ('a'::text)", "select broken()"]
     for query in queries:
         async with database.acquire() as connection:
             for _ in range(2):
