@@ -55,8 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Tests that start the service are marked as well.
     """
-    framework = {PROJECT / "tests" / name for name in FRAMEWORK}
-    for item in items:
+    tests = PROJECT / "tests"
+    framework = {tests / name for name in FRAMEWORK}
+    # Not the tests of another suite that uses these fixtures: it has no such markers.
+    for item in (each for each in items if tests in each.path.parents):
         if framework & {item.path, *item.path.parents}:
             item.add_marker("framework")
         if "service" in getattr(item, "fixturenames", ()):
