@@ -13,7 +13,7 @@ from scripts.project_files import PROJECT, ProjectError, written
 
 USAGE = "N is missing: make feature N=orders, or make feature N=people S=person"
 DONE = """
-{plural} has POST /{plural}, GET /{plural} and GET /{plural}/{{{singular}_id}}.
+{plural} has POST /{plural}, GET /{plural} and GET {item}.
 Next: change the fields of {class_name} and New{class_name} in app/{plural}/schemas.py, with
 app/{plural}/repository.py and the migration, then run
 
@@ -56,8 +56,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _print_next_steps(names: Names) -> None:
-    values = {"plural": names.plural, "singular": names.singular, "class_name": names.class_name}
-    sys.stdout.write(DONE.format(**values))
+    # Not in the text: doubled braces are the template's.
+    item = f"/{names.plural}/" + "{" + f"{names.singular}_id" + "}"
+    text = DONE.format(plural=names.plural, item=item, class_name=names.class_name)
+    sys.stdout.write(text)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def read_until(connection: socket.socket, end: bytes) -> bytes:
 
 
 def open_streams(service: Service, kind: str, number: int) -> bool:
-    return f'http_server_active_streams{{kind="{kind}"}} {number}.0' in service.metrics()
+    labels = f'kind="{kind}"'
+    return "http_server_active_streams{" + labels + "} " + f"{number}.0" in service.metrics()
 
 
 def worker_of(service: Service) -> psutil.Process:
@@ -234,7 +235,7 @@ def test_handler_may_finish_its_message_when_the_client_has_left(service: Servic
 
 
 def test_streams_leave_requests_alone_and_end_at_shutdown(urls: dict[str, str]) -> None:
-    """README, Streams: each stream is told at once; the process ends in RETIRE_SECONDS + 2 s."""
+    """README, Streams: each stream ends at once; the process ends in RETIRE_SECONDS + 2 s."""
     with serving(APP, **SETTINGS, **urls) as service, contextlib.ExitStack() as stack:
         service.wait()
         worker = worker_of(service)
