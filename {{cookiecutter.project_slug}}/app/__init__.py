@@ -16,6 +16,8 @@ patterns/            building blocks to copy  # example
     outbox.py  inbox.py  periodic.py  schedule.py  # example
     stream_consumer.py  stream_handler.py  stream_group.py  # example
     http_client.py  circuit_breaker.py  # example
+jobs/                work that is done later, by workers  # jobs
+    table.py  handlers.py  starts.py  dispatcher.py  # jobs
 process_pool/        CPU-heavy work in other processes
     pool.py  process.py  child.py
 web/                 around every request

@@ -3,6 +3,7 @@
 import ipaddress
 import re
 import socket
+import zoneinfo  # jobs
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -184,6 +185,25 @@ _HTTP_URL = r"https?://([^\s/@?#]*@)?" + _HOST + r"(:\d{1,5})?(/[^\s?#]*)?"
 HttpUrl = Annotated[str, _matches(_HTTP_URL, "https://gateway.example, without ? and #")]
 # example: end
 
+# jobs: begin
+_AMQP_HOST = r"([^\s/@?#:\[\]]+|\[[\da-fA-F:.]+\])(:\d{1,5})?"
+# Empty by default: without RabbitMQ.
+_AMQP_URL = rf"|amqps?://([^\s/@?#]*@)?{_AMQP_HOST}(/[^\s/?#]*)?(\?[^\s#]*)?"
+AmqpUrl = Annotated[SecretStr, _matches(_AMQP_URL, "amqp://user:password@host:5672/vhost")]
+
+
+def _check_timezone(name: str) -> str:
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (ValueError, LookupError, OSError):  # OSError: the name of a directory
+        msg = "must be a time zone, for example Europe/Berlin"
+        raise ValueError(msg) from None
+    return name
+
+
+TimeZone = Annotated[str, AfterValidator(_check_timezone)]
+
+# jobs: end
 ServiceName = Annotated[
     str, _matches(r"[A-Za-z0-9][A-Za-z0-9._-]*", "a name without spaces, for example orders-api")
 ]

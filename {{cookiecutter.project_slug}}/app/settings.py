@@ -17,6 +17,7 @@ from pydantic_settings import (
 from pydantic_settings.sources import InitSettingsSource, SecretsSettingsSource
 
 from app.setting_types import (
+    AmqpUrl,  # jobs
     CommaSeparated,
     ForwardedAllowIps,
     HostPort,
@@ -32,6 +33,7 @@ from app.setting_types import (
     PostgresUrl,
     RedisUrl,
     ServiceName,
+    TimeZone,  # jobs
 )
 
 #: Characters of an invalid value that are shown.
@@ -125,6 +127,15 @@ class Settings(BaseSettings):
     gateway_ca_file: Path | None = None
 
     # example: end
+    # jobs: begin
+    # Jobs
+    amqp_url: AmqpUrl = SecretStr("")
+    job_concurrency: PositiveInt = 8
+    job_processes: PositiveInt | None = None
+    job_calls_per_process: PositiveInt = 1000
+    job_timezone: TimeZone = "UTC"
+
+    # jobs: end
     # Workers and shutdown
     web_concurrency: PositiveInt | None = None
     workers_per_core: Positive = 1
