@@ -18,6 +18,7 @@ patterns/            building blocks to copy  # example
     http_client.py  circuit_breaker.py  # example
 jobs/                work that is done later, by workers  # jobs
     table.py  handlers.py  starts.py  dispatcher.py  # jobs
+    schedules.py  purge.py  report.py  # jobs
 process_pool/        CPU-heavy work in other processes
     pool.py  process.py  child.py
 web/                 around every request

@@ -46,6 +46,7 @@ def upgrade() -> None:
         create table schedules (
             name text primary key,
             expression text not null,
+            zone text not null,
             next_at timestamptz not null
         )
     """)
