@@ -149,7 +149,8 @@ def test_removal_makes_own_migrations_the_first_ones(bake: Bake, assignment: str
     """
     project = bake()
     versions = project / "migrations/versions"
-    (versions / "0003_jobs.py").unlink()
+    for name in ("0003_jobs", "0004_conversations"):
+        (versions / f"{name}.py").unlink()
     for name, line in (("0003_ours", assignment), ("0004_ours", 'down_revision = "0003_ours"')):
         text = f'from typing import Union\n\nrevision = "{name}"\n{line}\n'
         (versions / f"{name}.py").write_text(text)

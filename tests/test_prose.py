@@ -35,7 +35,8 @@ TERMS = {
     r"stands? in(?! for)": "is in",
     r"(hold|holds|held) \w+( \w+)? against|held against": "validate against",
     r"mend(s|ed|ing)?": "fix",
-    r"park(s|ed|ing)?": "dead-letter",
+    # `make parked` keeps its name.
+    r"park(s|ing)?|(?<!make )(?<!PHONY: )(?<!scripts\.)parked(?!:)": "dead-letter",
     r"tried again": "retried",
     r"folders?": "directory",
     r"(is|are|was|were|goes|went) away": "unavailable, down",

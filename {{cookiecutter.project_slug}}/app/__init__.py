@@ -11,6 +11,9 @@ setting_types.py     validated types for settings
 payments/            a feature: what a team writes  # example
     router.py  service.py  repository.py  schemas.py  # example
     events.py  gateway.py  consumer.py  # example
+conversations/       a feature with a job  # conversations
+    router.py  service.py  repository.py  schemas.py  errors.py  # conversations
+    jobs.py  scores.py  # conversations
 patterns/            building blocks to copy  # example
     idempotency.py  pagination.py  rate_limit.py  cache_aside.py  fail_open.py  # example
     outbox.py  inbox.py  periodic.py  schedule.py  # example

@@ -8,6 +8,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from app import lifecycle
+from app.conversations.router import router as conversations_router  # conversations
+from app.jobs.router import router as jobs_router  # jobs
 from app.lifespan import WarmUp, open_state
 from app.payments.router import router as payments_router  # example
 from app.settings import Settings, load_settings
@@ -46,6 +48,8 @@ def create_app(
 
     app.include_router(health.router)
     app.include_router(payments_router)  # example
+    app.include_router(jobs_router)  # jobs
+    app.include_router(conversations_router)  # conversations
     return app
 
 

@@ -1,0 +1,132 @@
+"""`make parked`: lists failed jobs, runs them again, deletes one; wrong IDs are one line."""
+
+import os
+import subprocess
+import sys
+from uuid import UUID, uuid4
+
+import pytest
+from pydantic import BaseModel
+
+from app.jobs import starts, table
+from app.storage.postgres import Database
+from scripts.dev_services import Postgres, free_port
+from tests.service_process import PROJECT
+
+KIND = "report.wanted"
+
+
+class Payload(BaseModel):
+    """A payload without fields."""
+
+
+class Parked:
+    """The command, on a database."""
+
+    def __init__(self, database_url: str) -> None:
+        self.environment = os.environ | {"DATABASE_URL": database_url}
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "scripts.parked", *arguments],
+            cwd=PROJECT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def output(self, *arguments: str) -> str:
+        """Run it; return its output. Fails if it fails."""
+        done = self.run(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def problem(self, *arguments: str) -> str:
+        """Run it; return the line with which it fails."""
+        done = self.run(*arguments)
+        assert done.returncode == 1, done.stdout
+        assert done.stderr.count("\n") == 1, done.stderr
+        return done.stderr.strip()
+
+
+@pytest.fixture
+def parked(clean_database: str) -> Parked:
+    return Parked(clean_database)
+
+
+async def enqueue(database: Database) -> UUID:
+    async with database.acquire() as connection, connection.transaction():
+        return await table.enqueue(connection, KIND, Payload())
+
+
+async def fail(database: Database, error: str) -> UUID:
+    """Create a job, and have it fail."""
+    job_id = await enqueue(database)
+    async with database.acquire() as connection:
+        job = await starts.claim(connection, job_id, is_redelivered=False)
+        assert job
+        await starts.fail(connection, job, error)
+    return job_id
+
+
+async def status(database: Database, job_id: UUID) -> object:
+    return await database.pool.fetchval("select status from jobs where job_id = $1", job_id)
+
+
+async def test_failed_jobs_are_listed_in_a_table(database: Database, parked: Parked) -> None:
+    assert parked.output() == "No job has failed.\n"
+    job_id = await fail(database, "first line\nsecond \x1b[31m line" + " x" * 500)
+    await enqueue(database)
+    heading, row, *rest = parked.output().splitlines()
+    assert heading.split() == ["JOB", "ID", "TYPE", "ATTEMPTS", "FAILED", "(UTC)", "ERROR"]
+    assert row.split()[:3] == [str(job_id), KIND, "1"]
+    assert row.index("first line second [31m line x") == heading.index("ERROR")
+    assert len(row) < 400
+    assert rest[1] == "Failed jobs: 1. Fix the cause, then run them again:"
+
+
+async def test_job_runs_again_with_all_its_attempts(database: Database, parked: Parked) -> None:
+    first = await fail(database, "one")
+    second = await fail(database, "two")
+    assert parked.output("--again", str(first)).startswith("Enqueued again: 1.")
+    assert await status(database, first) == "queued"
+    assert await status(database, second) == "failed"
+    async with database.acquire() as connection:
+        (job,) = await starts.claim_due(connection, 10)
+    assert (job.job_id, job.attempts) == (first, 1)
+
+
+async def test_all_failed_jobs_run_again(database: Database, parked: Parked) -> None:
+    failed = [await fail(database, "one"), await fail(database, "two")]
+    assert parked.output("--again", "all").startswith("Enqueued again: 2.")
+    assert [await status(database, job_id) for job_id in failed] == ["queued", "queued"]
+    assert parked.output("--again", "all").startswith("Enqueued again: 0.")
+
+
+async def test_failed_job_is_deleted(database: Database, parked: Parked) -> None:
+    job_id = await fail(database, "one")
+    assert parked.output("--drop", str(job_id)) == f"Deleted: {job_id}.\n"
+    assert await status(database, job_id) is None
+
+
+@pytest.mark.parametrize(("option", "name"), [("--again", "AGAIN"), ("--drop", "DROP")])
+async def test_wrong_ids_are_one_line_with_the_reason(
+    database: Database, parked: Parked, option: str, name: str
+) -> None:
+    queued = await enqueue(database)
+    unknown = uuid4()
+    assert f"{name}=seven: must be the ID of a failed job" in parked.problem(option, "seven")
+    assert f"{name}={unknown}: there is no such job" in parked.problem(option, str(unknown))
+    reason = f"{name}={queued}: the job is queued, not failed"
+    assert reason in parked.problem(option, str(queued))
+    assert await status(database, queued) == "queued"
+
+
+def test_database_without_the_table_or_server_is_one_line(postgres: Postgres) -> None:
+    server = postgres.url.rpartition("/")[0]
+    assert Parked(f"{server}/template1").problem().endswith("run `make migrate`")
+    unavailable = f"postgresql://app:hunter2@127.0.0.1:{free_port()}/app"
+    problem = Parked(unavailable).problem()
+    assert problem.startswith("DATABASE_URL: cannot connect: ")
+    assert "hunter2" not in problem
