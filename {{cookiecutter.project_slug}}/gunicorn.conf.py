@@ -30,6 +30,7 @@ memory_directory = metrics_directory.memory_directory()
 from app.serving.arbiter import use_service_arbiter  # noqa: E402
 from app.serving.memory import share_memory  # noqa: E402
 from app.telemetry.metrics_server import MetricsProcess  # noqa: E402
+from app.telemetry.pod_metrics import MasterMetrics  # noqa: E402
 from app.web.body_limit import check_routes  # noqa: E402
 
 # The application
@@ -72,6 +73,7 @@ def on_starting(arbiter: Any) -> None:
         fail("--certfile/--keyfile", None, "not supported: end TLS in the proxy or service mesh")
     check_routes(arbiter.app.wsgi(), settings)
     share_memory()
+    arbiter.metrics_of_workers = MasterMetrics(settings)
     arbiter.metrics = MetricsProcess(settings.metrics_bind, directory.path, settings.metrics_prefix)
     arbiter.metrics.ensure()
     atexit.register(arbiter.metrics.stop)
@@ -95,8 +97,9 @@ def pre_fork(arbiter: Any, worker: Any) -> None:
 
 
 def child_exit(arbiter: Any, worker: Any) -> None:
-    """Log the stacks of a worker if it timed out or crashed."""
+    """Count the exit of a worker, and log its stacks if it timed out or crashed."""
     try:
+        arbiter.metrics_of_workers.exits.labels(worker.exit_reason()).inc()
         worker.log_crash_stacks()
     except Exception:  # would stop the master, and the service with it
-        getLogger("app.worker").exception("cannot log the stacks of worker %s", worker.pid)
+        getLogger("app.worker").exception("cannot report the exit of worker %s", worker.pid)

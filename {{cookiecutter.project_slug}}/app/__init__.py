@@ -32,6 +32,7 @@ storage/             Postgres and Redis
 telemetry/           logs and metrics
     logs.py  access_log.py  stdout.py  context.py
     http_metrics.py  process_metrics.py  metric_files.py  multiprocess.py
+    pod_metrics.py  control_group.py
     metrics_directory.py  metrics_server.py  metrics_prefix.py  scrape_server.py
 sizing/              workers and connections for this machine; `make doctor`
     resources.py  plan.py  checks.py

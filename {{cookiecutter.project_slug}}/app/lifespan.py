@@ -79,9 +79,10 @@ async def _open_health(
     settings: Settings, storage: Storage, lifecycle: Lifecycle
 ) -> AsyncIterator[Health]:
     """Yield the state of the probes; keep it, and the gauges of this process, up to date."""
-    metrics = WorkerMetrics(storage.database.pool, storage.redis.connection_pool)
+    metrics = WorkerMetrics(settings.readiness_required)
     health = Health(settings, storage.checks, lifecycle, metrics.up)
-    async with background_task(metrics.update_periodically()), background_task(health.watch()):
+    update = metrics.update_periodically(storage.database, storage.redis.connection_pool)
+    async with background_task(update), background_task(health.watch()):
         yield health
 
 

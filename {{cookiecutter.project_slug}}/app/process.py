@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Response
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.lifecycle import Lifecycle, isolate_children
@@ -23,8 +23,10 @@ from app.sizing.plan import MIN_CONNECTIONS, pod_connections
 from app.storage import Storage, open_storage
 from app.tasks import background_task
 from app.telemetry import logs
+from app.telemetry.control_group import ControlGroupCollector
 from app.telemetry.metrics_prefix import PrefixedMetrics
-from app.telemetry.process_metrics import dependency_gauge, dropped_log_lines
+from app.telemetry.pod_metrics import set_pod_metrics
+from app.telemetry.process_metrics import DEPENDENCIES, ProcessMetrics, dropped_log_lines
 from app.telemetry.scrape_server import MAX_CONNECTIONS
 from app.telemetry.stdout import LOG_LINES
 from app.web.health import Health
@@ -84,14 +86,16 @@ def run(settings: Settings, work: Work, name: str = "consumer") -> None:
     Raises `SystemExit` if `METRICS_BIND` is in use.
     """
     logs.capture_prints(settings)
-    up = dependency_gauge(REGISTRY)
+    metrics = ProcessMetrics(REGISTRY, DEPENDENCIES)
+    set_pod_metrics(settings)
+    REGISTRY.register(ControlGroupCollector())
     dropped_lines = dropped_log_lines(REGISTRY)
     exposed = PrefixedMetrics(REGISTRY, settings.metrics_prefix)
-    app = FastAPI(lifespan=lambda _: _open(settings, work, name, up), openapi_url=None)
+    app = FastAPI(lifespan=lambda _: _open(settings, work, name, metrics), openapi_url=None)
     app.include_router(health_router)
 
     @app.get("/metrics")
-    async def metrics() -> Response:
+    async def serve_metrics() -> Response:
         dropped_lines.inc(LOG_LINES.take_dropped())
         return Response(generate_latest(exposed), media_type=CONTENT_TYPE_LATEST)
 
@@ -119,17 +123,19 @@ def _listen(settings: Settings) -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def _open(
-    settings: Settings, work: Work, name: str, up: Gauge
+    settings: Settings, work: Work, name: str, metrics: ProcessMetrics
 ) -> AsyncIterator[dict[str, Any]]:
     """Yield the state of the probes while the work is open."""
     async with contextlib.AsyncExitStack() as stack:
         connections = max(MIN_CONNECTIONS, pod_connections(settings, workers=1))
         storage = await stack.enter_async_context(open_storage(settings, connections, name))
 
-        both = settings.model_copy(update={"readiness_required": ("postgres", "redis")})
-        health = Health(both, storage.checks, Lifecycle(), up)
+        both = settings.model_copy(update={"readiness_required": DEPENDENCIES})
+        health = Health(both, storage.checks, Lifecycle(), metrics.up)
         health.started = True
         await stack.enter_async_context(background_task(health.watch()))
+        update = metrics.update_periodically(storage.database, storage.redis.connection_pool)
+        await stack.enter_async_context(background_task(update))
 
         await stack.enter_async_context(work(settings, storage, health))
         yield {"health": health}

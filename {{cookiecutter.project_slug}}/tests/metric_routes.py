@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -73,3 +74,11 @@ def change_as_child() -> int:
     for gauge in GAUGES:
         gauge.set(-1)
     return os.getpid()
+
+
+@app.get("/block")
+async def block(seconds: float) -> None:
+    """Compute in the event loop, which can do nothing else meanwhile."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass

@@ -13,6 +13,7 @@ import pytest
 
 from app.telemetry.scrape_server import MAX_CONNECTIONS
 from scripts.dev_services import Redis, free_port
+from tests.documented_metrics import assert_documented, exposed
 from tests.service_process import DEADLINE_SECONDS, PROJECT, Running, eventually
 from tests.serving.raw_http import stalled_clients
 
@@ -82,6 +83,22 @@ def test_response_closes_the_connection(process: IdleProcess) -> None:
     """RFC 9112, section 9.6: a server that sends `close` closes after the response."""
     for path in ("/health/live", "/metrics", "/absent"):
         assert process.get(path).headers.get_list("connection") == ["close"]
+
+
+def test_metrics_of_a_process_without_routes_are_documented(process: IdleProcess) -> None:
+    """Its pools, its event loop and its control group; not those of workers."""
+    eventually(lambda: "db_client_connection_max" in process.get("/metrics").text)
+    scrape = process.get("/metrics").text
+    assert_documented(scrape)
+    assert exposed(scrape).keys() >= {
+        "dependency_up",
+        "dependency_required",
+        "db_client_connection_timeouts_total",
+        "worker_event_loop_delay_seconds",
+        "cgroup_memory_limit_bytes",
+        "target_info",
+    }
+    assert "worker_processes" not in scrape
 
 
 def test_stalled_client_is_disconnected_and_delays_no_shutdown(urls: dict[str, str]) -> None:

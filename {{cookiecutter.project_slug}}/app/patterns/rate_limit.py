@@ -53,6 +53,9 @@ class RateLimit:
         self.fail_open = FailOpen(BUDGET_SECONDS, f"rate limit {name}")
         #: By caller, the end of the window in which it is over the limit, by `time.monotonic()`.
         self.rejected_until: dict[str, float] = {}
+        # Counters that began with their first event would have no increase.
+        self.unchecked = _UNCHECKED.labels(name)
+        self.rejected = _REJECTED.labels(name)
 
     async def check(self, caller: str) -> None:
         """Count a request, within `BUDGET_SECONDS`.
@@ -68,7 +71,7 @@ class RateLimit:
             lambda: self.script(keys=[key], args=[window_ms])
         )
         if counted is None:
-            _UNCHECKED.labels(self.name).inc()
+            self.unchecked.inc()
             return
         count, left_ms = counted
         if count > self.requests:
@@ -81,7 +84,7 @@ class RateLimit:
         self.rejected_until[caller] = time.monotonic() + seconds_left
 
     def _rejection(self, seconds_left: float) -> TooManyRequestsError:
-        _REJECTED.labels(self.name).inc()
+        self.rejected.inc()
         seconds = math.ceil(seconds_left)
         headers = {
             "RateLimit-Policy": f'"{self.name}";q={self.requests};w={self.window_seconds}',

@@ -22,7 +22,12 @@ PAUSE_SECONDS = 1.0
 #: Time limit for a cancelled message to end.
 CANCEL_SECONDS = 1.0
 _WAITING = Gauge(
-    "stream_messages_waiting", "Messages by state: unread, or pending.", ["stream", "state"]
+    "stream_messages_waiting",
+    "Messages by state: unread, pending, or dead_lettered.",
+    ["stream", "state"],
+)
+_LAG = Gauge(
+    "stream_lag_seconds", "Age of the oldest message that is unread or pending.", ["stream"]
 )
 IsReady = Callable[[], Awaitable[bool]]
 logger = logging.getLogger("app.stream")
@@ -136,5 +141,6 @@ class StreamConsumer:
             with contextlib.suppress(RedisError, OSError):
                 await run_to_completion(self.group.keep_alive(self.in_progress))
                 waiting = await run_to_completion(self.group.waiting())
-                for state, number in waiting.items():
+                for state, number in waiting.messages.items():
                     _WAITING.labels(self.group.name, state).set(number)
+                _LAG.labels(self.group.name).set(waiting.lag_seconds)

@@ -40,6 +40,15 @@ class Message(NamedTuple):
     fields: dict[bytes, bytes]
 
 
+class Waiting(NamedTuple):
+    """The messages that wait."""
+
+    #: By state: `unread` (NaN if Redis cannot report it), `pending`, `dead_lettered`.
+    messages: dict[str, float]
+    #: The age of the oldest message that is unread or pending, in seconds.
+    lag_seconds: float
+
+
 class StreamGroup:
     """The group on a stream. Its dead-letter stream is called `<stream>.dead`.
 
@@ -135,11 +144,33 @@ class StreamGroup:
         await self.redis.xadd(self.dead_letters, fields, maxlen=MAX_DEAD_LETTERS)
         await self.acknowledge(message)
 
-    async def waiting(self) -> dict[str, float]:
-        """Return the numbers of `unread` and `pending` messages; NaN if Redis cannot tell."""
+    async def waiting(self) -> Waiting:
+        """Return the messages that wait, by state, and the age of the oldest one."""
         groups = await self.redis.xinfo_groups(self.stream)
         by_name = {group["name"]: group for group in groups}
         group = by_name.get(self.group.encode(), {})
-        lag = group.get("lag")
-        unread = float("nan") if lag is None else lag
-        return {"unread": unread, "pending": group.get("pending") or 0}
+        unread = group.get("lag")
+        messages = {
+            "unread": float("nan") if unread is None else unread,
+            "pending": group.get("pending") or 0,
+            "dead_lettered": await self.redis.xlen(self.dead_letters),
+        }
+        oldest = await self._oldest(group)
+        age = time.time() - _milliseconds(oldest) / 1000 if oldest else 0
+        return Waiting(messages, max(age, 0))
+
+    async def _oldest(self, group: dict[str, Any]) -> bytes | None:
+        """Return the oldest entry that is not handled: pending, or else unread."""
+        if group.get("pending"):
+            pending = await self.redis.xpending(self.stream, self.group)
+            if pending["min"]:
+                return bytes(pending["min"])
+        # "(" excludes the entry itself.
+        after = b"(" + group.get("last-delivered-id", b"0-0")
+        entries = await self.redis.xrange(self.stream, min=after, count=1)
+        return bytes(entries[0][0]) if entries else None
+
+
+def _milliseconds(entry: bytes) -> int:
+    """Return when an entry was added, in milliseconds since 1970: the first part of its ID."""
+    return int(entry.partition(b"-")[0])

@@ -50,6 +50,9 @@ class StreamHandler:
         self.group = group
         #: Failed attempts in this process, by message.
         self.failures = Counter[bytes]()
+        # A counter that began with its first event would have no increase.
+        for outcome in Outcome:
+            _HANDLED.labels(group.name, outcome)
 
     async def handle(self, message: Message) -> None:
         """Apply a message, which may have been applied before.

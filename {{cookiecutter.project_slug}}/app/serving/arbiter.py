@@ -7,6 +7,7 @@ from gunicorn.arbiter import Arbiter
 
 from app.serving import shared_flags
 from app.telemetry.metrics_server import MetricsProcess
+from app.telemetry.pod_metrics import MasterMetrics
 
 
 class ServiceArbiter(Arbiter):  # type: ignore[misc]
@@ -14,6 +15,7 @@ class ServiceArbiter(Arbiter):  # type: ignore[misc]
 
     _num_workers: int
     metrics: MetricsProcess  # gunicorn.conf.py starts it
+    metrics_of_workers: MasterMetrics
     #: Workers up to this age, which is their number in gunicorn, are replaced.
     replaced_age = 0
 
@@ -46,6 +48,7 @@ class ServiceArbiter(Arbiter):  # type: ignore[misc]
         killed is replaced here too.
         """
         self.metrics.ensure(self.LISTENERS)
+        self.metrics_of_workers.planned.set(self._num_workers)
         for worker in list(self.WORKERS.values()):
             if self._is_due(worker) and self._retiring_workers() < self._num_workers:
                 self._replace(worker)

@@ -76,6 +76,14 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
             text = "worker %s timed out or crashed; see `stacks`"
             logger.critical(text, self.pid, extra={"stacks": stacks})
 
+    def exit_reason(self) -> str:
+        """Return, in the master, why this worker has exited: one of `EXIT_REASONS`."""
+        if self.aborted:  # by gunicorn, after `WORKER_TIMEOUT_SECONDS` without a heartbeat
+            return "timeout"
+        if not shared_flags.is_finished(self.age):
+            return "crashed"
+        return "recycled" if self.is_retiring else "stopped"
+
     def run(self) -> None:
         """Serve until shutdown.
 
@@ -100,6 +108,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         await server.serve(self._take_sockets())
         if not server.started:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
+        shared_flags.mark_finished(self.age)
 
     def _configure(self) -> None:
         """Connect uvicorn's configuration and the application, which is loaded by now."""

@@ -1,7 +1,8 @@
 """Flags in memory that the master and its workers share.
 
 The master announces the shutdown of the pod in the first byte. Each worker has one of the other
-bytes, in which it requests its replacement. The memory is mapped before the workers are forked.
+bytes, in which it requests its replacement, and notes its shutdown. The memory is mapped before the
+workers are forked.
 
 A signal alone can be lost: in a worker that has just been forked, gunicorn's own handlers still
 swallow it.
@@ -17,6 +18,7 @@ _QUICK_SHUTDOWN = 2
 
 _FIRST_WORKER_INDEX = 1
 _REPLACEMENT_REQUESTED = 1
+_FINISHED = 2
 
 
 def announce_shutdown(*, graceful: bool) -> None:
@@ -48,6 +50,16 @@ def request_replacement(age: int) -> None:
 def replacement_requested(age: int) -> bool:
     """Return whether this worker has requested its replacement."""
     return _FLAGS[_worker_index(age)] == _REPLACEMENT_REQUESTED
+
+
+def mark_finished(age: int) -> None:
+    """Note that this worker has shut down, as opposed to one that is killed."""
+    _FLAGS[_worker_index(age)] = _FINISHED
+
+
+def is_finished(age: int) -> bool:
+    """Return whether this worker has shut down."""
+    return _FLAGS[_worker_index(age)] == _FINISHED
 
 
 def _worker_index(age: int) -> int:

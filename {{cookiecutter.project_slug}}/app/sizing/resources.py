@@ -33,7 +33,7 @@ def detect_resources(root: Path = Path("/")) -> Resources:
     """
     cpu_limits = [(float(_host_cpus()), "the host's CPUs")]
     memory_limits = [(_host_memory_bytes(), "the host's memory")]
-    for group in _groups(root):
+    for group in control_groups(root):
         cpu_limit = _cpu_limit(group)
         if cpu_limit is not None:
             cpu_limits.append(cpu_limit)
@@ -55,14 +55,14 @@ def _host_memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _groups(root: Path) -> Iterator[Path]:
+def control_groups(root: Path) -> Iterator[Path]:
     """Yield the directories of this process's control groups and their ancestors.
 
     For v2, and for each v1 controller. In a cgroup namespace, /proc shows the path on the host and
     the mount does not have it; the mount itself, its last ancestor, has the limit then.
     """
     mounts = root / "sys/fs/cgroup"
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         for name in (controllers, *controllers.split(","), "unified"):
             mount = mounts / name
@@ -74,11 +74,11 @@ def _groups(root: Path) -> Iterator[Path]:
 
 def _cpu_limit(group: Path) -> tuple[float, str] | None:
     """Return the CPU limit of a control group and its source, or None."""
-    quota, _, period = _read(group / "cpu.max").partition(" ")
+    quota, _, period = read_text(group / "cpu.max").partition(" ")
     source = "cgroup v2 cpu.max"
     if not quota:
-        quota = _read(group / "cpu.cfs_quota_us")
-        period = _read(group / "cpu.cfs_period_us")
+        quota = read_text(group / "cpu.cfs_quota_us")
+        period = read_text(group / "cpu.cfs_period_us")
         source = "cgroup v1 cpu.cfs_quota_us"
     # No limit is "max" in v2, -1 in v1.
     if quota.isdigit() and period.isdigit():
@@ -88,10 +88,10 @@ def _cpu_limit(group: Path) -> tuple[float, str] | None:
 
 def _memory_limit(group: Path) -> tuple[int, str] | None:
     """Return the memory limit of a control group in bytes and its source, or None."""
-    limit = _read(group / "memory.max")
+    limit = read_text(group / "memory.max")
     source = "cgroup v2 memory.max"
     if not limit:
-        limit = _read(group / "memory.limit_in_bytes")
+        limit = read_text(group / "memory.limit_in_bytes")
         source = "cgroup v1 memory.limit_in_bytes"
     # No limit is "max" in v2, and a number larger than any memory in v1.
     if limit.isdigit():
@@ -99,7 +99,7 @@ def _memory_limit(group: Path) -> tuple[int, str] | None:
     return None
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Return the text of a file, empty if there is none."""
     try:
         return path.read_text().strip()

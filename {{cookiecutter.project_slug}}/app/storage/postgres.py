@@ -72,6 +72,9 @@ class Database:
         self.probe: asyncpg.Connection | None = None
         #: The start of the current outage, by `time.monotonic()`.
         self.unavailable_since: float | None = None
+        #: Callers that are waiting for a connection, and those that did not get one in time.
+        self.pending = 0
+        self.acquire_timeouts = 0
 
     async def __aenter__(self) -> Self:
         await self.pool
@@ -151,14 +154,18 @@ class Database:
 
     async def _acquire(self) -> Connection:
         timeout = self.settings.database_acquire_timeout_seconds
+        self.pending += 1
         try:
             return await self.pool.acquire(timeout=timeout)
         except TimeoutError as error:
+            self.acquire_timeouts += 1
             raise UnavailableError("No database connection was free in time.") from error
         except (*SHUTDOWN_ERRORS, OSError, asyncpg.InternalClientError) as error:
             raise ConnectionLostError("The database is not available.") from error
         except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # it rejects us
             raise UnavailableError("The database is not available.") from error
+        finally:
+            self.pending -= 1
 
     async def _until_available(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
         """Repeat an attempt that loses its connection or meets a conflict, within the window."""

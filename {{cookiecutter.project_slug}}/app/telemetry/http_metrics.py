@@ -32,31 +32,32 @@ class HttpMetrics:
     several applications, such as a test run, makes them several times.
     """
 
-    def __init__(self, in_flight: Sized, stream_counts: Mapping[str, int]) -> None:
+    def __init__(
+        self, in_flight: Sized, max_in_flight: int, stream_counts: Mapping[str, int]
+    ) -> None:
         """`in_flight`: the requests being served; its length is the gauge.
 
-        `stream_counts`: the number of open streams by kind.
+        `max_in_flight`: the maximum of that. `stream_counts`: the number of open streams by kind.
         """
         registry = CollectorRegistry()
         name = "http_server_request_duration_seconds"
         text = "Duration of HTTP server requests."
         self.duration = Histogram(name, text, LABELS, buckets=BUCKETS, registry=registry)
-        name = "http_server_active_requests"
         text = "Requests being served now."
-        self.active = Gauge(name, text, registry=registry, multiprocess_mode="livesum")
-        name = "http_server_active_streams"
+        self.active = _sum_of_workers("http_server_active_requests", text, registry)
+        text = "Requests that may be served at once; more are rejected with 503."
+        _sum_of_workers("http_server_active_requests_limit", text, registry).set(max_in_flight)
         text = "Streams and WebSockets that are open now."
-        self.active_streams = Gauge(
-            name, text, ["kind"], registry=registry, multiprocess_mode="livesum"
-        )
+        self.active_streams = _sum_of_workers("http_server_active_streams", text, registry, "kind")
         name = "http_server_stream_duration_seconds"
         text = "Duration of streams and WebSockets."
         self.stream_duration = Histogram(
             name, text, STREAM_LABELS, buckets=STREAM_BUCKETS, registry=registry
         )
-        name = "access_log_dropped_lines"
+        text = "Exceptions that nothing handled: bugs."
+        self.unhandled = Counter("http_server_unhandled_exceptions", text, registry=registry)
         text = "Access lines dropped because stdout did not accept them."
-        self.dropped_lines = Counter(name, text, registry=registry)
+        self.dropped_lines = Counter("access_log_dropped_lines", text, registry=registry)
         self.dropped_log_lines = dropped_log_lines(registry)
         self.in_flight = in_flight
         self.stream_counts = stream_counts
@@ -106,3 +107,8 @@ class HttpMetrics:
         for bucket, count in zip(child._buckets, counts, strict=False):
             if count:
                 bucket.inc(count)
+
+
+def _sum_of_workers(name: str, text: str, registry: CollectorRegistry, *labels: str) -> Gauge:
+    """Return a new gauge, whose value is the sum over the workers that run."""
+    return Gauge(name, text, labels, registry=registry, multiprocess_mode="livesum")

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from app.setting_types import HostPort
 from app.settings import fail
+from app.telemetry.control_group import ControlGroupCollector
 from app.telemetry.metric_files import retry_writes
 from app.telemetry.metrics_directory import remove_abandoned
 from app.telemetry.metrics_prefix import PrefixedMetrics
@@ -53,7 +54,7 @@ class MetricsProcess:
         self.parent = os.getpid()
         self.workers = WorkersCollector(directory)
         try:
-            self.server = ScrapeServer(address, _wsgi_app(PrefixedMetrics(self.workers, prefix)))
+            self.server = ScrapeServer(address, _wsgi_app(prefix, self.workers))
         except OSError as error:
             fail("METRICS_BIND", address, f"cannot listen there: {error.strerror}")
         self.pid = 0
@@ -116,9 +117,10 @@ def _exit(*_: object) -> NoReturn:
     os._exit(0)
 
 
-def _wsgi_app(collector: Collector) -> WSGIApp:
+def _wsgi_app(prefix: str, workers: Collector) -> WSGIApp:
     registry = CollectorRegistry()
-    registry.register(collector)
+    for collector in (workers, ControlGroupCollector()):
+        registry.register(PrefixedMetrics(collector, prefix))
     metrics: WSGIApp = make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:

@@ -1,27 +1,39 @@
-"""Metrics of one process: memory, connection pools, state of its dependencies."""
+"""Metrics of one process: its event loop, connections, dependencies, CPU and memory."""
 
 import asyncio
+import os
 import resource
 import sys
+import time
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from asyncpg import Pool
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from redis.asyncio import ConnectionPool
 
 from app.telemetry.metric_files import retry_writes
 
 POOL = "db_client_connection_pool_name"
 STATE = "db_client_connection_state"
+DEPENDENCIES = ("postgres", "redis")
 UPDATE_SECONDS = 1.0
+#: Any block of the event loop that is longer than this is seen.
+TICK_SECONDS = 0.1
+TICKS = round(UPDATE_SECONDS / TICK_SECONDS)
+#: Seconds: a millisecond is nothing, a tenth of a second is felt.
+DELAY_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
-def dependency_gauge(registry: CollectorRegistry) -> Gauge:
-    """Return the gauge `dependency_up`, by `dependency`."""
-    text = "1 if the dependency responds, to all workers."
-    labels = ["dependency"]
-    return Gauge("dependency_up", text, labels, registry=registry, multiprocess_mode="livemin")
+class Waiting(Protocol):
+    """A database, as far as its callers' wait for a connection is concerned."""
+
+    pool: Pool
+    #: Callers that are waiting for a connection now.
+    pending: int
+    #: Callers that did not get one in time, so far.
+    acquire_timeouts: int
 
 
 def dropped_log_lines(registry: CollectorRegistry) -> Counter:
@@ -30,50 +42,94 @@ def dropped_log_lines(registry: CollectorRegistry) -> Counter:
     return Counter("log_dropped_lines", text, registry=registry)
 
 
-class WorkerMetrics:
-    """The gauges of one worker, in a registry of its own.
+class ProcessMetrics:
+    """The metrics of one process: delay of its event loop, its pools and dependencies."""
 
-    A process that makes several applications, such as a test run, makes them several times.
-    """
-
-    def __init__(self, postgres: Pool, redis: ConnectionPool) -> None:
-        self.postgres = postgres
-        self.redis = redis
-        registry = CollectorRegistry()
-
-        def gauge(name: str, text: str, *labels: str, mode: Any = "livesum") -> Gauge:
-            return Gauge(name, text, labels, registry=registry, multiprocess_mode=mode)
-
-        gauge("worker_processes", "Workers that are serving.").set(1)
-        text = "Resident memory of each worker."
-        self.memory = gauge("worker_resident_memory_bytes", text, mode="liveall")
+    def __init__(self, registry: CollectorRegistry, required: Collection[str]) -> None:
+        """`required`: the dependencies without which the process is not ready."""
+        self.registry = registry
+        text = "Delay of the event loop: the time for which a timer that is due waits."
+        self.delay = Histogram(
+            "worker_event_loop_delay_seconds", text, buckets=DELAY_BUCKETS, registry=registry
+        )
         text = "Connections, idle or used."
-        self.connections = gauge("db_client_connection_count", text, POOL, STATE)
+        self.connections = self.gauge("db_client_connection_count", text, POOL, STATE)
         text = "Maximum number of connections of a pool."
-        self.max_connections = gauge("db_client_connection_max", text, POOL)
-        self.up = dependency_gauge(registry)
+        self.max_connections = self.gauge("db_client_connection_max", text, POOL)
+        text = "Callers that are waiting for a connection."
+        self.pending = self.gauge("db_client_connection_pending_requests", text, POOL)
+        name = "db_client_connection_timeouts"
+        text = "Callers that did not get a connection in time."
+        self.timeouts = Counter(name, text, [POOL], registry=registry).labels("postgres")
+        self.counted_timeouts = 0
+        text = "1 if the dependency responds, to all workers."
+        self.up = self.gauge("dependency_up", text, "dependency", mode="livemin")
+        text = "1 if the process is not ready without the dependency."
+        gauge = self.gauge("dependency_required", text, "dependency", mode="livemax")
+        for dependency in DEPENDENCIES:
+            gauge.labels(dependency).set(dependency in required)
 
-    async def update_periodically(self) -> None:
+    def gauge(self, name: str, text: str, *labels: str, mode: Any = "livesum") -> Gauge:
+        """Return a new gauge, by default the sum over the workers that run."""
+        return Gauge(name, text, labels, registry=self.registry, multiprocess_mode=mode)
+
+    async def update_periodically(self, database: Waiting, redis: ConnectionPool) -> None:
         """Update the gauges every `UPDATE_SECONDS`, until cancelled."""
         while True:
-            self.update()
+            self.update(database, redis)
             retry_writes()
-            await asyncio.sleep(UPDATE_SECONDS)
+            for _ in range(TICKS):
+                await self._measure_delay()
 
-    def update(self) -> None:
-        """Read the memory of this process and the state of its pools."""
-        self.memory.set(_resident_bytes())
-        (redis_idle, _), (redis_used, _) = self.redis.get_connection_count()
-        postgres_idle = self.postgres.get_idle_size()
+    async def _measure_delay(self) -> None:
+        # By this clock, since uvloop's counts milliseconds.
+        due = time.perf_counter() + TICK_SECONDS
+        await asyncio.sleep(TICK_SECONDS)
+        self.delay.observe(max(time.perf_counter() - due, 0))
+
+    def update(self, database: Waiting, redis: ConnectionPool) -> None:
+        """Read the state of the pools."""
+        (redis_idle, _), (redis_used, _) = redis.get_connection_count()
+        postgres_idle = database.pool.get_idle_size()
         for pool, state, count in (
             ("postgres", "idle", postgres_idle),
-            ("postgres", "used", self.postgres.get_size() - postgres_idle),
+            ("postgres", "used", database.pool.get_size() - postgres_idle),
             ("redis", "idle", redis_idle),
             ("redis", "used", redis_used),
         ):
             self.connections.labels(pool, state).set(count)
-        self.max_connections.labels("postgres").set(self.postgres.get_max_size())
-        self.max_connections.labels("redis").set(self.redis.max_connections)
+        self.max_connections.labels("postgres").set(database.pool.get_max_size())
+        self.max_connections.labels("redis").set(redis.max_connections)
+        self.pending.labels("postgres").set(database.pending)
+        self.timeouts.inc(database.acquire_timeouts - self.counted_timeouts)
+        self.counted_timeouts = database.acquire_timeouts
+
+
+class WorkerMetrics(ProcessMetrics):
+    """The metrics of one worker, in a registry of its own.
+
+    A process that makes several applications, such as a test run, makes them several times.
+    """
+
+    def __init__(self, required: Collection[str]) -> None:
+        super().__init__(CollectorRegistry(), required)
+        self.gauge("worker_processes", "Workers that are serving.").set(1)
+        text = "Resident memory of each worker."
+        self.memory = self.gauge("worker_resident_memory_bytes", text, mode="liveall")
+        text = "CPU time of the workers."
+        cpu = Counter("process_cpu_time_seconds", text, ["cpu_mode"], registry=self.registry)
+        self.cpu = (cpu.labels("user"), cpu.labels("system"))
+        self.cpu_seconds = os.times()[:2]
+
+    def update(self, database: Waiting, redis: ConnectionPool) -> None:
+        """Read the CPU time and the memory of this process, and the state of its pools."""
+        super().update(database, redis)
+        self.memory.set(_resident_bytes())
+        # Without that of child processes
+        now = os.times()[:2]
+        for counter, before, seconds in zip(self.cpu, self.cpu_seconds, now, strict=True):
+            counter.inc(max(seconds - before, 0))
+        self.cpu_seconds = now
 
 
 def _resident_bytes() -> int:

@@ -101,7 +101,9 @@ class RequestMiddleware:
         self.cors = cors
         self.app_with_proxy_headers = with_proxy_headers(app, settings.forwarded_allow_ips)
         self.limits = Limits(settings, router.routes)
-        self.metrics = HttpMetrics(self.limits, self.limits.stream_counts)
+        self.metrics = HttpMetrics(
+            self.limits, self.limits.max_in_flight, self.limits.stream_counts
+        )
         self.access_log = AccessLog(settings, self.metrics.dropped_lines.inc)
         self.request_ids = generate_request_ids()
 
@@ -292,7 +294,7 @@ class Exchange:
             raise error
         if self.timeout_response is not None:
             if not isinstance(error, asyncio.CancelledError):
-                logger.error("unhandled exception", exc_info=error)
+                self._report_bug(error)
             await self.timeout_response
         elif not self._is_end_of_client(error):
             await self._respond_once_more(self._response_to(error))
@@ -303,15 +305,19 @@ class Exchange:
             return http_problem(error)
         if isinstance(error, asyncio.CancelledError) and self._is_shut_down():
             return problem(503, "The service is shutting down.", {"Retry-After": "1"})
-        logger.error("unhandled exception", exc_info=error)
+        self._report_bug(error)
         return problem(500)
+
+    def _report_bug(self, error: BaseException) -> None:
+        self.middleware.metrics.unhandled.inc()
+        logger.error("unhandled exception", exc_info=error)
 
     async def _respond_once_more(self, response: Response) -> None:
         """Respond, or with 500 if the server rejects the response, such as for its headers."""
         try:
             await self._respond(response)
-        except Exception:
-            logger.exception("unhandled exception")
+        except Exception as second:  # noqa: BLE001 - whatever it is, the client gets a response
+            self._report_bug(second)
             await self._respond(problem(500))
 
     async def _respond(self, response: Response) -> None:

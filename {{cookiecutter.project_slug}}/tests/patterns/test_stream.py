@@ -82,6 +82,17 @@ def handled(outcome: str) -> float:
     return REGISTRY.get_sample_value("stream_messages_handled_total", labels) or 0.0
 
 
+def waiting(state: str) -> float | None:
+    """Return the number of waiting messages in the metrics."""
+    labels = {"stream": "events", "state": state}
+    return REGISTRY.get_sample_value("stream_messages_waiting", labels)
+
+
+def lag() -> float | None:
+    """Return the age of the oldest waiting message in the metrics."""
+    return REGISTRY.get_sample_value("stream_lag_seconds", {"stream": "events"})
+
+
 @contextlib.asynccontextmanager
 async def consuming(
     handler: StreamHandler, concurrency: int = 4, grace_seconds: float = 5
@@ -346,3 +357,36 @@ async def test_rejected_dead_letter_is_retried(client: RedisClient) -> None:
                 await asyncio.sleep(0.05)
     dead_letters = await entries(client, "events.dead")
     assert [fields[b"reason"] for fields in dead_letters] == [b"it is poison"]
+
+
+async def test_lag_is_the_age_of_the_oldest_waiting_message(client: RedisClient) -> None:
+    """Of one that is unread, then of one that is pending; the first part of an ID is its time.
+
+    https://redis.io/docs/latest/develop/data-types/streams/#entry-ids
+    """
+    group = StreamGroup(client, "events", "group")
+    await group.create()
+    assert (await group.waiting()).lag_seconds == 0
+    entry = f"{int((time.time() - 100) * 1000)}-0"
+    await client.xadd(client.key("events"), {"name": "old"}, id=entry)
+    await send(client, "new")
+    assert 99 < (await group.waiting()).lag_seconds < 160
+    (old,) = await group.read(1)
+    assert 99 < (await group.waiting()).lag_seconds < 160
+    await group.acknowledge(old)
+    found = await group.waiting()
+    assert found.lag_seconds < 60
+    assert found.messages == {"unread": 1, "pending": 0, "dead_lettered": 0}
+    await group.reader.aclose()
+
+
+async def test_dead_letters_are_in_the_metrics(client: RedisClient) -> None:
+    async def fail(_: Message) -> None:
+        msg = "never"
+        raise PoisonError(msg)
+
+    async with consuming(Handler(client, fail)):
+        await eventually(lambda: waiting("dead_lettered") == 0)
+        await send(client, "poison")
+        await eventually(lambda: waiting("dead_lettered") == 1)
+        await eventually(lambda: lag() == 0)

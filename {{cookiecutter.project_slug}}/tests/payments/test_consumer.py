@@ -23,6 +23,7 @@ from redis import Redis as Client
 from app.settings import Settings, load_settings
 from scripts.dev_services import free_port
 from scripts.fake_gateway import FakeGateway
+from tests.documented_metrics import assert_documented
 from tests.service_process import PROJECT, Running, Service, eventually, frozen, serving
 
 pytestmark = pytest.mark.process
@@ -138,10 +139,13 @@ def test_payment_is_charged_once_with_the_request_id(
         ]
         assert headers["X-Request-ID"] == "from-the-client"
         # Counted after the acknowledgement, which follows the commit.
-        done = 'stream_messages_handled_total{outcome="done",stream="payment-events"}'
+        done = 'stream_messages_handled_total{outcome="done",stream="payment-events"} 1.0'
         eventually(lambda: done in consumer.get("/metrics").text)
         call = 'http_client_request_duration_seconds_count{outcome="201",upstream="gateway"}'
         assert call in consumer.get("/metrics").text
+        eventually(lambda: "stream_lag_seconds" in consumer.get("/metrics").text)
+        assert_documented(consumer.get("/metrics").text)
+        assert_documented(service.metrics(strip_prefix=False))
         probes = [f"/health/{name}" for name in ("live", "startup", "ready")]
         eventually(lambda: {consumer.get(probe).status_code for probe in probes} == {200})
         assert consumer.stop() == 0

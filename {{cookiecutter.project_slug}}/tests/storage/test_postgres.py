@@ -1,6 +1,7 @@
 """Postgres under faults: bounded delays, no leaked connections, safe retries."""
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncIterator
@@ -13,6 +14,8 @@ from app.errors import UnavailableError
 from app.lifespan import open_state
 from app.settings import Settings
 from app.storage.postgres import Connection, Database
+from app.storage.redis import create_redis
+from app.telemetry.process_metrics import POOL, WorkerMetrics
 from scripts.dev_services import Postgres
 from tests.service_process import frozen
 
@@ -413,4 +416,32 @@ async def test_application_errors_are_not_retried(database: Database, error: Exc
         await database.retry(fail)
     assert raised.value is error
     assert attempts == 1
+    await assert_nothing_leaked(database)
+
+
+async def test_callers_that_wait_for_a_connection_are_counted(
+    database: Database, settings: Settings
+) -> None:
+    """OpenTelemetry: `db.client.connection.pending_requests` and `.timeouts`."""
+    metrics = WorkerMetrics(settings.readiness_required)
+    redis = create_redis(settings).connection_pool
+
+    def value(name: str) -> float | None:
+        metrics.update(database, redis)
+        return metrics.registry.get_sample_value(name, {POOL: "postgres"})
+
+    pending = "db_client_connection_pending_requests"
+    timeouts = "db_client_connection_timeouts_total"
+    assert (value(pending), value(timeouts)) == (0, 0)
+    impatient = {"database_acquire_timeout_seconds": 0.2}
+    database.settings = settings.model_copy(update=impatient)
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(CONNECTIONS - 1):
+            await stack.enter_async_context(database.acquire())
+        waiting = asyncio.create_task(database.retry(select_one))
+        await asyncio.sleep(0)
+        assert value(pending) == 1
+        with pytest.raises(UnavailableError):
+            await waiting
+    assert (value(pending), value(timeouts)) == (0, 1)
     await assert_nothing_leaked(database)

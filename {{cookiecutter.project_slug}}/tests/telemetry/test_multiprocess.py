@@ -29,7 +29,7 @@ sys.stdin.read()
 """
 COUNT_ONE_REQUEST = """
 from app.telemetry.http_metrics import HttpMetrics
-metrics = HttpMetrics(in_flight=["one request"], stream_counts={"stream": 1})
+metrics = HttpMetrics(in_flight=["one request"], max_in_flight=9, stream_counts={"stream": 1})
 metrics.is_flush_scheduled = True  # there is no event loop
 metrics.record(("GET", "/", 200), 1)
 metrics.flush()
@@ -89,6 +89,8 @@ def test_dead_workers_are_archived_in_one_file_per_kind(
             f"http_server_request_duration_seconds_count{labels}": 4,
             f"http_server_request_duration_seconds_sum{labels}": 4,
             "http_server_active_requests": 1,
+            "http_server_active_requests_limit": 9,
+            "http_server_unhandled_exceptions_total": 0,
             'http_server_active_streams{"kind": "stream"}': 1,
             "access_log_dropped_lines_total": 0,
             "log_dropped_lines_total": 0,
