@@ -20,7 +20,11 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 from pydantic_settings import NoDecode
 
-from app.network.connection_urls import check_postgres_url, check_redis_url
+from app.network.connection_urls import (
+    check_amqp_url,  # jobs
+    check_postgres_url,
+    check_redis_url,
+)
 
 
 def _check(text: str, pattern: str, requirement: str) -> None:
@@ -186,12 +190,6 @@ HttpUrl = Annotated[str, _matches(_HTTP_URL, "https://gateway.example, without ?
 # example: end
 
 # jobs: begin
-_AMQP_HOST = r"([^\s/@?#:\[\]]+|\[[\da-fA-F:.]+\])(:\d{1,5})?"
-# Empty by default: without RabbitMQ.
-_AMQP_URL = rf"|amqps?://([^\s/@?#]*@)?{_AMQP_HOST}(/[^\s/?#]*)?(\?[^\s#]*)?"
-AmqpUrl = Annotated[SecretStr, _matches(_AMQP_URL, "amqp://user:password@host:5672/vhost")]
-
-
 def _check_timezone(name: str) -> str:
     try:
         zoneinfo.ZoneInfo(name)
@@ -201,6 +199,7 @@ def _check_timezone(name: str) -> str:
     return name
 
 
+AmqpUrl = Annotated[SecretStr, _accepted_by(check_amqp_url)]
 TimeZone = Annotated[str, AfterValidator(_check_timezone)]
 
 # jobs: end

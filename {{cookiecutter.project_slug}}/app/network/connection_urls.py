@@ -1,4 +1,4 @@
-"""Validation of the URLs of Postgres and Redis, by the parsers of their clients.
+"""Validation of the URLs of Postgres, Redis and others, by the parsers of their clients.
 
 No error contains a part of the URL other than the name of an option: a password with an unquoted
 character can be anywhere.
@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 
 POSTGRES_FORM = "must be postgresql://user:password@host:port/database"
 REDIS_FORM = "must be redis://:password@host:port/0"
+AMQP_FORM = "must be amqp://user:password@host:port/vhost"  # jobs
 #: Options that asyncpg reads. It sends all others to the server, as parameters of the session.
 _ASYNCPG_OPTIONS = """
     host port dbname database user password passfile service target_session_attrs krbsrvname gsslib
@@ -82,6 +83,29 @@ _PARSER_ARGUMENTS = """
     host port user password passfile database ssl service servicefile direct_tls server_settings
     target_session_attrs krbsrvname gsslib
 """
+# jobs: begin
+_AMQP_NAME = r"[^\s/@?#:,\[\]]+|\[[\da-fA-F:.]+\]"
+_AMQP_BASE = rf"amqps?://([^\s/@?#]*@)?({_AMQP_NAME})(:\d{{1,5}})?(/[^\s@?#]*)?"
+#: Options that aiormq and aio-pika read, with their values. They ignore all others, and use a
+#: default in place of an invalid value.
+AMQP_OPTIONS = {
+    "heartbeat": r"\d{1,4}",
+    "timeout": r"\d+",
+    "name": r".+",
+    "auth": r"(?i:plain|external)",
+    "interleave": r"\d+",
+    "happy_eyeballs_delay": r"\d+(\.\d+)?",
+}
+AMQP_TLS_OPTIONS = {
+    "cafile": r".+",
+    "capath": r".+",
+    "cadata": r"[A-Za-z\d+/]+={0,2}",
+    "certfile": r".+",
+    "keyfile": r".+",
+    "no_verify_ssl": r"[01]",
+}
+
+# jobs: end
 ASYNCPG_OPTIONS = frozenset(_ASYNCPG_OPTIONS.split())
 SERVER_PARAMETERS = frozenset(_SERVER_PARAMETERS.split())
 REDIS_TEXT_OPTIONS = frozenset(_REDIS_TEXT_OPTIONS.split())
@@ -114,6 +138,42 @@ def check_redis_url(url: str) -> None:
     _check_options(url, names, _is_redis_option, _parse_redis)
 
 
+# jobs: begin
+def check_amqp_url(url: str) -> None:
+    """Raise `ValueError` unless aio-pika can use the URL. A missing file is no error here.
+
+    An empty URL stands for no RabbitMQ.
+    """
+    if not url:
+        return
+    if not re.fullmatch(r"amqps?://\S+", url):
+        raise ValueError(AMQP_FORM)
+    base, names = _split(url, AMQP_FORM)
+    if not _is_valid(_parse_amqp, base):
+        raise ValueError(AMQP_FORM)
+    tls = [name for name in names if name in AMQP_TLS_OPTIONS]
+    if tls and not url.startswith("amqps:"):
+        # aiormq would connect without TLS.
+        msg = f"must be amqps:// for {' and '.join(tls)} after the question mark"
+        raise ValueError(msg)
+    _check_options(url, names, _is_amqp_option, _parse_amqp)
+
+
+def _is_amqp_option(name: str) -> bool:
+    return name in AMQP_OPTIONS or name in AMQP_TLS_OPTIONS
+
+
+def _parse_amqp(url: str) -> None:
+    base, _, query = url.partition("?")
+    if not re.fullmatch(_AMQP_BASE, base) or urlsplit(base).port == 0:
+        raise ValueError(AMQP_FORM)
+    patterns = AMQP_OPTIONS | AMQP_TLS_OPTIONS
+    for name, value in parse_qsl(query.replace("+", "%2B"), keep_blank_values=True):
+        if not re.fullmatch(patterns[name], value):
+            raise ValueError(name)
+
+
+# jobs: end
 def _split(url: str, form: str) -> tuple[str, list[str]]:
     """Return the URL without its options, and their names."""
     base, _, query = url.partition("?")

@@ -1,4 +1,4 @@
-"""The URLs of Postgres and Redis: checked at the start by the parsers of their clients.
+"""The URLs of Postgres, Redis and others: checked at the start by the parsers of their clients.
 
 asyncpg's documentation of `connect`: several hosts, IPv6, unix sockets, options. redis-py's of
 `from_url`. libpq, "Connection URIs".
