@@ -22,6 +22,9 @@ from tests.deploy.deployed import (
 SECRETS = {
     name for name, field in Settings.model_fields.items() if isinstance(field.default, SecretStr)
 }
+#: Secrets that every pod has, and those of some pods, which work without them as well.
+NEEDED = {name for name in SECRETS if Settings.model_fields[name].default.get_secret_value()}
+OPTIONAL = SECRETS - NEEDED
 MIGRATION_SECRETS = {"database_url"}
 #: The remedy for a variable without an effect.
 UNREAD = "correct its name, remove it, or add it to FOREIGN_VARIABLES of tests/deploy/deployed.py"
@@ -75,8 +78,10 @@ def environment_is_that_of_the_overlay(d: Deployed) -> Problems:
 def pods_have_the_secret_files_that_they_need(d: Deployed) -> Problems:
     for document in d.pods:
         kind = document["kind"]
-        needed = MIGRATION_SECRETS if component(document) == "migrate" else SECRETS
+        needed = MIGRATION_SECRETS if component(document) == "migrate" else NEEDED
         found = set(d.secrets(document))
+        if component(document) not in {"api", "migrate"}:
+            found -= OPTIONAL
         if found != needed:
             yield (
                 f"{kind}: {POD}.volumes: the secret files are {sorted(found)}; "
