@@ -189,6 +189,7 @@ _HTTP_URL = r"https?://([^\s/@?#]*@)?" + _HOST + r"(:\d{1,5})?(/[^\s?#]*)?"
 HttpUrl = Annotated[str, _matches(_HTTP_URL, "https://gateway.example, without ? and #")]
 # example: end
 
+
 # jobs: begin
 def _check_timezone(name: str) -> str:
     try:

@@ -31,8 +31,7 @@ class Delivery(Protocol):
     async def is_suspect(self, connection: Connection) -> bool:
         """Return whether a start of the job has not ended: it may have killed its worker.
 
-        By Postgres: its lease has expired. By RabbitMQ: the message was redelivered, and the row is
-        `running`.
+        Its lease has expired.
         """
 
     async def claim(self, connection: Connection) -> Job | None:

@@ -39,8 +39,11 @@ _CLAIM_DUE = f"""
     )) and status = 'queued' {_RETURNING}
 """  # noqa: S608
 _CLAIM = f"""
-    {_START} where job_id = $2 and (status = 'queued' or (status = 'running' and $3)) {_RETURNING}
+    {_START} where job_id = $2 and (
+        (status = 'queued' and run_at <= now()) or (status = 'running' and lease_until < now())
+    ) {_RETURNING}
 """
+_HAS_EXPIRED = "select status = 'running' and lease_until < now() from jobs where job_id = $1"
 _FIND_EXPIRED = """
     select job_id from jobs where status = 'running' and lease_until < now()
     order by started_at limit 1
@@ -99,12 +102,13 @@ async def claim_due(connection: Connection, limit: int) -> list[Job]:
     return [_job(row) for row in rows]
 
 
-async def claim(connection: Connection, job_id: UUID, *, is_redelivered: bool) -> Job | None:
+async def claim(connection: Connection, job_id: UUID) -> Job | None:
     """Start a job that RabbitMQ has handed out; None if there is nothing to do.
 
-    A redelivered message starts a job that is `running` too: its worker has lost the connection.
+    A message that was delivered again starts nothing while the lease of the job holds: its worker
+    has lost the connection, and goes on.
     """
-    row = await connection.fetchrow(_CLAIM, LEASE_SECONDS, job_id, is_redelivered)
+    row = await connection.fetchrow(_CLAIM, LEASE_SECONDS, job_id)
     return _job(row) if row else None
 
 
@@ -153,10 +157,9 @@ async def renew(connection: Connection, jobs: Sequence[Job]) -> None:
     await connection.execute(_RENEW, LEASE_SECONDS, job_ids, numbers)
 
 
-async def is_running(connection: Connection, job_id: UUID) -> bool:
-    """Return whether a start of the job has not ended, as far as the row shows."""
-    query = "select status = 'running' from jobs where job_id = $1"
-    return await connection.fetchval(query, job_id) is True
+async def has_expired(connection: Connection, job_id: UUID) -> bool:
+    """Return whether the lease of a start has expired: the job may have killed its worker."""
+    return await connection.fetchval(_HAS_EXPIRED, job_id) is True
 
 
 async def exists(connection: Connection, job_id: UUID) -> bool:

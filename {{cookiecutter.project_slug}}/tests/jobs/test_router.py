@@ -29,7 +29,7 @@ async def enqueue(database: Database) -> UUID:
 
 async def start(database: Database, job_id: UUID) -> Job:
     async with database.acquire() as connection:
-        job = await starts.claim(connection, job_id, is_redelivered=False)
+        job = await starts.claim(connection, job_id)
     assert job
     return job
 
