@@ -64,7 +64,7 @@ async def fail(database: Database, error: str) -> UUID:
     """Create a job, and have it fail."""
     job_id = await enqueue(database)
     async with database.acquire() as connection:
-        job = await starts.claim(connection, job_id, is_redelivered=False)
+        job = await starts.claim(connection, job_id)
         assert job
         await starts.fail(connection, job, error)
     return job_id
