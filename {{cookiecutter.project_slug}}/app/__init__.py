@@ -5,6 +5,7 @@ lifespan.py          resources of the API process: opened in order, closed in re
 settings.py          every setting, validated and frozen
 errors.py            the errors that clients see
 tasks.py             background tasks: of a request, of the process
+jobs_main.py         the worker that does jobs  # jobs
 process.py           runs a process without routes: probes, metrics, shutdown
 lifecycle.py         the server's shutdown state; independence of forked children
 setting_types.py     validated types for settings
@@ -20,7 +21,8 @@ patterns/            building blocks to copy  # example
     stream_consumer.py  stream_handler.py  stream_group.py  # example
     http_client.py  circuit_breaker.py  # example
 jobs/                work that is done later, by workers  # jobs
-    table.py  handlers.py  starts.py  dispatcher.py  # jobs
+    table.py  handlers.py  runner.py  outcomes.py  alone.py  starts.py  # jobs
+    dispatcher.py  postgres_dispatcher.py  worker.py  job_metrics.py  router.py  # jobs
     schedules.py  purge.py  report.py  # jobs
 process_pool/        CPU-heavy work in other processes
     pool.py  process.py  child.py

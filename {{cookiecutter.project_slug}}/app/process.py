@@ -7,10 +7,10 @@ is in its lifespan.
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Response
@@ -21,15 +21,17 @@ from app.lifecycle import Lifecycle, isolate_children
 from app.settings import Settings, fail
 from app.sizing.plan import MIN_CONNECTIONS, pod_connections
 from app.storage import Storage, open_storage
+from app.storage.postgres import Database
+from app.storage.redis import RedisClient
 from app.tasks import background_task
 from app.telemetry import logs
 from app.telemetry.control_group import ControlGroupCollector
 from app.telemetry.metrics_prefix import PrefixedMetrics
 from app.telemetry.pod_metrics import set_pod_metrics
-from app.telemetry.process_metrics import DEPENDENCIES, ProcessMetrics, dropped_log_lines
+from app.telemetry.process_metrics import ProcessMetrics, dropped_log_lines
 from app.telemetry.scrape_server import MAX_CONNECTIONS
 from app.telemetry.stdout import LOG_LINES
-from app.web.health import Health
+from app.web.health import Check, Health
 from app.web.health import router as health_router
 
 #: Time limit for a connection, from its start to the end of its response.
@@ -37,8 +39,29 @@ CONNECTION_SECONDS = 30.0
 #: Time limit for responses at shutdown, before the work is closed.
 RESPONSES_SECONDS = 2
 
+
+
+class Clients(Protocol):
+    """The clients of a process. It is ready while all their checks succeed."""
+
+    @property
+    def database(self) -> Database:
+        """Postgres."""
+
+    @property
+    def redis(self) -> RedisClient | None:
+        """Redis, if the process uses it."""
+
+    @property
+    def checks(self) -> Mapping[str, Check]:
+        """A check of each dependency, by its name."""
+
+
+Opened = TypeVar("Opened", bound=Clients)
+#: Opens the clients of a process: settings, number of connections to Postgres, name of the process.
+OpenClients = Callable[[Settings, int, str], AbstractAsyncContextManager[Opened]]
 #: Opens the work of a process, and closes it at shutdown.
-Work = Callable[[Settings, Storage, Health], AbstractAsyncContextManager[None]]
+Work = Callable[[Settings, Opened, Health], AbstractAsyncContextManager[None]]
 
 
 class _Server(uvicorn.Server):
@@ -77,21 +100,29 @@ def _has_request_and_age(connection: Any) -> tuple[bool, float]:
     return has_request, connection.time_limit.when()
 
 
-def run(settings: Settings, work: Work, name: str = "consumer") -> None:
-    """Work until SIGTERM or SIGINT. `name` distinguishes the process in `pg_stat_activity`.
+def run(settings: Settings, work: Work[Storage], name: str = "consumer") -> None:
+    """Work with Postgres and Redis until SIGTERM or SIGINT.
 
-    `work` is entered with clients of Postgres and Redis, and left at shutdown. The process is ready
-    while both respond, which `health.is_ready()` returns; neither has to at the start.
+    `name` distinguishes the process in `pg_stat_activity`. `work` is entered with the clients, and
+    left at shutdown. The process is ready while both respond, which `health.is_ready()` returns;
+    neither has to at the start.
 
     Raises `SystemExit` if `METRICS_BIND` is in use.
     """
+    run_with(settings, open_storage, work, name)
+
+
+def run_with(
+    settings: Settings, open_clients: OpenClients[Opened], work: Work[Opened], name: str
+) -> None:
+    """Do the same with other clients, such as those of a process without Redis."""
     logs.capture_prints(settings)
-    metrics = ProcessMetrics(REGISTRY, DEPENDENCIES)
     set_pod_metrics(settings)
     REGISTRY.register(ControlGroupCollector())
     dropped_lines = dropped_log_lines(REGISTRY)
     exposed = PrefixedMetrics(REGISTRY, settings.metrics_prefix)
-    app = FastAPI(lifespan=lambda _: _open(settings, work, name, metrics), openapi_url=None)
+    state = _open(settings, open_clients, work, name)
+    app = FastAPI(lifespan=lambda _: state, openapi_url=None)
     app.include_router(health_router)
 
     @app.get("/metrics")
@@ -123,19 +154,22 @@ def _listen(settings: Settings) -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def _open(
-    settings: Settings, work: Work, name: str, metrics: ProcessMetrics
+    settings: Settings, open_clients: OpenClients[Opened], work: Work[Opened], name: str
 ) -> AsyncIterator[dict[str, Any]]:
     """Yield the state of the probes while the work is open."""
     async with contextlib.AsyncExitStack() as stack:
         connections = max(MIN_CONNECTIONS, pod_connections(settings, workers=1))
-        storage = await stack.enter_async_context(open_storage(settings, connections, name))
+        clients = await stack.enter_async_context(open_clients(settings, connections, name))
 
-        both = settings.model_copy(update={"readiness_required": DEPENDENCIES})
-        health = Health(both, storage.checks, Lifecycle(), metrics.up)
+        required = tuple(clients.checks)
+        metrics = ProcessMetrics(REGISTRY, required)
+        all_checks = settings.model_copy(update={"readiness_required": required})
+        health = Health(all_checks, clients.checks, Lifecycle(), metrics.up)
         health.started = True
         await stack.enter_async_context(background_task(health.watch()))
-        update = metrics.update_periodically(storage.database, storage.redis.connection_pool)
+        redis_pool = clients.redis.connection_pool if clients.redis else None
+        update = metrics.update_periodically(clients.database, redis_pool)
         await stack.enter_async_context(background_task(update))
 
-        await stack.enter_async_context(work(settings, storage, health))
+        await stack.enter_async_context(work(settings, clients, health))
         yield {"health": health}

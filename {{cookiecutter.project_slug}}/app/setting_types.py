@@ -220,6 +220,7 @@ OWN_LOG_FIELDS = frozenset(
         """,
     )
 )
+OWN_LOG_FIELDS |= {"job_id", "job_type", "attempts"}  # jobs
 #: Every log line repeats the fields.
 MAX_LOG_FIELDS_CHARACTERS = 500
 

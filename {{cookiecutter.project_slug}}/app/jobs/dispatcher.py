@@ -28,6 +28,10 @@ class Delivery(Protocol):
     def job_id(self) -> UUID:
         """The ID of the job."""
 
+    @property
+    def job(self) -> Job | None:
+        """The job, if the dispatcher has started it: then the first two steps are left out."""
+
     async def is_suspect(self, connection: Connection) -> bool:
         """Return whether a start of the job has not ended: it may have killed its worker.
 

@@ -59,15 +59,16 @@ class ProcessPool:
         settings: Settings,
         *,
         processes: int = 1,
-        max_waiting: int = 8,
-        timeout_seconds: float = 20,
+        max_waiting: int | None = 8,
+        timeout_seconds: float | None = 20,
         calls_per_process: int = 1000,
         warm_up: WarmUp | None = None,
         warm_up_seconds: float = 60,
     ) -> None:
         """Of `processes` per worker. `max_waiting` more calls wait; those beyond get a 503.
 
-        A call may run for `timeout_seconds`, less than `REQUEST_TIMEOUT_SECONDS`. A process is
+        A call may run for `timeout_seconds`, less than `REQUEST_TIMEOUT_SECONDS`. None is no limit:
+        for callers that are bounded in number and time themselves, such as jobs. A process is
         replaced after `calls_per_process`, which limits the effect of a memory leak. `warm_up` is
         called in each process before its first call, such as to load a model. One that takes longer
         than `warm_up_seconds` is killed and started again; the startup probe allows a minute too.
@@ -141,7 +142,7 @@ class ProcessPool:
             raise UnavailableError("The process pool is not available.")
         if self.idle:
             return self.idle.pop()
-        if len(self.waiting) >= self.max_waiting:
+        if self.max_waiting is not None and len(self.waiting) >= self.max_waiting:
             raise PoolFullError("Too many computations are waiting.")
         process: asyncio.Future[PoolProcess] = asyncio.get_running_loop().create_future()
         self.waiting.append(process)

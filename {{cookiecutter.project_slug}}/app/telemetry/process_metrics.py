@@ -66,14 +66,14 @@ class ProcessMetrics:
         self.up = self.gauge("dependency_up", text, "dependency", mode="livemin")
         text = "1 if the process is not ready without the dependency."
         gauge = self.gauge("dependency_required", text, "dependency", mode="livemax")
-        for dependency in DEPENDENCIES:
+        for dependency in {*DEPENDENCIES, *required}:
             gauge.labels(dependency).set(dependency in required)
 
     def gauge(self, name: str, text: str, *labels: str, mode: Any = "livesum") -> Gauge:
         """Return a new gauge, by default the sum over the workers that run."""
         return Gauge(name, text, labels, registry=self.registry, multiprocess_mode=mode)
 
-    async def update_periodically(self, database: Waiting, redis: ConnectionPool) -> None:
+    async def update_periodically(self, database: Waiting, redis: ConnectionPool | None) -> None:
         """Update the gauges every `UPDATE_SECONDS`, until cancelled."""
         while True:
             self.update(database, redis)
@@ -87,22 +87,22 @@ class ProcessMetrics:
         await asyncio.sleep(TICK_SECONDS)
         self.delay.observe(max(time.perf_counter() - due, 0))
 
-    def update(self, database: Waiting, redis: ConnectionPool) -> None:
+    def update(self, database: Waiting, redis: ConnectionPool | None) -> None:
         """Read the state of the pools."""
-        (redis_idle, _), (redis_used, _) = redis.get_connection_count()
-        postgres_idle = database.pool.get_idle_size()
-        for pool, state, count in (
-            ("postgres", "idle", postgres_idle),
-            ("postgres", "used", database.pool.get_size() - postgres_idle),
-            ("redis", "idle", redis_idle),
-            ("redis", "used", redis_used),
-        ):
-            self.connections.labels(pool, state).set(count)
-        self.max_connections.labels("postgres").set(database.pool.get_max_size())
-        self.max_connections.labels("redis").set(redis.max_connections)
+        idle = database.pool.get_idle_size()
+        used = database.pool.get_size() - idle
+        self._set_pool("postgres", idle, used, database.pool.get_max_size())
+        if redis is not None:
+            (idle, _), (used, _) = redis.get_connection_count()
+            self._set_pool("redis", idle, used, redis.max_connections)
         self.pending.labels("postgres").set(database.pending)
         self.timeouts.inc(database.acquire_timeouts - self.counted_timeouts)
         self.counted_timeouts = database.acquire_timeouts
+
+    def _set_pool(self, name: str, idle: int, used: int, maximum: int) -> None:
+        self.connections.labels(name, "idle").set(idle)
+        self.connections.labels(name, "used").set(used)
+        self.max_connections.labels(name).set(maximum)
 
 
 class WorkerMetrics(ProcessMetrics):
@@ -121,7 +121,7 @@ class WorkerMetrics(ProcessMetrics):
         self.cpu = (cpu.labels("user"), cpu.labels("system"))
         self.cpu_seconds = os.times()[:2]
 
-    def update(self, database: Waiting, redis: ConnectionPool) -> None:
+    def update(self, database: Waiting, redis: ConnectionPool | None) -> None:
         """Read the CPU time and the memory of this process, and the state of its pools."""
         super().update(database, redis)
         self.memory.set(_resident_bytes())

@@ -1,0 +1,152 @@
+"""What becomes of a job: its effect and its end are one, and failures have bounds."""
+
+import asyncio
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from asyncpg import UniqueViolationError
+
+from app.jobs import table
+from app.jobs.handlers import Handlers
+from app.jobs.worker import Clients
+from app.settings import Settings
+from app.storage.postgres import Database
+from tests.jobs.conftest import effects, ended, enqueue, row, until, working
+from tests.jobs.work import ATTEMPTS, TIMEOUT_SECONDS, Nothing, Seconds
+
+
+async def test_effect_and_end_are_one_transaction(database: Database, worker: Clients) -> None:
+    job_id = await enqueue(database, "wait", Seconds())
+    job = await ended(database, job_id)
+    assert (job["status"], job["attempts"], json.loads(job["result"])) == (
+        "succeeded",
+        1,
+        {"score": 1},
+    )
+    assert await effects(database, job_id) == 1
+
+
+async def test_failed_commit_leaves_neither_effect_nor_end(
+    database: Database, worker: Clients
+) -> None:
+    await database.pool.execute("insert into effects values (gen_random_uuid(), 1, 1)")
+    job = await ended(database, await enqueue(database, "rollback"))
+    assert job["status"] == "failed"
+    assert job["error"].startswith(UniqueViolationError.__name__)
+    assert await effects(database, job["job_id"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "attempts", "error"),
+    [
+        ("poison", "failed", 1, "PoisonError: there is no such conversation"),
+        ("raise", "failed", ATTEMPTS, "ValueError: no luck"),
+        ("exit", "failed", 1, "SystemExit: 3"),
+        ("crash", "failed", ATTEMPTS, "CrashError: 500: The computation failed."),
+        ("forget", "succeeded", 1, None),
+        ("later", "succeeded", 1, None),
+        ("outage", "succeeded", 1, None),
+    ],
+)
+async def test_each_outcome_has_its_number_of_attempts(
+    database: Database, worker: Clients, kind: str, status: str, attempts: int, error: str | None
+) -> None:
+    """Poison fails at once; outages and `LaterError` do not count, whatever the limit is."""
+    job = await ended(database, await enqueue(database, kind))
+    assert (job["status"], job["attempts"], job["error"]) == (status, attempts, error)
+
+
+async def test_invalid_payload_fails_without_its_values(
+    database: Database, worker: Clients
+) -> None:
+    job_id = await enqueue(database, "wait", Nothing())
+    other = await enqueue(database, "unknown", run_at=datetime.now(UTC) + timedelta(days=1))
+    assert (await ended(database, job_id))["status"] == "succeeded"
+    update = "update jobs set type = 'wait', payload = $2, run_at = now() where job_id = $1"
+    await database.pool.execute(update, other, '{"seconds": "hunter2"}')
+    job = await ended(database, other)
+    assert (job["status"], job["attempts"]) == ("failed", 1)
+    assert job["error"].startswith("PoisonError: invalid payload: seconds: ")
+    assert "hunter2" not in job["error"]
+
+
+async def test_timeout_kills_the_computation(database: Database, worker: Clients) -> None:
+    begin = asyncio.get_running_loop().time()
+    job = await ended(database, await enqueue(database, "hang", Seconds(seconds=600)))
+    assert (job["status"], job["attempts"]) == ("failed", 2)
+    assert job["error"] == f"TimeoutError: not done within {TIMEOUT_SECONDS:g} s"
+    assert asyncio.get_running_loop().time() - begin < 20 * TIMEOUT_SECONDS
+    # The only process was killed, and replaced.
+    done = await ended(database, await enqueue(database, "compute", Seconds()))
+    assert done["status"] == "succeeded"
+
+
+async def test_type_without_handler_is_retried_then_fails(
+    database: Database, worker: Clients
+) -> None:
+    """During a rollout, workers of the newer release may have a handler."""
+    job = await ended(database, await enqueue(database, "unknown"))
+    assert (job["status"], job["attempts"]) == ("failed", 5)
+    assert job["error"] == "LookupError: no handler for unknown"
+
+
+async def test_jobs_cancelled_while_running_have_no_effect(
+    database: Database, worker: Clients
+) -> None:
+    jobs = [await enqueue(database, "wait", Seconds(seconds=0.3)) for _ in range(20)]
+    cancelled = 0
+    while cancelled < len(jobs):
+        query = "select job_id from jobs where status = 'running'"
+        for found in await database.pool.fetch(query):
+            async with database.acquire() as connection:
+                cancelled += await table.cancel(connection, found["job_id"])
+        await asyncio.sleep(0.02)
+    end = await enqueue(database, "wait", Seconds())
+    assert (await ended(database, end))["status"] == "succeeded"
+    await asyncio.sleep(0.5)  # longer than the jobs that were cancelled last
+    assert await effects(database) == 1
+    assert {(await row(database, job))["status"] for job in jobs} == {"cancelled"}
+
+
+async def test_computations_wait_for_a_process(database: Database, worker: Clients) -> None:
+    """The pool of a web process rejects calls when too many wait; here each waits for its turn."""
+    jobs = [await enqueue(database, "compute", Seconds(seconds=0.01)) for _ in range(24)]
+    assert {(await ended(database, job))["attempts"] for job in jobs} == {1}
+
+
+async def test_run_at_delays_the_start(database: Database, worker: Clients) -> None:
+    due = datetime.now(UTC) + timedelta(seconds=1)
+    job = await ended(database, await enqueue(database, "wait", Seconds(), run_at=due))
+    assert job["started_at"] >= due
+
+
+async def test_shutdown_finishes_short_jobs_and_releases_long_ones(
+    database: Database, settings: Settings
+) -> None:
+    """A released start does not count, and is due at once."""
+    brief = settings.model_copy(update={"graceful_timeout_seconds": 7})
+    async with working(brief):
+        short = await enqueue(database, "wait", Seconds(seconds=1))
+        long = await enqueue(database, "wait", Seconds(seconds=60))
+
+        async def are_running() -> bool:
+            return all([(await row(database, job))["attempts"] for job in (short, long)])
+
+        await until(are_running)
+    begin = asyncio.get_running_loop().time()
+    assert (await row(database, short))["status"] == "succeeded"
+    released = await row(database, long)
+    values = [released[name] for name in ("status", "attempts", "starts")]
+    assert values == ["queued", 0, 1]
+    assert await effects(database) == 1
+    assert asyncio.get_running_loop().time() - begin < 5
+
+
+def test_second_handler_of_a_type_is_rejected() -> None:
+    own = Handlers()
+    function: Any = None
+    own.add("a", Nothing)(function)
+    with pytest.raises(ValueError, match="two handlers for a"):
+        own.add("a", Nothing)
