@@ -119,6 +119,7 @@ def test_top_level_of_app_is_what_a_team_edits() -> None:
     assert names == edited | {
         "tasks.py",
         "process.py",
+        "jobs_main.py",
         "lifecycle.py",
         "setting_types.py",
         *FORK.get("modules", []),

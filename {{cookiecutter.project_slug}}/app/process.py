@@ -40,7 +40,6 @@ CONNECTION_SECONDS = 30.0
 RESPONSES_SECONDS = 2
 
 
-
 class Clients(Protocol):
     """The clients of a process. It is ready while all their checks succeed."""
 

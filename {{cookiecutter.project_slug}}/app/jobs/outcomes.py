@@ -1,4 +1,4 @@
-"""The outcome of a start: the job is done, is tried again, or has failed."""
+"""The outcome of a start: the job is done, is retried, or has failed."""
 
 import logging
 import random
@@ -21,7 +21,7 @@ OUTAGE_SECONDS = 5.0
 
 
 class Outcome(NamedTuple):
-    """What becomes of the job. `name` is the label of `jobs_handled_total`."""
+    """The future of the job. `name` is the label of `jobs_handled_total`."""
 
     name: str
     reason: str = ""

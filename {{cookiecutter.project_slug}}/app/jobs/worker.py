@@ -23,7 +23,7 @@ CLOSING_SECONDS = 5
 
 
 class Clients(NamedTuple):
-    """What a worker needs to be ready: Postgres, and RabbitMQ if `AMQP_URL` is set."""
+    """The clients of a worker: Postgres, and RabbitMQ if `AMQP_URL` is set."""
 
     database: Database
     dispatcher: Dispatcher
