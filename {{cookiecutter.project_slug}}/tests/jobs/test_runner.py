@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from asyncpg import UniqueViolationError
 
-from app.jobs import table
+from app.jobs import starts, table
 from app.jobs.handlers import Handlers
+from app.jobs.runner import Runner
+from app.jobs.starts import Job
 from app.jobs.worker import Clients
 from app.settings import Settings
 from app.storage.postgres import Database
-from tests.jobs.conftest import effects, ended, enqueue, row, until, working
+from tests.jobs.conftest import all_ended, effects, ended, enqueue, row, until, working
 from tests.jobs.work import ATTEMPTS, TIMEOUT_SECONDS, Nothing, Seconds
 
 
@@ -150,3 +152,38 @@ def test_second_handler_of_a_type_is_rejected() -> None:
     own.add("a", Nothing)(function)
     with pytest.raises(ValueError, match="two handlers for a"):
         own.add("a", Nothing)
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+async def test_suspects_run_alone(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch, has_gate: bool
+) -> None:
+    """The control, which claims suspects as it does others, runs them together."""
+    overlaps: list[int] = []
+    run = Runner._run
+
+    async def count(self: Runner, job: Job) -> None:
+        if job.starts > 1:
+            overlaps.append(len(self.under_way))
+        await run(self, job)
+
+    monkeypatch.setattr(Runner, "_run", count)
+    if not has_gate:
+        either = "(status = 'queued' or lease_until < now())"
+        claim = starts._CLAIM_DUE.replace("status = 'queued'", either)
+        monkeypatch.setattr(starts, "_CLAIM_DUE", claim)
+        monkeypatch.setattr(starts, "_FIND_EXPIRED", "select null::uuid")
+    for _ in range(20):
+        await enqueue(database, "wait", Seconds(seconds=0.1))
+    # As a worker that died has left them.
+    await database.pool.execute("""
+        update jobs set status = 'running', starts = 1, attempts = 1, started_at = now(),
+            lease_until = now() where job_id in (select job_id from jobs limit 4)
+    """)
+    async with working(settings):
+        await all_ended(database)
+    assert await effects(database) == 20
+    if has_gate:
+        assert overlaps == [0] * 4
+    else:
+        assert max(overlaps) > 0
