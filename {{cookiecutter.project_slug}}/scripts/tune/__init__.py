@@ -1,0 +1,1 @@
+"""`make tune`: how many processes, and how many jobs at once, suit this machine and these jobs."""
