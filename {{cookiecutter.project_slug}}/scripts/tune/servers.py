@@ -131,8 +131,13 @@ class Process:
 class Servers(NamedTuple):
     """Servers of this run alone, with the migrations applied."""
 
-    database_url: str
+    postgres: Postgres
     variables: dict[str, str]
+
+    @property
+    def database_url(self) -> str:
+        """The URL of the database."""
+        return self.postgres.url
 
     def api(self, port: int) -> Process:
         """Return the API, with one worker process."""
@@ -169,7 +174,7 @@ def servers() -> Iterator[Servers]:
             with dev_services.redis() as redis:
                 variables = _variables(postgres.url, redis.url)
                 _migrate(variables)
-                yield Servers(postgres.url, variables)
+                yield Servers(postgres, variables)
         finally:
             postgres.stop()
 

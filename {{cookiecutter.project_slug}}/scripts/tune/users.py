@@ -14,10 +14,11 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Request(NamedTuple):
-    """A POST request. A body is JSON."""
+    """A request. A body is JSON."""
 
     path: str
     body: bytes = b""
+    method: str = "POST"
 
 
 class Response(NamedTuple):
@@ -69,11 +70,11 @@ class Users:
             connection = self.idle.pop() if self.idle else await self._connect()
             status, headers, body = await self._exchange(connection, request)
         except (OSError, EOFError) as error:
-            msg = f"POST {request.path}: no response: {error!r}"
+            msg = f"{request.method} {request.path}: no response: {error!r}"
             raise RequestError(msg) from error
         if not 200 <= status < 300:
             detail = body[:200].decode(errors="replace")
-            msg = f"POST {request.path}: {status} {detail}"
+            msg = f"{request.method} {request.path}: {status} {detail}"
             raise RequestError(msg)
         seconds = time.perf_counter() - start
         return Response(status, headers.get("location", ""), body, seconds)
@@ -83,7 +84,7 @@ class Users:
     ) -> tuple[int, dict[str, str], bytes]:
         reader, writer = connection
         headers = [
-            f"POST {request.path} HTTP/1.1",
+            f"{request.method} {request.path} HTTP/1.1",
             "Host: localhost",
             f"Content-Length: {len(request.body)}",
         ]
