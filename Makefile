@@ -30,10 +30,10 @@ PYTEST = $(RUN) pytest -o cache_dir="$(VENV)/cache/pytest"
 
 WITHOUT := and not engine
 
-.PHONY: help setup demo lint fast test test-all audit attack bench tuning release lock upgrade
+.PHONY: help setup demo lint fast test test-all audit attack bench tuning job-figures release lock upgrade
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "%-10s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## create the environment of the template's tools
 
@@ -81,6 +81,9 @@ bench: setup ## benchmark against bare FastAPI and the most used template; QUICK
 
 tuning: setup ## measure the figures of the service's docs/tuning.md on this machine; two minutes
 	@$(RUN) benchmarks.tuning
+
+job-figures: setup ## measure the figures of the service's docs/jobs.md on this machine; ten minutes
+	@PART='$(PART)' $(RUN) benchmarks.jobs
 
 release: setup ## tag the release V=1.2.0, with the unreleased lines of the changelog; pushes nothing
 	@$(RUN) scripts.release '$(V)'

@@ -157,13 +157,21 @@ def versions(python: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def open_testbed(directory: Path) -> Iterator[Testbed]:
+def open_testbed(directory: Path, *answers: str) -> Iterator[Testbed]:
     """Generate and install the service, start Postgres with its tables, and Redis.
+
+    `answers` are those that differ from the defaults, such as `include_jobs=true`.
 
     Takes a few seconds with a warm uv cache. Postgres and Redis stop with the block.
     """
     generate = [sys.executable, "-m", "cookiecutter", str(demo.ROOT), "--no-input"]
-    generate += ["--default-config", "--output-dir", str(directory), "project_slug=my-service"]
+    generate += [
+        "--default-config",
+        "--output-dir",
+        str(directory),
+        "project_slug=my-service",
+        *answers,
+    ]
     subprocess.run(generate, check=True, stdout=subprocess.DEVNULL)
     project = directory / "my-service"
     demo.set_up(project, PYTHON=python())

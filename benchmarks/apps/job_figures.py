@@ -9,6 +9,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import job_work
+from app.sizing.resources import detect_resources
 from job_testbed import (
     INSERT,
     Figures,
@@ -24,8 +25,6 @@ from scripts.dev_services import free_port
 from scripts.tune.servers import Process
 from scripts.tune.users import Request, Users
 
-from app.sizing.resources import detect_resources
-
 #: Rounds, in which the contenders take turns. The table has the median of each figure.
 ROUNDS = 3
 CPUS = max(1, round(detect_resources().cpus))
@@ -36,6 +35,7 @@ PROBE_SECONDS = 12
 
 
 def say(text: str) -> None:
+    """Print a line at once."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
@@ -73,6 +73,7 @@ async def take_turns(
 
 
 def middle(figures: Sequence[Figures]) -> Figures:
+    """Return the median of each figure."""
     return Figures(*(median(values) for values in zip(*figures, strict=True)))
 
 
@@ -102,7 +103,7 @@ async def concurrency(testbed: Testbed) -> None:
         "pika, 10 threads, threadsafe": (lambda: [Seed(testbed, "threadsafe")], 300),
         f"{2 * CPUS} workers, 10 at once, in the loop": (ours(2 * CPUS, 10, "loop"), 300),
         f"1 worker, 8 at once, {CPUS} processes": (ours(1, 8, "process"), 300),
-        f"the same, Postgres hands out": (ours(1, 8, "process", by_rabbitmq=False), 300),
+        "the same, Postgres hands out": (ours(1, 8, "process", by_rabbitmq=False), 300),
     }
     found = await take_turns(testbed, contenders)
     say("\n| | jobs/s | start to end p50 / p95 | CPU per job | memory |\n|---|---|---|---|---|")
@@ -213,6 +214,7 @@ PARTS: dict[str, Callable[[Testbed], Coroutine[Any, Any, None]]] = {
 
 
 async def run(parts: Sequence[str], servers: Any) -> None:
+    """Measure the parts, one after another."""
     async with open_testbed(*servers) as testbed:
         for part in parts:
             await PARTS[part](testbed)

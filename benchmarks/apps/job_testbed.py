@@ -93,13 +93,15 @@ async def open_testbed(
 
 
 class Seed:
-    """The usual consumer, in the environment that has pika."""
+    """The usual consumer, in the environment that has pika, during the block."""
 
     def __init__(self, testbed: Testbed, mode: str) -> None:
+        """`mode` is one of those of `seed_consumer.py`."""
         self.testbed = testbed
         self.mode = mode
 
     async def __aenter__(self) -> "Seed":
+        """Start it, and wait until it consumes."""
         await reset_queue(self.testbed.broker.url)
         command = [os.environ["SEED_PYTHON"], str(APPS / "seed_consumer.py"), self.mode]
         self.process = subprocess.Popen(
@@ -115,26 +117,25 @@ class Seed:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        """Kill it: it cannot end otherwise."""
         self.process.kill()
         self.process.wait()
         assert self.process.stdout
         self.process.stdout.close()
 
     def cpu_seconds(self) -> float:
+        """Return its CPU time so far."""
         return cpu_seconds(self.process.pid) if self.process.poll() is None else 0.0
 
     def memory_mb(self) -> float:
+        """Return its memory."""
         if self.process.poll() is not None:
             return 0.0
         return float(psutil.Process(self.process.pid).memory_full_info().pss) / 1e6
 
-    def last_line(self) -> str:
-        """Return why it has died."""
-        assert self.process.stdout
-        return self.process.stdout.read().decode().strip()
-
 
 async def reset_queue(url: str) -> None:
+    """Create the queue of the usual consumer, and empty it."""
     connection = await aio_pika.connect(url)
     async with connection:
         channel = await connection.channel()

@@ -2,8 +2,8 @@
 
 `python seed_consumer.py MODE`, where MODE is one of
 
-- `callback`: works in the callback, then acknowledges. One message at a time, whatever the prefetch.
-- `threads`: ten threads, which acknowledge over the channel. pika's channels are not thread-safe.
+- `callback`: works in the callback, then acknowledges: one message at a time;
+- `threads`: ten threads, which acknowledge over the channel, although it is not thread-safe;
 - `threadsafe`: ten threads, which acknowledge by `add_callback_threadsafe`.
 
 It has the work of job_handler.py, and needs pika and psycopg.
@@ -41,33 +41,40 @@ def work(job_id: str) -> None:
         local.database.execute(END, (job_id,))
 
 
+class Consumer:
+    """The callback of a channel, in one of the modes."""
+
+    def __init__(self, connection: pika.BlockingConnection, channel: Any, mode: str) -> None:
+        """`mode` is one of the three above."""
+        self.connection = connection
+        self.channel = channel
+        self.mode = mode
+        self.threads = ThreadPoolExecutor(PREFETCH)
+
+    def receive(self, _: Any, method: Any, __: Any, body: bytes) -> None:
+        """Work here, or in a thread."""
+        if self.mode == "callback":
+            work(body.decode())
+            self.channel.basic_ack(method.delivery_tag)
+        else:
+            self.threads.submit(self.work_in_thread, method.delivery_tag, body.decode())
+
+    def work_in_thread(self, tag: int, job_id: str) -> None:
+        """Work, and acknowledge."""
+        work(job_id)
+        if self.mode == "threads":
+            self.channel.basic_ack(tag)
+        else:
+            self.connection.add_callback_threadsafe(lambda: self.channel.basic_ack(tag))
+
+
 def main() -> None:
     """Consume until the process is killed, or until it fails."""
-    mode = sys.argv[1]
     connection = pika.BlockingConnection(pika.URLParameters(os.environ["AMQP_URL"]))
     channel = connection.channel()
     channel.queue_declare("seed", durable=True)
     channel.basic_qos(prefetch_count=PREFETCH)
-    threads = ThreadPoolExecutor(PREFETCH)
-
-    def acknowledge(tag: int) -> None:
-        channel.basic_ack(tag)
-
-    def work_in_thread(tag: int, job_id: str) -> None:
-        work(job_id)
-        if mode == "threads":
-            acknowledge(tag)
-        else:
-            connection.add_callback_threadsafe(lambda: acknowledge(tag))
-
-    def receive(_: Any, method: Any, __: Any, body: bytes) -> None:
-        if mode == "callback":
-            work(body.decode())
-            acknowledge(method.delivery_tag)
-        else:
-            threads.submit(work_in_thread, method.delivery_tag, body.decode())
-
-    channel.basic_consume("seed", receive)
+    channel.basic_consume("seed", Consumer(connection, channel, sys.argv[1]).receive)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     try:
