@@ -14,6 +14,12 @@ INSERT = """
 """
 
 
+@pytest.fixture
+def dispatcher() -> dict[str, str]:
+    """Not parametrized: nothing is handed out here."""
+    return {}
+
+
 async def insert(
     database: Database,
     status: str,

@@ -34,6 +34,12 @@ MINUTELY = "* * * * *"
 MAKE_DUE = "update schedules set next_at = now() - make_interval(secs => $1)"
 
 
+@pytest.fixture
+def dispatcher() -> dict[str, str]:
+    """Not parametrized: nothing is handed out here."""
+    return {}
+
+
 def berlin(expression: str, missed: Missed = "once") -> Schedule:
     return Schedule("report", expression, "Europe/Berlin", missed)
 
