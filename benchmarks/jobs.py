@@ -1,6 +1,6 @@
 """Measure the figures of the service's docs/jobs.md: `make job-figures`. Takes ten minutes.
 
-`PART=concurrency` measures only that part; the others are `dispatchers` and `beside`. It needs
+`PART=concurrency` measures only that part; the others are `dispatchers` and `latency`. It needs
 rabbitmq-server. The consumer with pika, to which the worker is compared, has an environment of its
 own: the service does not depend on pika.
 """
@@ -17,7 +17,7 @@ from benchmarks.servers import environment
 from benchmarks.testbed import Testbed, open_testbed
 from scripts import demo
 
-#: What the usual consumer needs.
+#: The packages of the usual consumer.
 PACKAGES = ("pika>=1.4,<2", "psycopg[binary]>=3.2,<4")
 NO_RABBITMQ = (
     "rabbitmq-server is missing; install it: apt-get install rabbitmq-server, or brew install"

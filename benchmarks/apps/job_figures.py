@@ -171,8 +171,8 @@ async def _idle(testbed: Testbed, workers: Sequence[Process]) -> tuple[float, fl
     return worker / seconds / len(workers) * 100, postgres / seconds * 100
 
 
-async def beside(testbed: Testbed) -> None:
-    """Print p99 of `GET /` alone, and beside 20 computing jobs a second."""
+async def latency(testbed: Testbed) -> None:
+    """Print p99 of `GET /` alone, and alongside 20 computing jobs a second."""
     testbed.running.variables.update({"WAIT_SECONDS": "0.05", "PLACE": "process"})
     testbed.running.variables.update({"STEPS": str(steps_for(COMPUTE_SECONDS))})
     port = free_port()
@@ -185,7 +185,7 @@ async def beside(testbed: Testbed) -> None:
                 figures.append(await _probe(port))
                 if load:
                     await load
-    say("\n| beside | p50 of `GET /` | p99 of `GET /` |\n|---|---|---|")
+    say("\n| alongside | p50 of `GET /` | p99 of `GET /` |\n|---|---|---|")
     for name, figures in found.items():
         p50, p99 = (median(values) for values in zip(*figures, strict=True))
         say(f"| {name} | {p50:.2f} ms | {p99:.2f} ms |")
@@ -209,7 +209,7 @@ async def _probe(port: int, number: int = 400) -> tuple[float, float]:
 PARTS: dict[str, Callable[[Testbed], Coroutine[Any, Any, None]]] = {
     "concurrency": concurrency,
     "dispatchers": dispatchers,
-    "beside": beside,
+    "latency": latency,
 }
 
 

@@ -154,7 +154,7 @@ async def publish(url: str, job_ids: Sequence[Any]) -> None:
 
 
 class Figures(NamedTuple):
-    """What a contender did."""
+    """The figures of a contender."""
 
     jobs_per_second: float
     run_p50_ms: float

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 
 from scripts.tune.users import Request, Response
 
-LINE = "Thanks for the quick answer, it works, although the first one was late and wrong. "
-#: As long as a conversation gets: its score is 20 ms of CPU.
+LINE = "Thanks for the quick reply, it works, although the first one was late and wrong. "
+#: A long conversation, whose score takes some milliseconds of CPU.
 LINES = [LINE * 20] * 100
 
 Send = Callable[[Request], Awaitable[Response]]

@@ -1,4 +1,4 @@
-"""What `make tune` runs: the API, a worker, and temporary servers that nothing else uses."""
+"""The processes of `make tune`: the API, a worker, and temporary servers of its own."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ MEGABYTE = 1e6
 
 
 class TuneError(Exception):
-    """The measurement is not possible. The message is one line that says why."""
+    """The measurement is not possible. The message is one line with the reason."""
 
 
 class Process:
