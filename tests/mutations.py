@@ -21,6 +21,7 @@ POD = "spec.template.spec"
 CONTAINER = f"{POD}.containers.0"
 NAME_LABEL = "app.kubernetes.io/name"
 COMPONENT_LABEL = "app.kubernetes.io/component"
+BEHAVIOR = "spec.advanced.horizontalPodAutoscalerConfig.behavior"
 
 
 class Mutation(NamedTuple):
@@ -46,14 +47,25 @@ def find(fields: Fields, kind: str) -> dict[str, Any]:
     raise AssertionError(msg)
 
 
-def put(kind: str, path: str, value: object) -> Change:
-    """Set a field such as `spec.ports.0.name` in the first document of a kind.
+def find_of(fields: Fields, kind: str, component: str) -> dict[str, Any]:
+    """Return the document of a kind that has this component label."""
+    for document in fields["documents"]:
+        labels = document["metadata"].get("labels", {})
+        if document["kind"] == kind and labels.get(COMPONENT_LABEL) == component:
+            found: dict[str, Any] = document
+            return found
+    msg = f"no document of kind {kind} of {component}"
+    raise AssertionError(msg)
+
+
+def put(kind: str, path: str, value: object, component: str = "") -> Change:
+    """Set a field such as `spec.ports.0.name` in the first document of a kind, or of a component.
 
     None removes the field, and `-` as the last key appends to a list.
     """
 
     def change(fields: Fields) -> None:
-        place: Any = find(fields, kind)
+        place: Any = find_of(fields, kind, component) if component else find(fields, kind)
         *keys, last = path.split(".")
         for key in keys:
             place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
@@ -126,6 +138,29 @@ def add_secret(**values: str) -> Change:
     return change
 
 
+def close_port(number: int) -> Change:
+    """Remove a port from all network policies."""
+
+    def change(fields: Fields) -> None:
+        for document in fields["documents"]:
+            if document["kind"] == "NetworkPolicy":
+                for entry in document["spec"].get("egress", []):
+                    entry["ports"] = [each for each in entry["ports"] if each["port"] != number]
+
+    return change
+
+
+def share_secret_with_keda() -> Change:
+    """Let KEDA use the Secret that the pods mount."""
+
+    def change(fields: Fields) -> None:
+        login = find(fields, "TriggerAuthentication")
+        for target in login["spec"]["secretTargetRef"]:
+            target["name"] = target["name"].replace("-keda", "-secrets")
+
+    return change
+
+
 def remove(kind: str) -> Change:
     """Remove the documents of a kind."""
 
@@ -157,6 +192,20 @@ def api(path: str, value: object) -> Change:
 def migrate(path: str, value: object) -> Change:
     """Set a field of the migration's container."""
     return job(f"{CONTAINER}.{path}", value)
+
+
+def consumer(path: str, value: object) -> Change:
+    """Set a field of the consumer's container."""
+    return put("Deployment", f"{CONTAINER}.{path}", value, "consumer")
+
+
+jobs = partial(put, "Deployment", component="jobs")
+keda = partial(put, "ScaledObject", component="jobs")
+
+
+def jobs_container(path: str, value: object) -> Change:
+    """Set a field of the container of the workers that do the jobs."""
+    return jobs(f"{CONTAINER}.{path}", value)
 
 
 MUTATIONS = [
@@ -1064,6 +1113,216 @@ MUTATIONS = [
         "build context with everything",
         "the line * is missing",
         text("dockerignore", "*\n!alembic", "!alembic"),
+    ),
+]
+MUTATIONS += [
+    # workers
+    mutation(
+        "consumer started by a shell",
+        "Deployment consumer: spec.template.spec.containers.0.command",
+        consumer("command", ["sh", "-c", "python -m app.payments.consumer"]),
+    ),
+    mutation(
+        "worker starts a module that does not exist",
+        "Deployment jobs: spec.template.spec.containers.0.command",
+        jobs_container("command", ["python", "-m", "app.job_main"]),
+    ),
+    mutation(
+        "worker with additional arguments", "containers.0.args", jobs_container("args", ["--fast"])
+    ),
+    mutation(
+        "consumer without a liveness probe",
+        "livenessProbe.httpGet.path is missing",
+        consumer("livenessProbe", None),
+    ),
+    mutation(
+        "liveness probe of a worker checks the dependencies",
+        "livenessProbe.httpGet.path",
+        jobs_container("livenessProbe.httpGet.path", "/health/ready"),
+    ),
+    mutation(
+        "probe of a worker on the port of the API",
+        "startupProbe.httpGet.port",
+        jobs_container("startupProbe.httpGet.port", "http"),
+    ),
+    mutation(
+        "readiness probe of a worker times out before its checks",
+        "readinessProbe.timeoutSeconds is 1",
+        jobs_container("readinessProbe.timeoutSeconds", 1),
+    ),
+    mutation(
+        "startup probe of a worker with a short window",
+        "startupProbe fails after 4 s",
+        jobs_container("startupProbe.failureThreshold", 2),
+    ),
+    mutation(
+        "metrics of a worker on another port",
+        "set it to metrics, on the port of METRICS_BIND",
+        jobs_container("ports.0.containerPort", 9000),
+    ),
+    mutation(
+        "worker is killed while it finishes its jobs",
+        "Deployment jobs: spec.template.spec.terminationGracePeriodSeconds is 55",
+        jobs(f"{POD}.terminationGracePeriodSeconds", 55),
+    ),
+    mutation(
+        "grace period of the consumer missing",
+        "Deployment consumer: spec.template.spec.terminationGracePeriodSeconds is 0",
+        put("Deployment", f"{POD}.terminationGracePeriodSeconds", None, "consumer"),
+    ),
+    mutation(
+        "consumer without pods",
+        "Deployment consumer: spec.replicas is 0",
+        put("Deployment", "spec.replicas", 0, "consumer"),
+    ),
+    mutation(
+        "Deployment and KEDA both set replicas",
+        "the number that the ScaledObject has set",
+        jobs("spec.replicas", 2),
+    ),
+    mutation(
+        "KEDA stops all workers",
+        "ScaledObject: spec.minReplicaCount is 0",
+        keda("spec.minReplicaCount", 0),
+    ),
+    mutation(
+        "KEDA scales another Deployment",
+        "Deployment jobs: spec.replicas is missing",
+        keda("spec.scaleTargetRef.name", "other"),
+    ),
+    mutation(
+        "Service of a worker selects the API",
+        "Service jobs: spec.selector",
+        put("Service", "spec.selector", {COMPONENT_LABEL: "api"}, "jobs"),
+    ),
+    mutation(
+        "workers spread away from the consumer",
+        "Deployment jobs: spec.template.spec.topologySpreadConstraints",
+        jobs(
+            f"{POD}.topologySpreadConstraints.0.labelSelector.matchLabels",
+            {COMPONENT_LABEL: "consumer"},
+        ),
+    ),
+    mutation(
+        "metrics of a worker without a Service",
+        "Deployment jobs: the ports of its Services are ['http']",
+        put("Service", "spec.ports.0.targetPort", "http", "jobs"),
+    ),
+    # jobs
+    mutation(
+        "fraction of a CPU for the processes of the jobs",
+        "resources.limits.cpu is 1.5",
+        jobs_container("resources.limits.cpu", "1500m"),
+    ),
+    mutation("more processes than CPUs", "JOB_PROCESSES is 4", setting("JOB_PROCESSES", "4")),
+    mutation(
+        "memory limit too low for the processes",
+        "1.2 x (70 + 15 x 2 processes)",
+        jobs_container("resources.limits.memory", "128Mi"),
+        jobs_container("resources.requests.memory", "128Mi"),
+    ),
+    mutation(
+        "memory limit too low for many processes",
+        "1.2 x (70 + 15 x 32 processes)",
+        jobs_container("resources.limits.cpu", "32"),
+    ),
+    mutation(
+        "connections of the workers exceed those of Postgres",
+        "13 jobs pods x DATABASE_MAX_CONNECTIONS=8",
+        jobs_container("env.0.value", "8"),
+    ),
+    mutation(
+        "rollout of the workers overlaps with their shutdown",
+        "20 jobs pods",
+        jobs("spec.minReadySeconds", 5),
+    ),
+    mutation(
+        "rollout of the workers starts many at once",
+        "20 jobs pods",
+        jobs("spec.strategy.rollingUpdate.maxSurge", 5),
+    ),
+    mutation(
+        "KEDA starts more workers than Postgres has connections for",
+        "25 jobs pods",
+        keda("spec.maxReplicaCount", 20),
+    ),
+    mutation(
+        "connections of KEDA not counted",
+        "2 (KEDA) = 242 connections exceed POSTGRES_MAX_CONNECTIONS=241",
+        setting("POSTGRES_MAX_CONNECTIONS", "241"),
+    ),
+    mutation(
+        "API with the login to RabbitMQ",
+        "Deployment: spec.template.spec.volumes has amqp_url",
+        pod(
+            "volumes.2.projected.sources.0.secret.items.-", {"key": "amqp_url", "path": "amqp_url"}
+        ),
+    ),
+    mutation("port of RabbitMQ closed", "TCP port 5671 of AMQP_URL", close_port(5671)),
+    mutation(
+        "login to RabbitMQ in the ConfigMap",
+        "the variable AMQP_URL is a secret",
+        setting("AMQP_URL", "amqps://rabbitmq.example/orders"),
+    ),
+    mutation(
+        "KEDA removes workers at once",
+        "scaleDown.stabilizationWindowSeconds is 0",
+        keda(f"{BEHAVIOR}.scaleDown.stabilizationWindowSeconds", 0),
+    ),
+    mutation(
+        "KEDA removes many workers at a time",
+        "scaleDown.policies",
+        keda(f"{BEHAVIOR}.scaleDown.policies.0.value", 5),
+    ),
+    mutation(
+        "KEDA never adds workers",
+        "ScaledObject: spec.advanced.horizontalPodAutoscalerConfig.behavior.scaleUp",
+        keda(f"{BEHAVIOR}.scaleUp.selectPolicy", "Disabled"),
+    ),
+    mutation(
+        "KEDA polls every ten minutes",
+        "spec.pollingInterval is 600",
+        keda("spec.pollingInterval", 600),
+    ),
+    mutation(
+        "KEDA changes the number of workers without Postgres",
+        "ScaledObject: spec.fallback",
+        keda("spec.fallback", {"failureThreshold": 3, "replicas": 1}),
+    ),
+    mutation(
+        "KEDA counts messages of RabbitMQ",
+        "ScaledObject: spec.triggers.0.type is 'rabbitmq'",
+        keda("spec.triggers.0.type", "rabbitmq"),
+    ),
+    mutation(
+        "target of KEDA is not one worker",
+        "targetQueryValue",
+        keda("spec.triggers.0.metadata.targetQueryValue", "10"),
+    ),
+    mutation(
+        "query of KEDA for another concurrency",
+        "divide the running jobs by JOB_CONCURRENCY=16",
+        setting("JOB_CONCURRENCY", "16"),
+    ),
+    mutation(
+        "query of KEDA counts too few jobs",
+        "make its limit maxReplicaCount=12",
+        keda("spec.maxReplicaCount", 12),
+    ),
+    mutation(
+        "KEDA without a login",
+        "authenticationRef is 'other'",
+        keda("spec.triggers.0.authenticationRef.name", "other"),
+    ),
+    mutation(
+        "KEDA with a whole URL",
+        "with ['connection', 'dbName'",
+        put("TriggerAuthentication", "spec.secretTargetRef.0.parameter", "connection"),
+    ),
+    mutation(
+        "KEDA with the login of the pods",
+        "TriggerAuthentication: spec.secretTargetRef has the Secret of the pods",
+        share_secret_with_keda(),
     ),
 ]
 NO_MUTATION = mutation("no mutation", "")

@@ -313,9 +313,12 @@ class Deployed:
     @functools.cached_property
     def settings(self) -> Settings:
         """The settings of the API. Raises `UnreadableError` if they are invalid."""
-        return validate_settings(
-            "ConfigMap", self._variables | self.secrets(self.one("Deployment"))
-        )
+        return self.settings_of(self.one("Deployment"))
+
+    def settings_of(self, document: Document) -> Settings:
+        """Return the settings of a pod. Raises `UnreadableError` if they are invalid."""
+        variables = self.image_environment | self.environment(document)
+        return validate_settings("ConfigMap", variables | self.secrets(document))
 
     @property
     def _variables(self) -> dict[str, str]:
@@ -332,6 +335,14 @@ class Deployed:
             if is_setting(name) and name != "SECRETS_DIR":
                 settings.add((name, value))
         return run_gunicorn_conf(self.gunicorn_conf, frozenset(settings))
+
+
+def scaler_of(d: Deployed, deployment: Document) -> Document | None:
+    """Return the autoscaler of KEDA that sets the replicas of a Deployment, or None."""
+    for scaler in d.all("ScaledObject"):
+        if at(scaler, "spec.scaleTargetRef.name") == deployment["metadata"]["name"]:
+            return scaler
+    return None
 
 
 def secret_data(secret: Document) -> dict[str, str]:

@@ -5,15 +5,18 @@ from tests.deploy.rules import (
     capacity,
     compose,
     image,
+    jobs,  # jobs
     network,
     pods,
     probes,
     rollouts,
     secrets,
     shutdown,
+    workers,
 )
 
 __all__ = ["MODULES", "RULES"]
 
-MODULES = (probes, shutdown, capacity, rollouts, pods, secrets, network, image, compose)
+MODULES = [probes, shutdown, capacity, rollouts, pods, workers, secrets, network, image, compose]
+MODULES += [jobs]  # jobs
 RULES = REGISTERED

@@ -1,7 +1,7 @@
 """Rules for capacity: CPU, memory, connections to Postgres, and the autoscaler."""
 
 from app.sizing.checks import check_settings
-from app.sizing.plan import BASE_MEMORY_MB, plan_workers
+from app.sizing.plan import BASE_MEMORY_MB, MIN_CONNECTIONS, plan_workers, pod_connections
 from tests.deploy.checking import (
     CONTAINER,
     MEGABYTE,
@@ -13,11 +13,15 @@ from tests.deploy.checking import (
     quantity_at,
     rule,
 )
-from tests.deploy.deployed import POD, Deployed, Document, UnreadableError, at, component
+from tests.deploy.deployed import POD, Deployed, Document, UnreadableError, at, component, scaler_of
 
 #: Connections that do not depend on the number of pods.
 MIGRATION_CONNECTIONS = 1
 RESERVED_CONNECTIONS = 3  # superuser_reserved_connections of Postgres
+#: Those of a query of KEDA: its polls, and the requests of the autoscaler that it has created.
+KEDA_CONNECTIONS = 2
+#: The default of KEDA for `maxReplicaCount`.
+KEDA_MAX_REPLICAS = 100
 #: Bounds for the autoscaler's target, as a share of the CPU limit. Above, new pods are ready too
 #: late; below, the pods idle.
 MAX_CPU_TARGET = 0.8
@@ -48,31 +52,62 @@ def api_has_at_least_one_cpu(d: Deployed) -> Problems:
 
 @rule
 def postgres_accepts_the_connections_of_a_rollout(d: Deployed) -> Problems:
-    """During a rollout the pods of two releases run, and the surge."""
-    per_pod = plan_workers(d.settings, api_resources(d)).connections_per_pod
+    """During a rollout the pods of two releases run, and the surge of the API."""
     allowed = d.settings.postgres_max_connections
-    replicas = at(d.one("HorizontalPodAutoscaler"), "spec.maxReplicas") or 0
-    max_surge = at(d.one("Deployment"), "spec.strategy.rollingUpdate.maxSurge")
-    surge = pod_count(max_surge, replicas)
-    pods = 2 * (replicas + _other_pods(d)) + surge
-    total = pods * per_pod + MIGRATION_CONNECTIONS + RESERVED_CONNECTIONS
+    replicas = max_pods(d, d.one("Deployment"))
+    total = MIGRATION_CONNECTIONS + RESERVED_CONNECTIONS
+    terms = [f"{MIGRATION_CONNECTIONS} (migration)", f"{RESERVED_CONNECTIONS} (reserved)"]
+    for document in d.all("Deployment"):
+        pods = pods_of_a_rollout(document, max_pods(d, document))
+        if component(document) == "api":
+            pods += pod_count(at(document, "spec.strategy.rollingUpdate.maxSurge"), replicas)
+        per_pod = _connections(d, document)
+        total += pods * per_pod
+        terms.append(f"{pods} {component(document)} pods x DATABASE_MAX_CONNECTIONS={per_pod}")
+    if d.all("ScaledObject"):
+        total += KEDA_CONNECTIONS
+        terms.append(f"{KEDA_CONNECTIONS} (KEDA)")
     if total > allowed:
         yield (
-            f"HorizontalPodAutoscaler: maxReplicas is {replicas}; with maxSurge {surge} a rollout "
-            f"has up to {pods} pods: {pods} x DATABASE_MAX_CONNECTIONS={per_pod} + "
-            f"{MIGRATION_CONNECTIONS} (migration) + {RESERVED_CONNECTIONS} (reserved by Postgres) "
-            f"= {total} connections exceed POSTGRES_MAX_CONNECTIONS={allowed}: lower maxReplicas "
-            "or DATABASE_MAX_CONNECTIONS, or add the component egress-pgbouncer"
+            f"HorizontalPodAutoscaler: maxReplicas is {replicas}; during a rollout, with maxSurge, "
+            f"{' + '.join(terms)} = {total} connections exceed POSTGRES_MAX_CONNECTIONS={allowed}: "
+            "lower maxReplicas or DATABASE_MAX_CONNECTIONS, raise max_connections of the server, "
+            "or add the component egress-pgbouncer"
         )
 
 
-def _other_pods(d: Deployed) -> int:
-    """Return the pods of all Deployments but the API's."""
-    total = 0
-    for document in d.all("Deployment"):
-        if component(document) != "api":
-            total += at(document, "spec.replicas") or 1
-    return total
+def max_pods(d: Deployed, document: Document) -> int:
+    """Return the replicas of a Deployment, or the maximum of its autoscaler."""
+    scaler = scaler_of(d, document)
+    if component(document) == "api":
+        return at(d.one("HorizontalPodAutoscaler"), "spec.maxReplicas") or 0
+    if scaler:
+        return at(scaler, "spec.maxReplicaCount") or KEDA_MAX_REPLICAS
+    return at(document, "spec.replicas") or 1
+
+
+def pods_of_a_rollout(document: Document, replicas: int) -> int:
+    """Return the number of pods that can have connections at once during a rollout.
+
+    All of two releases, since the old ones end slowly. Fewer if a new pod counts as available only
+    after the grace period: the pods that were stopped before it are gone by then.
+    """
+    grace = at(document, f"{POD}.terminationGracePeriodSeconds") or 0
+    if (at(document, "spec.minReadySeconds") or 0) < grace:
+        return 2 * replicas
+    rolling = at(document, "spec.strategy.rollingUpdate") or {}
+    surge = pod_count(rolling.get("maxSurge"), replicas)
+    unavailable = pod_count(rolling.get("maxUnavailable"), replicas)
+    stopping = surge + max(1, unavailable)
+    return min(2 * replicas, replicas + surge + stopping)
+
+
+def _connections(d: Deployed, document: Document) -> int:
+    """Return the connections of a pod: a worker is one process, the API has several."""
+    settings = d.settings_of(document)
+    if component(document) == "api":
+        return plan_workers(settings, api_resources(d)).connections_per_pod
+    return max(MIN_CONNECTIONS, pod_connections(settings, workers=1))
 
 
 @rule
@@ -195,7 +230,7 @@ def processes_and_files_fit_into_the_memory_limit(d: Deployed) -> Problems:
     for document in d.pods:
         if component(document) != "api":
             continue
-        files = sum(_memory_limit(document, each) or 0 for each in _mounts(d, document).values())
+        files = memory_of_files(d, document)
         if processes + files > resources.megabytes:
             yield (
                 f"{document['kind']}: {POD}.volumes: {files:g} MB of files in memory and "
@@ -218,6 +253,11 @@ def bodies_fit_into_the_temporary_directory(d: Deployed) -> Problems:
             f"MAX_BUFFERED_BYTES={d.settings.max_buffered_bytes} need {bodies:g} MB: raise its "
             "sizeLimit and resources.limits.memory, or lower MAX_BUFFERED_BYTES"
         )
+
+
+def memory_of_files(d: Deployed, document: Document) -> float:
+    """Return the megabytes that files in memory may use in a pod."""
+    return sum(_memory_limit(document, each) or 0 for each in _mounts(d, document).values())
 
 
 def _temporary_directories(document: Document) -> list[str]:

@@ -21,6 +21,9 @@ DEFAULT_PORTS = {"postgresql": 5432, "postgres": 5432, "redis": 6379, "rediss": 
 DEFAULT_PORTS |= {"http": 80, "https": 443, "amqp": 5672, "amqps": 5671}
 #: Addresses of the pod itself, such as of a sidecar, which need no egress.
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+#: The URL of a secret without a default, for its port.
+SECRET_URLS: dict[str, str] = {}
+SECRET_URLS["amqp_url"] = "amqps://rabbitmq"  # jobs
 #: Settings with URLs to which the service does not connect. Add yours here.
 NO_CONNECTIONS = {"CORS_ALLOW_ORIGINS"}
 MONITORING = {"kubernetes.io/metadata.name": "monitoring"}
@@ -228,7 +231,8 @@ def _default_url(name: str) -> str:
     """Return the default of a secret, whose port counts if the overlay does not hold the secret."""
     field = Settings.model_fields.get(name.lower())
     default = field.default if field else None
-    return default.get_secret_value() if isinstance(default, SecretStr) else ""
+    url = default.get_secret_value() if isinstance(default, SecretStr) else ""
+    return url or SECRET_URLS.get(name.lower(), "")
 
 
 def _addresses(text: str) -> Iterator[tuple[str, int]]:

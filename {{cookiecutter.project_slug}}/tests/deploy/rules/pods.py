@@ -20,6 +20,8 @@ API_VERSIONS = {
 OPTIONAL_API_VERSIONS = {
     "HTTPRoute": "gateway.networking.k8s.io/v1",
     "ServiceMonitor": "monitoring.coreos.com/v1",
+    "ScaledObject": "keda.sh/v1alpha1",
+    "TriggerAuthentication": "keda.sh/v1alpha1",
 }
 NO_API_ACCESS = "nothing here uses the Kubernetes API"
 RESTRICTED = "Pod Security `restricted` requires it"
