@@ -111,6 +111,17 @@ def text(field: str, before: str, after: str) -> Change:
     return change
 
 
+def rabbitmq(before: str, after: str) -> Change:
+    """Replace a text that occurs once in the override of compose.yaml for RabbitMQ."""
+
+    def change(fields: Fields) -> None:
+        overrides = {"text": fields["compose_overrides"]["compose.rabbitmq.yaml"]}
+        text("text", before, after)(overrides)
+        fields["compose_overrides"]["compose.rabbitmq.yaml"] = overrides["text"]
+
+    return change
+
+
 def add(document: dict[str, Any]) -> Change:
     """Add a document."""
 
@@ -1323,6 +1334,37 @@ MUTATIONS += [
         "KEDA with the login of the pods",
         "TriggerAuthentication: spec.secretTargetRef has the Secret of the pods",
         share_secret_with_keda(),
+    ),
+    mutation(
+        "stop grace period of the workers in compose missing",
+        "compose.yaml: jobs: stop_grace_period is 10s",
+        text(
+            "compose",
+            "cpus: 1 # one process for each CPU\n    pids_limit: 200\n    stop_grace_period: 60s",
+            "cpus: 1",
+        ),
+    ),
+    mutation(
+        "root file system of RabbitMQ writable in compose",
+        "compose.rabbitmq.yaml: rabbitmq: read_only is False",
+        rabbitmq("read_only: true", "read_only: false"),
+    ),
+    mutation(
+        "RabbitMQ in compose runs as root",
+        "compose.rabbitmq.yaml: rabbitmq: runs as root",
+        rabbitmq("user: rabbitmq", "user: root"),
+    ),
+    mutation(
+        "RabbitMQ in compose open to other machines",
+        "compose.rabbitmq.yaml: rabbitmq: ports has 5672:5672",
+        rabbitmq("networks: [backend]", 'networks: [backend]\n    ports: ["5672:5672"]'),
+    ),
+    mutation(
+        "login to RabbitMQ in the environment in compose",
+        "environment.AMQP_URL has a password",
+        rabbitmq(
+            "secrets: [amqp_url]", "environment: {AMQP_URL: 'amqp://app:secret@rabbitmq:5672/'}"
+        ),
     ),
 ]
 NO_MUTATION = mutation("no mutation", "")

@@ -30,7 +30,7 @@ DEV = {
     "CKV_K8S_43": "an image that was never pushed has no digest",
 }
 #: Custom resources: Kubernetes has no schema for them.
-FOREIGN = {"HTTPRoute", "ServiceMonitor"}
+FOREIGN = {"HTTPRoute", "ScaledObject", "ServiceMonitor", "TriggerAuthentication"}
 YAMLLINT_RULES: dict[str, Any] = {
     # One space, as in the Makefile and in files that GitHub's own tools write.
     "comments": {"min-spaces-from-content": 1},

@@ -95,6 +95,12 @@ class Runbook:
         components = "components: [../../components/consumer, ../../components/gateway-egress]\n"
         overlay.write_text(overlay.read_text() + components)
 
+    def add_jobs(self) -> None:
+        """List the components of the jobs, in place of those of the consumer."""
+        overlay = self.project / "deploy/k8s/overlays/prod/kustomization.yaml"
+        components = "components: [../../components/jobs, ../../components/jobs-keda]\n"
+        overlay.write_text(overlay.read_text() + components)
+
     def change_setting(self) -> None:
         """Change a setting in the base, so that the next rollout has something to do."""
         base = self.project / "deploy/k8s/base/kustomization.yaml"
@@ -146,9 +152,9 @@ def requests(spec: Document) -> tuple[float, int]:
     """Return the cores and the MiB that a pod requests."""
     (container,) = spec["template"]["spec"]["containers"]
     requested = container["resources"]["requests"]
-    return int(requested["cpu"].removesuffix("m")) / 1000, int(
-        requested["memory"].removesuffix("Mi")
-    )
+    cpu = requested["cpu"]
+    cores = int(cpu.removesuffix("m")) / 1000 if cpu.endswith("m") else float(cpu)
+    return cores, int(requested["memory"].removesuffix("Mi"))
 
 
 @pytest.fixture
@@ -349,6 +355,23 @@ def test_capacity_is_that_of_the_manifests(runbook: Runbook) -> None:
     assert f"{pods * cores:g} core and {pods * memory / 1024:g} GiB" in text
     cores, memory = requests(find(documents, "Job", "my-service-migrate")["spec"])
     assert f"The migration requests {cores:g} cores and {memory} MiB" in text
+
+
+def test_capacity_of_the_jobs_is_that_of_the_manifests(runbook: Runbook) -> None:
+    """`maxUnavailable` of a Deployment is rounded down, but is at least 1 if there is no surge."""
+    runbook.add_jobs()
+    rendered = render(runbook.project / "deploy/k8s/overlays/prod")
+    documents = list(yaml.safe_load_all(rendered))
+    jobs = find(documents, "Deployment", "my-service-jobs")["spec"]
+    maximum = find(documents, "ScaledObject", "my-service-jobs")["spec"]["maxReplicaCount"]
+    strategy = jobs["strategy"]["rollingUpdate"]
+    assert strategy == {"maxUnavailable": "25%", "maxSurge": 0}
+    cores, memory = requests(jobs)
+    text = " ".join(runbook.text.split())
+    assert f"three run during a rollout: {3 * cores:g} cores and {3 * memory / 1024:g} GiB" in text
+    pods = maximum + maximum // 4
+    assert f"up to {maximum}, and {pods} during a rollout" in text
+    assert f"{pods * cores:g} cores and {pods * memory / 1024:g} GiB" in text
 
 
 @pytest.mark.slow

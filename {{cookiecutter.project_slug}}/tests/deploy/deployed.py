@@ -200,6 +200,8 @@ class Deployed:
     #: deploy/compose/nginx.conf
     proxy: str
     compose: str
+    #: Files that are added to compose.yaml, by name.
+    compose_overrides: dict[str, str]
 
     def all(self, kind: str) -> list[Document]:
         """Return the documents of a kind."""
@@ -392,4 +394,7 @@ def read(overlay: str, directory: Path | None = None) -> Deployed:
         dockerignore=(PROJECT / ".dockerignore").read_text(),
         proxy=(PROJECT / "deploy/compose/nginx.conf").read_text(),
         compose=(PROJECT / "compose.yaml").read_text(),
+        compose_overrides={
+            path.name: path.read_text() for path in sorted(PROJECT.glob("compose.*.yaml"))
+        },
     )

@@ -22,9 +22,20 @@ HARDENING = {"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-pr
 
 
 def services(d: Deployed) -> dict[str, Document]:
-    """Return the services of compose.yaml, with the defaults of its variables."""
-    found: dict[str, Document] = yaml.safe_load(DEFAULT.sub(r"\1", d.compose))["services"]
+    """Return the services of compose.yaml and its overrides, with the defaults of variables."""
+    found: dict[str, Document] = {}
+    for text in (d.compose, *d.compose_overrides.values()):
+        for name, service in yaml.safe_load(DEFAULT.sub(r"\1", text))["services"].items():
+            found[name] = found.get(name, {}) | service
     return found
+
+
+def place(d: Deployed, name: str) -> str:
+    """Return the file of a service and its name, for a message."""
+    for file, text in d.compose_overrides.items():
+        if re.search(rf"^  {name}:$", text, re.MULTILINE) and f"\n  {name}:" not in d.compose:
+            return f"{file}: {name}"
+    return f"compose.yaml: {name}"
 
 
 def settings(d: Deployed) -> Settings:
@@ -41,8 +52,7 @@ def compose_variables_are_settings(d: Deployed) -> Problems:
         for variable in service.get("environment") or {}:
             if not has_reader(variable):
                 yield (
-                    f"compose.yaml: {name}: {variable} is not a setting of app/settings.py; "
-                    f"{UNREAD}"
+                    f"{place(d, name)}: {variable} is not a setting of app/settings.py; {UNREAD}"
                 )
 
 
@@ -54,7 +64,7 @@ def compose_lets_the_service_drain(d: Deployed) -> Problems:
         period = str(service.get("stop_grace_period", STOP_GRACE_PERIOD))
         if is_ours and duration(period) < grace:
             yield (
-                f"compose.yaml: {name}: stop_grace_period is {period}; set it to {grace}s, "
+                f"{place(d, name)}: stop_grace_period is {period}; set it to {grace}s, "
                 "TERMINATION_GRACE_SECONDS, or the service is killed while it drains"
             )
 
@@ -78,12 +88,12 @@ def compose_restricts_every_container(d: Deployed) -> Problems:
             found = service.get(field)
             if found != value:
                 yield (
-                    f"compose.yaml: {name}: {field} is {show(found)}; set it to {value!r}, "
+                    f"{place(d, name)}: {field} is {show(found)}; set it to {value!r}, "
                     "as in x-hardened"
                 )
         user = str(service.get("user", "")).partition(":")[0]
         if service.get("privileged") or user in {"0", "root"}:
-            yield f"compose.yaml: {name}: runs as root or privileged; remove that"
+            yield f"{place(d, name)}: runs as root or privileged; remove that"
 
 
 @rule
@@ -92,7 +102,7 @@ def compose_is_reachable_from_this_machine_only(d: Deployed) -> Problems:
         for port in service.get("ports", []):
             if not str(port).startswith("127.0.0.1:"):
                 yield (
-                    f"compose.yaml: {name}: ports has {port}; start it with 127.0.0.1:, or other "
+                    f"{place(d, name)}: ports has {port}; start it with 127.0.0.1:, or other "
                     "machines can connect"
                 )
 
@@ -101,7 +111,7 @@ def compose_is_reachable_from_this_machine_only(d: Deployed) -> Problems:
 def compose_has_no_passwords(d: Deployed) -> Problems:
     for name, service in services(d).items():
         for path in find_passwords(service):
-            yield f"compose.yaml: {name}: {path} has a password; move it to a file of `secrets`"
+            yield f"{place(d, name)}: {path} has a password; move it to a file of `secrets`"
 
 
 @rule
