@@ -25,7 +25,9 @@ SECRETS = {
 #: Secrets that every pod has, and those of some pods, which work without them as well.
 NEEDED = {name for name in SECRETS if Settings.model_fields[name].default.get_secret_value()}
 OPTIONAL = SECRETS - NEEDED
-MIGRATION_SECRETS = {"database_url"}
+#: Those of the pods that use less, by component.
+NEEDED_BY = {"migrate": {"database_url"}}
+NEEDED_BY["jobs"] = {"database_url"}  # jobs
 #: The remedy for a variable without an effect.
 UNREAD = "correct its name, remove it, or add it to FOREIGN_VARIABLES of tests/deploy/deployed.py"
 #: A URL with a password.
@@ -78,7 +80,7 @@ def environment_is_that_of_the_overlay(d: Deployed) -> Problems:
 def pods_have_the_secret_files_that_they_need(d: Deployed) -> Problems:
     for document in d.pods:
         kind = document["kind"]
-        needed = MIGRATION_SECRETS if component(document) == "migrate" else NEEDED
+        needed = NEEDED_BY.get(str(component(document)), NEEDED)
         found = set(d.secrets(document))
         if component(document) not in {"api", "migrate"}:
             found -= OPTIONAL
