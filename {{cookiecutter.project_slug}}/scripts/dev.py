@@ -16,6 +16,7 @@ from app.telemetry import metrics_directory
 from app.telemetry.logs import redact
 from scripts import addresses, dev_environment, dev_reload, dev_server
 from scripts.dev_consumer import consuming  # example
+from scripts.dev_worker import working  # jobs
 from scripts.parent import Parent
 
 DEFAULTS = {"ENVIRONMENT": "development", "WEB_CONCURRENCY": "1", "DRAIN_SECONDS": "0"}
@@ -90,6 +91,7 @@ def _listening(started: set[str]) -> Iterator[socket.socket]:
         listener = stack.enter_context(addresses.listen(settings.bind))
         _print_guide(settings, started)
         stack.enter_context(consuming())  # example
+        stack.enter_context(working(is_reloading="--no-reload" not in sys.argv))  # jobs
         yield listener
 
 

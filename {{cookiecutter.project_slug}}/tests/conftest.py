@@ -17,6 +17,7 @@ from app.settings import Settings
 from app.storage.postgres import Database
 from scripts import dev_services
 from tests.databases import TEMPLATE, copy_database, drop_database
+from tests.run_jobs import RunJobs  # jobs
 from tests.service_process import DEADLINE_SECONDS, Service, serving
 from tests.streams import Client
 
@@ -171,6 +172,14 @@ async def database(clean_database: str, settings: Settings) -> AsyncIterator[Dat
         yield database
 
 
+# jobs: begin
+@pytest.fixture
+def run_jobs(database: Database) -> RunJobs:
+    """Runs the jobs that are due in the clean database: `await run_jobs()`."""
+    return RunJobs(database)
+
+
+# jobs: end
 @pytest.fixture
 def service(clean_database: str, settings: Settings) -> Iterator[Service]:
     """The service as a real process, ready, on a database of its own. A start needs 2 s.

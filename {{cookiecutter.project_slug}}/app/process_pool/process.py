@@ -194,6 +194,8 @@ def _spawn(calls: int, output: int) -> subprocess.Popen[bytes]:
         stdout=output,
         stderr=output,
         pass_fds=[calls],
+        # Ctrl-C in a terminal reaches its parent alone, not a process that is being started.
+        process_group=0,
     )
 
 

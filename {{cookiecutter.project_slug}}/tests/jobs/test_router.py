@@ -22,6 +22,12 @@ class Content(BaseModel):
     number: int = 7
 
 
+@pytest.fixture
+def dispatcher() -> dict[str, str]:
+    """None: the routes do not depend on it."""
+    return {}
+
+
 async def enqueue(database: Database) -> UUID:
     async with database.acquire() as connection, connection.transaction():
         return await table.enqueue(connection, "report.wanted", Content())

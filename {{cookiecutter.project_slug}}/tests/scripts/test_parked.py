@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from app.jobs import starts, table
 from app.storage.postgres import Database
 from scripts.dev_services import Postgres, free_port
+from scripts.parked import main
 from tests.service_process import PROJECT
 
 KIND = "report.wanted"
@@ -21,38 +22,32 @@ class Payload(BaseModel):
 
 
 class Parked:
-    """The command, on a database."""
+    """The command in this process, on the database of the test."""
 
-    def __init__(self, database_url: str) -> None:
-        self.environment = os.environ | {"DATABASE_URL": database_url}
+    def __init__(self, captured: pytest.CaptureFixture[str]) -> None:
+        self.captured = captured
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "scripts.parked", *arguments],
-            cwd=PROJECT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    async def output(self, *arguments: str) -> str:
+        """Run it; return its output."""
+        self.captured.readouterr()
+        await main(list(arguments))
+        return self.captured.readouterr().out
 
-    def output(self, *arguments: str) -> str:
-        """Run it; return its output. Fails if it fails."""
-        done = self.run(*arguments)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def problem(self, *arguments: str) -> str:
+    async def problem(self, *arguments: str) -> str:
         """Run it; return the line with which it fails."""
-        done = self.run(*arguments)
-        assert done.returncode == 1, done.stdout
-        assert done.stderr.count("\n") == 1, done.stderr
-        return done.stderr.strip()
+        with pytest.raises(SystemExit) as exit_:
+            await main(list(arguments))
+        message = str(exit_.value.code)
+        assert "\n" not in message
+        return message
 
 
 @pytest.fixture
-def parked(clean_database: str) -> Parked:
-    return Parked(clean_database)
+def parked(
+    clean_database: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Parked:
+    monkeypatch.setenv("DATABASE_URL", clean_database)
+    return Parked(capsys)
 
 
 async def enqueue(database: Database) -> UUID:
@@ -75,10 +70,10 @@ async def status(database: Database, job_id: UUID) -> object:
 
 
 async def test_failed_jobs_are_listed_in_a_table(database: Database, parked: Parked) -> None:
-    assert parked.output() == "No job has failed.\n"
+    assert await parked.output() == "No job has failed.\n"
     job_id = await fail(database, "first line\nsecond \x1b[31m line" + " x" * 500)
     await enqueue(database)
-    heading, row, *rest = parked.output().splitlines()
+    heading, row, *rest = (await parked.output()).splitlines()
     assert heading.split() == ["JOB", "ID", "TYPE", "ATTEMPTS", "FAILED", "(UTC)", "ERROR"]
     assert row.split()[:3] == [str(job_id), KIND, "1"]
     assert row.index("first line second [31m line x") == heading.index("ERROR")
@@ -89,7 +84,7 @@ async def test_failed_jobs_are_listed_in_a_table(database: Database, parked: Par
 async def test_job_runs_again_with_all_its_attempts(database: Database, parked: Parked) -> None:
     first = await fail(database, "one")
     second = await fail(database, "two")
-    assert parked.output("--again", str(first)).startswith("Enqueued again: 1.")
+    assert (await parked.output("--again", str(first))).startswith("Enqueued again: 1.")
     assert await status(database, first) == "queued"
     assert await status(database, second) == "failed"
     async with database.acquire() as connection:
@@ -99,14 +94,14 @@ async def test_job_runs_again_with_all_its_attempts(database: Database, parked: 
 
 async def test_all_failed_jobs_run_again(database: Database, parked: Parked) -> None:
     failed = [await fail(database, "one"), await fail(database, "two")]
-    assert parked.output("--again", "all").startswith("Enqueued again: 2.")
+    assert (await parked.output("--again", "all")).startswith("Enqueued again: 2.")
     assert [await status(database, job_id) for job_id in failed] == ["queued", "queued"]
-    assert parked.output("--again", "all").startswith("Enqueued again: 0.")
+    assert (await parked.output("--again", "all")).startswith("Enqueued again: 0.")
 
 
 async def test_failed_job_is_deleted(database: Database, parked: Parked) -> None:
     job_id = await fail(database, "one")
-    assert parked.output("--drop", str(job_id)) == f"Deleted: {job_id}.\n"
+    assert await parked.output("--drop", str(job_id)) == f"Deleted: {job_id}.\n"
     assert await status(database, job_id) is None
 
 
@@ -116,17 +111,29 @@ async def test_wrong_ids_are_one_line_with_the_reason(
 ) -> None:
     queued = await enqueue(database)
     unknown = uuid4()
-    assert f"{name}=seven: must be the ID of a failed job" in parked.problem(option, "seven")
-    assert f"{name}={unknown}: there is no such job" in parked.problem(option, str(unknown))
+    assert f"{name}=seven: must be the ID of a failed job" in await parked.problem(option, "seven")
+    assert f"{name}={unknown}: there is no such job" in await parked.problem(option, str(unknown))
     reason = f"{name}={queued}: the job is queued, not failed"
-    assert reason in parked.problem(option, str(queued))
+    assert reason in await parked.problem(option, str(queued))
     assert await status(database, queued) == "queued"
 
 
 def test_database_without_the_table_or_server_is_one_line(postgres: Postgres) -> None:
-    server = postgres.url.rpartition("/")[0]
-    assert Parked(f"{server}/template1").problem().endswith("run `make migrate`")
     unavailable = f"postgresql://app:hunter2@127.0.0.1:{free_port()}/app"
-    problem = Parked(unavailable).problem()
-    assert problem.startswith("DATABASE_URL: cannot connect: ")
-    assert "hunter2" not in problem
+    empty = f"{postgres.url.rpartition('/')[0]}/template1"
+    for url, problem in (
+        (unavailable, "DATABASE_URL: cannot connect: "),
+        (empty, "the database has no table of jobs: run `make migrate`"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "scripts.parked"],
+            cwd=PROJECT,
+            env=os.environ | {"DATABASE_URL": url},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith(problem)
+        assert done.stderr.count("\n") == 1
+        assert "hunter2" not in done.stderr
