@@ -9,6 +9,7 @@ from app.jobs import starts
 from app.jobs.handlers import LaterError, PoisonError
 from app.jobs.starts import Job, SupersededError
 from app.storage.postgres import Connection
+from app.storage.postgres_errors import CommandTimeoutError
 from app.telemetry.logs import safe_str
 
 #: The pause after the first failed start, the factor by which it grows, its limit, and its spread.
@@ -52,7 +53,8 @@ def outcome_of(error: BaseException, attempts: int, max_attempts: int) -> Outcom
         return Outcome("failed", text)
     if isinstance(error, LaterError):
         return Outcome("later", text, error.seconds)
-    if isinstance(error, UnavailableError):
+    # A command of the job that exceeds its time limit counts: it may be too slow forever.
+    if isinstance(error, UnavailableError) and not isinstance(error, CommandTimeoutError):
         return Outcome("later", text, _spread(OUTAGE_SECONDS))
     if attempts >= max_attempts:
         return Outcome("failed", text, error=error)

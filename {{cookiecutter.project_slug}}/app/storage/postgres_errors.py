@@ -63,6 +63,10 @@ class TransientError(UnavailableError):
     """A conflict ended the command and rolled its transaction back; a repetition may succeed."""
 
 
+class CommandTimeoutError(UnavailableError):
+    """A command took longer than its time limit; a server that hangs may still execute it."""
+
+
 class BoundedCancelConnection(asyncpg.Connection):
     """A connection that waits at most `CANCEL_TIMEOUT_SECONDS` for a cancellation.
 
@@ -85,8 +89,8 @@ def translate_errors(connection: asyncpg.pool.PoolConnectionProxy) -> Iterator[N
     """Translate the errors of commands on this connection.
 
     Raises `ConnectionLostError` for a lost connection, `TransientError` for a conflict,
-    `UnavailableError` for a timeout or a read-only server. Anything else is a bug, and raised as it
-    is.
+    `CommandTimeoutError` for a timeout, `UnavailableError` for a read-only server. Anything else is
+    a bug, and raised as it is.
     """
     try:
         yield
@@ -97,7 +101,7 @@ def translate_errors(connection: asyncpg.pool.PoolConnectionProxy) -> Iterator[N
         if isinstance(error, asyncio.CancelledError):
             raise error from None
         if isinstance(error, TIMEOUT_ERRORS):
-            raise UnavailableError("The database timed out.") from error
+            raise CommandTimeoutError("The database timed out.") from error
         if isinstance(error, READ_ONLY_ERRORS):
             connection.terminate()  # the next connection may reach a new primary
             raise UnavailableError("The database is read-only.") from error

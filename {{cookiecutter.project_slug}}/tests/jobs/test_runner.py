@@ -5,8 +5,8 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import asyncpg
 import pytest
-from asyncpg import UniqueViolationError
 
 from app.jobs import starts, table
 from app.jobs.handlers import Handlers
@@ -36,7 +36,7 @@ async def test_failed_commit_leaves_neither_effect_nor_end(
     await database.pool.execute("insert into effects values (gen_random_uuid(), 1, 1)")
     job = await ended(database, await enqueue(database, "rollback"))
     assert job["status"] == "failed"
-    assert job["error"].startswith(UniqueViolationError.__name__)
+    assert job["error"].startswith(asyncpg.UniqueViolationError.__name__)
     assert await effects(database, job["job_id"]) == 0
 
 
@@ -50,12 +50,16 @@ async def test_failed_commit_leaves_neither_effect_nor_end(
         ("forget", "succeeded", 1, None),
         ("later", "succeeded", 1, None),
         ("outage", "succeeded", 1, None),
+        ("slow", "failed", 2, "CommandTimeoutError: 503: The database timed out."),
     ],
 )
 async def test_each_outcome_has_its_number_of_attempts(
     database: Database, worker: Clients, kind: str, status: str, attempts: int, error: str | None
 ) -> None:
-    """Poison fails at once; outages and `LaterError` do not count, whatever the limit is."""
+    """Poison fails at once; outages and `LaterError` do not count, whatever the limit is.
+
+    A command of the job that is too slow does: it may be so forever.
+    """
     job = await ended(database, await enqueue(database, kind))
     assert (job["status"], job["attempts"], job["error"]) == (status, attempts, error)
 
@@ -144,6 +148,30 @@ async def test_shutdown_finishes_short_jobs_and_releases_long_ones(
     assert values == ["queued", 0, 1]
     assert await effects(database) == 1
     assert asyncio.get_running_loop().time() - begin < 5
+
+
+async def test_outage_of_postgres_loses_no_job_and_repeats_no_effect(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker waits for Postgres with what it must store."""
+    monkeypatch.setattr(starts, "LEASE_SECONDS", 3.0)
+    monkeypatch.setattr(starts, "RENEW_SECONDS", 0.5)
+    jobs = [await enqueue(database, "wait", Seconds(seconds=0.02)) for _ in range(100)]
+    url = settings.database_url.get_secret_value()
+    server, _, name = url.rpartition("/")
+    admin = await asyncpg.connect(f"{server}/postgres")
+    terminate = "select pg_terminate_backend(pid) from pg_stat_activity where datname = $1"
+    async with working(settings):
+        await until(lambda: database.pool.fetchval("select count(*) > 10 from effects"))
+        await admin.execute(f"alter database {name} allow_connections false")
+        for _ in range(15):
+            await admin.execute(terminate, name)
+            await asyncio.sleep(0.1)
+        await admin.execute(f"alter database {name} allow_connections true")
+        await admin.close()
+        await all_ended(database)
+    assert await effects(database) == len(jobs)
+    assert {(await row(database, job))["status"] for job in jobs} == {"succeeded"}
 
 
 def test_second_handler_of_a_type_is_rejected() -> None:

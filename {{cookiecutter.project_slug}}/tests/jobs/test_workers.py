@@ -1,15 +1,20 @@
 """Workers as processes: they share the jobs, survive each other's deaths, and end in time."""
 
 import asyncio
+import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 
 from app.storage.postgres import Database
 from app.telemetry.context import request_context
+from tests.documented_metrics import assert_documented
 from tests.jobs.conftest import Start, Worker, all_ended, effects, ended, enqueue, ready, row, until
 from tests.jobs.work import ATTEMPTS, Seconds
+from tests.service_process import PROJECT
 
 pytestmark = pytest.mark.process
 
@@ -35,6 +40,7 @@ async def test_workers_share_the_jobs_and_end_in_time(database: Database, start:
     jobs = [await enqueue(database, "wait", Seconds(seconds=0.05)) for _ in range(150)]
     await until(lambda: database.pool.fetchval("select count(*) > 30 from effects"))
     first, *others = workers
+    assert_documented(first.get("/metrics").text)
     assert await asyncio.to_thread(first.stop) == 0
     await all_ended(database)
     assert await effects(database) == len(jobs)
@@ -110,3 +116,26 @@ async def test_job_that_kills_its_workers_fails_and_takes_no_other_along(
     assert {job["status"] for job in found} == {"succeeded"}
     assert max(job["starts"] for job in found) <= 2
     assert await effects(database) == len(neighbours)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"JOB_CONCURRENCY": "0"}, "JOB_CONCURRENCY=0: should be greater than 0"),
+        ({"JOB_TIMEZONE": "Mars/Base"}, "JOB_TIMEZONE=Mars/Base: must be a time zone"),
+    ],
+)
+def test_invalid_setting_stops_the_start_with_one_line(
+    settings: dict[str, str], expected: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "app.jobs_main"],
+        cwd=PROJECT,
+        env=os.environ | settings,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    [line] = done.stderr.decode().splitlines()
+    assert line.startswith(f"configuration error: {expected}")
+    assert done.stdout == b""

@@ -121,3 +121,9 @@ async def roll_back(run: Run, _: Nothing) -> None:
 @handlers.add("forget", Nothing)
 async def forget(run: Run, _: Nothing) -> None:
     """Do not end the job."""
+
+
+@handlers.add("slow", Nothing, attempts=2)
+async def query_slowly(run: Run, _: Nothing) -> None:
+    async with run.database.acquire() as connection:
+        await connection.execute("select pg_sleep(60)", timeout=0.2)

@@ -80,6 +80,13 @@ async def test_further_calls_wait_up_to_the_limit() -> None:
         assert len(set(await asyncio.gather(*calls))) == 1
 
 
+async def test_pool_without_limits_rejects_and_interrupts_no_call() -> None:
+    """For callers that are bounded in number and time themselves."""
+    async with opened(max_waiting=None, timeout_seconds=None) as pool:
+        calls = [pool.run(work.pid) for _ in range(50)]
+        assert len(set(await asyncio.gather(*calls))) == 1
+
+
 async def test_killed_process_fails_its_own_call_only(caplog: pytest.LogCaptureFixture) -> None:
     """As by the kernel, for lack of memory. The standard library's pool breaks as a whole."""
     async with opened(processes=2) as pool:
