@@ -361,6 +361,27 @@ def test_payments_session_can_be_pasted(bake: Bake) -> None:
 
 
 @pytest.mark.slow
+def test_job_session_can_be_pasted(bake: Bake) -> None:
+    """A job succeeds within the two seconds of its `sleep`, under `make dev` without a broker."""
+    project = bake()
+    free = addresses()
+    session = shell_block(project, "/conversations").replace("127.0.0.1:8000", free["BIND"])
+    with terminal(["make", "dev", tools()], project, **free) as running:
+        running.wait_for(f"http://{free['BIND']}/health/ready")
+        eventually(lambda: "A worker does the jobs" in running.read())
+        (metrics,) = re.findall(r"its metrics +curl (http://127\S+)/metrics", running.text)[-1:]
+        running.wait_for(f"{metrics}/health/ready")
+        command = ["bash", "-ec", session]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        _, last = re.findall(r"HTTP/1.1 200 OK.*?(\{.*?\}+)", done.stdout, re.DOTALL)
+        assert '"status":"succeeded"' in last
+        assert '"result":{"score":50}' in last
+        assert '"score":50' in done.stdout.splitlines()[-1]
+        assert running.interrupt() < INTERRUPT_SECONDS
+        assert "Traceback" not in running.text
+
+
+@pytest.mark.slow
 def test_make_run_checks_the_settings_before_gunicorn(bake: Bake) -> None:
     environment = os.environ | {"WEB_CONCURRENCY": "two"}
     for target in ("run", "doctor"):
