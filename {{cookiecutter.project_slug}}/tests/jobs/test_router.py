@@ -1,5 +1,7 @@
 """`GET` and `DELETE /jobs/{job_id}`: the outcome of a 202, without the error of a failure."""
 
+import subprocess
+import sys
 from uuid import UUID, uuid4
 
 import httpx
@@ -11,6 +13,7 @@ from app.jobs.starts import Job
 from app.main import create_app
 from app.settings import Settings
 from app.storage.postgres import Database
+from tests.service_process import PROJECT
 
 pytestmark = pytest.mark.usefixtures("clean_database")
 PROBLEM = "application/problem+json"
@@ -127,3 +130,12 @@ def test_openapi_describes_headers_and_errors(settings: Settings) -> None:
     assert {"200", "404", "422", "503"} <= routes["get"]["responses"].keys()
     assert {"204", "404", "409", "422", "503"} <= routes["delete"]["responses"].keys()
     assert "Retry-After" in routes["get"]["responses"]["200"]["headers"]
+
+
+def test_api_imports_no_client_of_rabbitmq_and_no_handler() -> None:
+    """Each web worker would pay for them, in memory and in the time of its start."""
+    program = "import sys, app.main; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True)
+    modules = set(done.stdout.decode().split())
+    assert "app.jobs.table" in modules
+    assert not modules & {"aio_pika", "cronsim", "app.jobs_main", "app.jobs.runner"}
