@@ -163,7 +163,7 @@ class RabbitMQ:
     @property
     def pid(self) -> int:
         """The pid of the server itself."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
+        children = psutil.Process(self.process.pid).children()
         (pid,) = [each.pid for each in children if each.name() == "beam.smp"]
         return pid
 
