@@ -8,6 +8,7 @@ from app.jobs import job_metrics
 from app.jobs.dispatcher import Dispatcher
 from app.jobs.handlers import handlers
 from app.jobs.postgres_dispatcher import PostgresDispatcher
+from app.jobs.rabbitmq_dispatcher import RabbitMQDispatcher
 from app.jobs.runner import Runner
 from app.jobs.schedules import schedules
 from app.process_pool.pool import ProcessPool
@@ -69,6 +70,8 @@ async def run_worker(settings: Settings, clients: Clients, _: Health) -> AsyncIt
 
 
 def _create_dispatcher(settings: Settings, database: Database) -> Dispatcher:
+    if settings.amqp_url.get_secret_value():
+        return RabbitMQDispatcher(settings, database)
     return PostgresDispatcher(database, settings.job_concurrency)
 
 

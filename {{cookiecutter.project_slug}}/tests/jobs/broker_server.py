@@ -1,17 +1,10 @@
 """The RabbitMQ of the tests."""
 
 import os
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
-import aio_pika
 import pytest
 
-from app.tasks import background_task
-from scripts import dev_rabbitmq
-from scripts.dev_rabbitmq import NO_RABBITMQ, RabbitMQ, find_program
-from scripts.dev_services import free_port
+from scripts.dev_rabbitmq import NO_RABBITMQ, find_program
 
 
 def require_rabbitmq() -> None:

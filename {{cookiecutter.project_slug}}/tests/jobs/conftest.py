@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -19,7 +20,10 @@ from app.jobs import outcomes, table
 from app.jobs.worker import Clients, open_clients, run_worker
 from app.settings import Settings
 from app.storage.postgres import Database
+from scripts import dev_rabbitmq
+from scripts.dev_rabbitmq import RabbitMQ
 from scripts.dev_services import free_port
+from tests.jobs.broker_server import require_rabbitmq
 from tests.jobs.work import Nothing
 from tests.service_process import DEADLINE_SECONDS, PROJECT, Running, eventually
 
@@ -31,20 +35,37 @@ CREATE_EFFECTS = """
     )
 """
 Environment = dict[str, str]
+#: For the names of queues.
+_numbers = itertools.count(1)
 
 
-@pytest.fixture(params=["postgres"])
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[RabbitMQ]:
+    """A RabbitMQ server, shared by all tests: each has queues of its own."""
+    require_rabbitmq()
+    with dev_rabbitmq.rabbitmq() as server:
+        yield server
+
+
+@pytest.fixture(params=["postgres", "rabbitmq"])
 def dispatcher(request: pytest.FixtureRequest) -> Environment:
     """The settings of each dispatcher, for a worker in this process or for a process."""
-    name: str = request.param
-    return {"postgres": {}}[name]
+    if request.param == "postgres":
+        return {}
+    server: RabbitMQ = request.getfixturevalue("rabbitmq")
+    # The name of the queue begins with it.
+    return {"AMQP_URL": server.url, "SERVICE_NAME": f"test-{next(_numbers)}"}
 
 
 @pytest.fixture
 def settings(settings: Settings, dispatcher: Environment) -> Settings:
     """Settings of a worker with one process, on this dispatcher."""
-    amqp_url = SecretStr(dispatcher.get("AMQP_URL", ""))
-    own = {"amqp_url": amqp_url, "job_processes": 1, "graceful_timeout_seconds": 10}
+    own = {
+        "amqp_url": SecretStr(dispatcher.get("AMQP_URL", "")),
+        "service_name": dispatcher.get("SERVICE_NAME", settings.service_name),
+        "job_processes": 1,
+        "graceful_timeout_seconds": 10,
+    }
     return settings.model_copy(update=own)
 
 
