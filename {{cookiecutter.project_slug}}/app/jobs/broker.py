@@ -74,7 +74,10 @@ class Link:
         self.outage = outage
         self.connection: AbstractConnection | None = None
         self.channel: AbstractChannel | None = None
-        self.reason = "not connected yet"
+        self.is_open = asyncio.Event()
+        #: Set after the first attempt to connect.
+        self.was_tried = asyncio.Event()
+        self.reason = "not connected"
 
     async def run(self) -> None:
         """Keep the connection open until cancelled."""
@@ -84,6 +87,7 @@ class Link:
             except Exception as error:  # noqa: BLE001 - no error ends the loop
                 self.reason = describe(error)
                 self.outage.failed(self, self.reason)
+                self.was_tried.set()
             # Random, or all workers would come back at once.
             await asyncio.sleep(RECONNECT_SECONDS * random.uniform(1, 2))  # noqa: S311
 
@@ -92,6 +96,11 @@ class Link:
         if self.channel is None:
             raise ConnectionError(self.reason)
         return self.channel
+
+    async def check(self) -> None:
+        """Raise `ConnectionError` with the reason if there is no connection."""
+        await self.was_tried.wait()
+        self.require_channel()
 
     async def prepare(self, channel: AbstractChannel) -> None:
         """Declare the queues of a channel, and consume from them."""
@@ -109,11 +118,14 @@ class Link:
                 await self.prepare(channel)
             self.connection = connection
             self.channel = channel
+            self.is_open.set()
+            self.was_tried.set()
             stack.callback(self._forget)
             self.outage.succeeded(self)
             await ended
 
     def _forget(self) -> None:
+        self.is_open.clear()
         self.connection = None
         self.channel = None
 

@@ -82,8 +82,9 @@ class RabbitMQDispatcher:
 
     async def check(self) -> None:
         """Ask RabbitMQ for the queue. Raises on any failure."""
-        if self.consumer is not None:
-            self.consumer.require_channel()
+        for link in (self.publisher, self.consumer):
+            if link is not None:
+                await link.check()
         await self.publisher.count_ready(self.queue)
 
     async def start(self, receive: Receive) -> None:

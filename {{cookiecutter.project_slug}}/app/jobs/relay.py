@@ -67,6 +67,8 @@ class Relay:
         """Publish jobs that are due, until cancelled. Outages only delay them."""
         state = StateLog(logger, "jobs cannot be published", "jobs are published again")
         while True:
+            # An outage of RabbitMQ is logged by the connection.
+            await self.publisher.is_open.wait()
             try:
                 published = await self.publish(_DUE)
                 state.succeeded()
@@ -79,6 +81,7 @@ class Relay:
         """Publish jobs again whose worker or message is gone, until cancelled."""
         state = StateLog(logger, "lost jobs cannot be recovered", "lost jobs are recovered again")
         while True:
+            await self.publisher.is_open.wait()
             try:
                 await self.recover_once()
                 state.succeeded()
@@ -87,13 +90,13 @@ class Relay:
             await asyncio.sleep(RECOVER_SECONDS)
 
     async def recover_once(self) -> None:
-        """Count the messages that wait, and publish lost jobs."""
-        waiting = {name: await self.publisher.count_ready(name) for name in self.queues}
-        for name, number in waiting.items():
-            _WAITING.labels(name).set(number)
+        """Publish lost jobs, and count the messages that wait."""
         expired = await self.publish(_EXPIRED)
         if expired:
             logger.warning("%d jobs are published again: their leases expired", expired)
+        waiting = {name: await self.publisher.count_ready(name) for name in self.queues}
+        for name, number in waiting.items():
+            _WAITING.labels(name).set(number)
         if waiting[self.queue] == 0:
             lost = await self.publish(_LOST, LOST_SECONDS)
             if lost:
@@ -132,7 +135,7 @@ def _create_message(row: Any) -> aio_pika.Message:
     """Return the message of a job: its ID, and the IDs of the request that created it."""
     context = json.loads(row["context"])
     headers = {"x-request-id": context.get("request_id", "")}
-    if "trace_id" in context:
+    if {"trace_id", "parent_span_id"} <= context.keys():
         headers["traceparent"] = f"00-{context['trace_id']}-{context['parent_span_id']}-01"
     return aio_pika.Message(
         b"",

@@ -201,6 +201,7 @@ async def test_suspects_run_alone(
         claim = starts._CLAIM_DUE.replace("status = 'queued'", either)
         monkeypatch.setattr(starts, "_CLAIM_DUE", claim)
         monkeypatch.setattr(starts, "_FIND_EXPIRED", "select null::uuid")
+        monkeypatch.setattr(starts, "_HAS_EXPIRED", "select $1::uuid is null")
     for _ in range(20):
         await enqueue(database, "wait", Seconds(seconds=0.1))
     # As a worker that died has left them.
