@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from app.settings import load_settings
 from scripts import dev_child
 from scripts.dev_reload import ENV_FILE, POLL_SECONDS, EnvFile, WatchedFiles
 from scripts.dev_services import free_port
@@ -39,7 +40,8 @@ def working(*, is_reloading: bool) -> Iterator[None]:
 
 def _print_guide(environment: dict[str, str]) -> None:
     """Print the dispatcher, the address of the metrics, and commands for other terminals."""
-    dispatcher = "RabbitMQ" if environment.get("AMQP_URL") else "Postgres"
+    has_rabbitmq = bool(load_settings().amqp_url.get_secret_value())
+    dispatcher = "RabbitMQ" if has_rabbitmq else "Postgres"
     metrics = f"METRICS_BIND=127.0.0.1:{free_port()}"
     sys.stdout.write(
         f"  A worker does the jobs, which {dispatcher} hands out. In another terminal:\n"

@@ -16,7 +16,7 @@ NO_STORE = {"Cache-Control": "no-store"}
 router = APIRouter(prefix="/conversations", tags=["conversations"])
 
 
-@router.post("", status_code=201, responses=problem_responses(InvalidRequestError, 503))
+@router.post("", status_code=201, responses=problem_responses(400, InvalidRequestError, 503))
 async def create(
     new: NewConversation, database: DatabaseDependency, request: Request, response: Response
 ) -> Conversation:
@@ -43,7 +43,7 @@ async def get(
     "/{conversation_id}/lines",
     status_code=204,
     responses=problem_responses(
-        ConversationNotFoundError, ConversationEndedError, InvalidRequestError, 503
+        400, ConversationNotFoundError, ConversationEndedError, InvalidRequestError, 503
     ),
 )
 async def add_line(conversation_id: UUID, line: NewLine, database: DatabaseDependency) -> None:

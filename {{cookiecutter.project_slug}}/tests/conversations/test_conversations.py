@@ -114,3 +114,15 @@ def test_openapi_describes_the_202(settings: Settings) -> None:
     end = create_app(settings).openapi()["paths"]["/conversations/{conversation_id}/end"]["post"]
     assert end["responses"]["202"]["headers"].keys() == {"Location", "Retry-After"}
     assert end["responses"]["202"]["content"]["application/json"]["schema"]
+
+
+async def test_body_that_is_no_json_is_400_as_documented(
+    client: httpx.AsyncClient, settings: Settings
+) -> None:
+    """FastAPI responds 400 to a body that is not UTF-8."""
+    headers = {"Content-Type": "application/json"}
+    response = await client.post("/conversations", content=b"\xc3", headers=headers)
+    assert response.status_code == 400
+    paths = create_app(settings).openapi()["paths"]
+    for path in ("/conversations", "/conversations/{conversation_id}/lines"):
+        assert "400" in paths[path]["post"]["responses"]
