@@ -59,7 +59,7 @@ open("/opt/venv/ours.so", "wb").write(header + bytes(2) + section)
 def image(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The image of a new project, built by its own `make image`."""
     needs_engine()
-    project = bake_to(template, tmp_path_factory.mktemp("image"))
+    project = bake_to(template, tmp_path_factory.mktemp("image"), include_jobs=True)
     secret = project / "app" / ".env"
     secret.write_text("DATABASE_URL=postgresql://left-behind")
     make(project, "image", VERSION=VERSION, REVISION="abcdef")
@@ -222,6 +222,39 @@ def test_restricted_container_serves_and_migrates_as_any_user(
     assert cpu_seconds < 2
     ready = f"ready {seconds:.1f} s after `docker run`, with {cpu_seconds:.1f} s of CPU"
     print(f"as {user}: {ready}; {result}")
+
+
+def test_restricted_worker_does_a_job(image: str, dependencies: list[str]) -> None:
+    """`python -m app.jobs_main` of the same image: its probes, a job with a computation, its end.
+
+    Its processes are of the same user, and the memory is that of a pod of the API.
+    """
+    restricted = [*RESTRICTED, *dependencies]
+    docker("run", "--rm", *restricted, image, "alembic", "upgrade", "head")
+    worker = ["--publish=127.0.0.1::9464", image, "python", "-m", "app.jobs_main"]
+    api = ["--publish=127.0.0.1::8000", image]
+    with (
+        container(*restricted, *worker) as name,
+        container(*restricted, *api) as other,
+        httpx.Client(base_url=f"http://127.0.0.1:{published(other, 8000)}", timeout=10) as http,
+    ):
+        probes = f"http://127.0.0.1:{published(name, 9464)}"
+        eventually(lambda: httpx.get(f"{probes}/health/ready").status_code == 200)
+        eventually(lambda: http.get("/health/ready").status_code == 200)
+        created = http.post("/conversations", json={"lines": ["It works, thanks"]})
+        ended = http.post(f"{created.headers['location']}/end")
+        assert ended.status_code == 202, ended.text
+        job = ended.headers["location"]
+        eventually(lambda: http.get(job).json()["status"] == "succeeded")
+        assert http.get(job).json()["result"] == {"score": 100}
+        for probe in ("live", "startup"):
+            assert httpx.get(f"{probes}/health/{probe}").status_code == 200
+        assert "jobs_handled_total" in httpx.get(f"{probes}/metrics").text
+        assert_unprivileged(name, "10001:10001")
+        docker("stop", name)
+        assert inspect(name)["State"]["ExitCode"] == 0
+        assert inspect(name)["State"]["OOMKilled"] is False
+        assert "Traceback" not in logs(name)
 
 
 def test_only_memory_file_systems_are_written(image: str, dependencies: list[str]) -> None:
