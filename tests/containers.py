@@ -14,6 +14,7 @@ BASE = "python:3.13-slim"
 POSTGRES = "postgres:18"
 REDIS = "redis:8"
 NGINX = "nginx:1.30"
+RABBITMQ = "rabbitmq:4.3"
 #: The restrictions of a pod, as options of `docker run`.
 RESTRICTED = [
     "--read-only",

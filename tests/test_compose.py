@@ -2,17 +2,28 @@
 
 import functools
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from attack.load import GET, GET_NEW, POST, POST_NEW, load
 from scripts.ports import eventually, free_port
-from tests.conftest import bake_to
-from tests.containers import docker, inspect, is_healthy, logs, needs_engine, published
+from tests.conftest import Bake, bake_to, missing
+from tests.containers import (
+    RABBITMQ,
+    docker,
+    inspect,
+    is_healthy,
+    is_present,
+    logs,
+    needs_engine,
+    published,
+)
 from tests.projects import make
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
@@ -39,7 +50,8 @@ def project(
 ) -> Iterator[Path]:
     """A new project; its containers and images are removed in any case."""
     needs_engine()
-    path = bake_to(template, tmp_path_factory.mktemp("compose"), project_slug=PROJECT)
+    output = tmp_path_factory.mktemp("compose")
+    path = bake_to(template, output, project_slug=PROJECT, include_jobs=True)
     yield path
     make(path, "down", **ports)
     docker("image", "rm", "--force", *docker("image", "ls", "--quiet", PROJECT).split())
@@ -86,8 +98,24 @@ def test_up_returns_when_everything_is_ready(up: str, ports: dict[str, str]) -> 
     assert 'dependency_up{dependency="postgres"} 1.0' in metrics
 
 
-def test_every_container_is_restricted(edge: int) -> None:
-    for name in containers():
+def end_conversation(address: str) -> dict[str, Any]:
+    """Create a job over HTTP, and return it once it has ended."""
+    lines = {"lines": ["It works, thanks"]}
+    created = httpx.post(f"{address}/conversations", json=lines).headers["location"]
+    job = httpx.post(f"{address}{created}/end").headers["location"]
+    eventually(lambda: httpx.get(f"{address}{job}").json()["status"] == "succeeded")
+    found: dict[str, Any] = httpx.get(f"{address}{job}").json()
+    return found
+
+
+def test_worker_does_jobs_without_a_broker(up: str) -> None:
+    assert len(containers("jobs")) == 1
+    assert end_conversation(up)["result"] == {"score": 100}
+    assert containers("rabbitmq") == []
+
+
+def assert_restricted(names: list[str]) -> None:
+    for name in names:
         host = inspect(name)["HostConfig"]
         assert host["ReadonlyRootfs"], name
         assert host["CapDrop"] == ["ALL"], name
@@ -95,6 +123,10 @@ def test_every_container_is_restricted(edge: int) -> None:
         user = inspect(name)["Config"]["User"]
         assert user, "runs as root"
         assert user.partition(":")[0] not in {"0", "root"}, name
+
+
+def test_every_container_is_restricted(edge: int) -> None:
+    assert_restricted(containers())
 
 
 def test_password_is_only_in_files(project: Path, up: str) -> None:
@@ -174,6 +206,47 @@ def test_killing_an_instance_under_load_loses_some_requests(edge: int) -> None:
             if result.failures:
                 break
     assert result.failures
+
+
+def test_rabbitmq_hands_out_jobs_to_more_workers(project: Path, edge: int) -> None:
+    """`make edge RABBITMQ=1 JOB_WORKERS=2`. Its password is only in files, as that of Postgres."""
+    if not is_present(RABBITMQ):
+        missing(f"the image {RABBITMQ} (`.ci/engine` builds a substitute on Debian)")
+    ports = {"EDGE_PORT": str(edge), "EDGE_NETWORK": NETWORK}
+    make(project, "edge", SCALE="2", RABBITMQ="1", JOB_WORKERS="2", **ports)
+    (broker,) = containers("rabbitmq")
+    workers = containers("jobs")
+    assert len(workers) == 2
+    assert_restricted([broker, *workers])
+    assert end_conversation(f"http://127.0.0.1:{edge}")["result"] == {"score": 100}
+    queues = docker("exec", broker, "rabbitmqctl", "--quiet", "list_queues", "name", "consumers")
+    assert re.search(rf"^{PROJECT}\.jobs\s+2$", queues, re.MULTILINE), queues
+    password = (project / ".secrets/rabbitmq.conf").read_text().split()[-1]
+    for name in (broker, *workers):
+        assert password not in json.dumps(inspect(name)), name
+        assert password not in logs(name)
+    for name in workers:
+        docker("stop", name)
+        assert inspect(name)["State"]["ExitCode"] == 0
+    make(project, "edge", SCALE="2", **ports)
+    assert containers("rabbitmq") == []
+    assert end_conversation(f"http://127.0.0.1:{edge}")["result"] == {"score": 100}
+
+
+@pytest.mark.parametrize("include_jobs", [True, False])
+@pytest.mark.parametrize("include_example", [True, False])
+def test_compose_accepts_every_combination_of_parts(
+    bake: Bake, include_example: bool, include_jobs: bool
+) -> None:
+    """`docker compose config`, with each profile and with the files that the project has."""
+    needs_engine()
+    path = bake(include_example=include_example, include_jobs=include_jobs)
+    added = [file.name for file in path.glob("compose.*.yaml")]
+    for names in ({"compose.yaml"}, {"compose.yaml", *added}):
+        files = [f"--file={path / name}" for name in sorted(names, reverse=True)]
+        for profiles in ([], ["--profile=edge"]):
+            options = ["--env-file", "/dev/null", *files, *profiles]
+            docker("compose", *options, "config", "--quiet")
 
 
 def test_down_removes_everything(project: Path, edge: int, ports: dict[str, str]) -> None:
