@@ -29,6 +29,7 @@ memory_directory = metrics_directory.memory_directory()
 
 from app.serving.arbiter import use_service_arbiter  # noqa: E402
 from app.serving.memory import share_memory  # noqa: E402
+from app.telemetry import trace_setup  # noqa: E402
 from app.telemetry.metrics_server import MetricsProcess  # noqa: E402
 from app.telemetry.pod_metrics import MasterMetrics  # noqa: E402
 from app.web.body_limit import check_routes  # noqa: E402
@@ -72,6 +73,7 @@ def on_starting(arbiter: Any) -> None:
     if arbiter.cfg.is_ssl:
         fail("--certfile/--keyfile", None, "not supported: end TLS in the proxy or service mesh")
     check_routes(arbiter.app.wsgi(), settings)
+    trace_setup.preload(settings)
     share_memory()
     arbiter.metrics_of_workers = MasterMetrics(settings)
     arbiter.metrics = MetricsProcess(settings.metrics_bind, directory.path, settings.metrics_prefix)

@@ -18,6 +18,7 @@ from app.storage.postgres import Database
 from app.storage.redis import RedisClient
 from app.tasks import Background, background_task
 from app.telemetry.process_metrics import WorkerMetrics
+from app.telemetry.trace_setup import open_tracing
 from app.web.health import Health
 
 
@@ -48,6 +49,9 @@ async def open_state(
     lifecycle = lifecycle or Lifecycle()
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
+
+        # Traces, if an endpoint is set; first, so that the last spans of the others are sent
+        await enter(open_tracing(settings))
 
         # Postgres and Redis
         connections = plan_workers(settings, detect_resources()).connections_per_worker

@@ -31,6 +31,7 @@ from app.telemetry.pod_metrics import set_pod_metrics
 from app.telemetry.process_metrics import ProcessMetrics, dropped_log_lines
 from app.telemetry.scrape_server import MAX_CONNECTIONS
 from app.telemetry.stdout import LOG_LINES
+from app.telemetry.trace_setup import open_tracing
 from app.web.health import Check, Health
 from app.web.health import router as health_router
 
@@ -157,6 +158,7 @@ async def _open(
 ) -> AsyncIterator[dict[str, Any]]:
     """Yield the state of the probes while the work is open."""
     async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(open_tracing(settings))
         connections = max(MIN_CONNECTIONS, pod_connections(settings, workers=1))
         clients = await stack.enter_async_context(open_clients(settings, connections, name))
 

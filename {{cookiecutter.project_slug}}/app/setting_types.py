@@ -179,13 +179,13 @@ LogLevel = Annotated[Literal["debug", "info", "warning", "error", "critical"], L
 Positive = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 NonNegative = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 
-# example: begin
 _OCTET = r"(25[0-5]|2[0-4]\d|1?\d?\d)"
 _IPV4 = _OCTET + r"(\." + _OCTET + r"){3}"
 _IPV6 = r"\[[\da-fA-F:.]+\]"
 _NAME = r"(?![\d.]+([:/]|$))\w[\w-]*(\.\w[\w-]*)*"
 _HOST = f"({_IPV4}|{_IPV6}|{_NAME})"
 _HTTP_URL = r"https?://([^\s/@?#]*@)?" + _HOST + r"(:\d{1,5})?(/[^\s?#]*)?"
+# example: begin
 HttpUrl = Annotated[str, _matches(_HTTP_URL, "https://gateway.example, without ? and #")]
 # example: end
 
@@ -204,6 +204,31 @@ AmqpUrl = Annotated[SecretStr, _accepted_by(check_amqp_url)]
 TimeZone = Annotated[str, AfterValidator(_check_timezone)]
 
 # jobs: end
+#: The endpoint of a collector. Credentials are in its headers, which are a secret.
+OtlpUrl = Annotated[
+    str, _matches(r"(?![^/]*//[^/]*@)" + _HTTP_URL, "http://collector:4318, without login, ? and #")
+]
+#: Pairs whose values are percent-encoded: OpenTelemetry, "OTLP Exporter Configuration".
+_OTLP_HEADER = r"[ \t]*[\w!#$%&'*+.^`|~-]+[ \t]*=[ !#-+\--:<-\[\]-~]*"
+OtlpHeaders = Annotated[
+    SecretStr,
+    _matches(
+        rf"({_OTLP_HEADER}(,{_OTLP_HEADER})*)?", "name=value,name=value, values percent-encoded"
+    ),
+]
+#: OpenTelemetry, "General SDK Configuration": the samplers without a service of their own.
+TraceSampler = Annotated[
+    Literal[
+        "always_on",
+        "always_off",
+        "traceidratio",
+        "parentbased_always_on",
+        "parentbased_always_off",
+        "parentbased_traceidratio",
+    ],
+    LowerCase,
+]
+
 ServiceName = Annotated[
     str, _matches(r"[A-Za-z0-9][A-Za-z0-9._-]*", "a name without spaces, for example orders-api")
 ]
@@ -213,7 +238,7 @@ OWN_LOG_FIELDS = frozenset(
         r"\w+",
         """
         timestamp level logger message service pid exception stack
-        request_id trace_id parent_span_id
+        request_id trace_id span_id parent_span_id
         method path route status duration_ms request_bytes response_bytes client close_code
         dependency reason task stacks requests arguments format_error
         error function process_pid exit

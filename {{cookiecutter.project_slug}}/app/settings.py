@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import Field, NonNegativeInt, PositiveInt, SecretStr
+from pydantic import Field, FilePath, NonNegativeInt, PositiveInt, SecretStr
 from pydantic_core import ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -28,12 +28,15 @@ from app.setting_types import (
     MetricsPrefix,
     NonNegative,
     Origins,
+    OtlpHeaders,
+    OtlpUrl,
     PathPrefix,
     Positive,
     PostgresUrl,
     RedisUrl,
     ServiceName,
     TimeZone,  # jobs
+    TraceSampler,
 )
 
 #: Characters of an invalid value that are shown.
@@ -100,6 +103,24 @@ class Settings(BaseSettings):
     cors_allow_origins: Origins = ()
     root_path: PathPrefix = ""
     forwarded_allow_ips: ForwardedAllowIps = "127.0.0.1,::1"
+
+    # Traces: OpenTelemetry's own variables, off without an endpoint
+    otel_exporter_otlp_endpoint: OtlpUrl | None = None
+    otel_exporter_otlp_traces_endpoint: OtlpUrl | None = None
+    otel_exporter_otlp_headers: OtlpHeaders = SecretStr("")
+    otel_exporter_otlp_timeout: Positive = 3
+    otel_exporter_otlp_compression: Literal["none", "gzip", "deflate"] = "none"
+    otel_exporter_otlp_certificate: FilePath | None = None
+    otel_exporter_otlp_client_certificate: FilePath | None = None
+    otel_exporter_otlp_client_key: FilePath | None = None
+    otel_exporter_otlp_protocol: Literal["http/protobuf"] = "http/protobuf"
+    otel_traces_exporter: Literal["otlp", "none"] = "otlp"
+    otel_traces_sampler: TraceSampler = "parentbased_always_on"
+    otel_traces_sampler_arg: Annotated[float, Field(ge=0, le=1)] = 1
+    otel_bsp_schedule_delay: PositiveInt = 5_000
+    otel_bsp_max_queue_size: PositiveInt = 2_048
+    otel_bsp_max_export_batch_size: PositiveInt = 512
+    otel_sdk_disabled: bool = False
 
     # Addresses to listen on
     port: Annotated[int, Field(ge=1, le=65535)] | None = None

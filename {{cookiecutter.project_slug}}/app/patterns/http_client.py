@@ -17,6 +17,7 @@ import stamina
 from prometheus_client import Histogram
 
 from app.patterns.circuit_breaker import CircuitBreaker
+from app.telemetry import tracing
 from app.telemetry.context import request_id
 
 MAX_RESPONSE_BYTES = 1 << 20
@@ -107,16 +108,20 @@ class UpstreamClient:
         )
         async for attempt in attempts:
             with attempt, self.breaker.call():
-                return await self._attempt(method, path, headers=headers, **content)
+                return await self._attempt(method, path, headers, **content)
         raise AssertionError  # unreachable: the last attempt returns or raises
 
-    async def _attempt(self, method: str, path: str, **options: Any) -> UpstreamResponse:
-        """Make one attempt and observe its duration. Raises `UpstreamError`."""
+    async def _attempt(
+        self, method: str, path: str, headers: dict[str, str], **content: Any
+    ) -> UpstreamResponse:
+        """Make one attempt, with a span; observe its duration. Raises `UpstreamError`."""
         start = time.perf_counter()
         outcome = "Cancelled"
+        call = tracing.HttpCall(method, str(self.http.base_url.join(path)))
         try:
             async with asyncio.timeout(ATTEMPT_SECONDS):
-                response = await self._send(method, path, **options)
+                all_headers = headers | call.headers
+                response = await self._send(method, path, headers=all_headers, **content)
             outcome = str(response.status)
         except _TooLargeError as error:
             outcome = "TooLarge"
@@ -125,6 +130,7 @@ class UpstreamClient:
             outcome = type(error).__name__
             raise UpstreamError(self.upstream, outcome) from error
         finally:
+            call.end(outcome)
             _SECONDS.labels(self.upstream, outcome).observe(time.perf_counter() - start)
         if response.status == 429 or response.status >= 500:
             raise UpstreamError(self.upstream, outcome)

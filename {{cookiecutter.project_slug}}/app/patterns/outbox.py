@@ -23,6 +23,7 @@ from redis.exceptions import RedisError, ResponseError
 from app.storage.postgres import Connection, Database
 from app.storage.redis import RedisClient, server_code
 from app.tasks import StateLog, describe, run_to_completion
+from app.telemetry import tracing
 
 #: Events in one transaction, and bytes of their payloads. A larger event is the last of its batch.
 BATCH = 200
@@ -47,7 +48,7 @@ MAX_REMEMBERED = 10_000
 #: Codes of errors that the other events of the topic get as well.
 _TOPIC_CODES = ("WRONGTYPE", "NOPERM", "MOVED")
 _ADD = """
-    insert into outbox (topic, event_id, type, payload) values ($1, $2, $3, $4)
+    insert into outbox (topic, event_id, type, payload, traceparent) values ($1, $2, $3, $4, $5)
     on conflict do nothing
 """
 #: The payloads that would make the batch too large are never read.
@@ -60,7 +61,7 @@ _CLAIM = """
             sum(octet_length(payload)) over (order by id) as total
         from claimed
     )
-    select id, topic, event_id, type, payload, bytes from measured
+    select id, topic, event_id, type, payload, created_at, traceparent, bytes from measured
     where total - bytes < $2 order by id
 """
 _BACKLOG = """
@@ -81,14 +82,14 @@ logger = logging.getLogger("app.outbox")
 
 
 async def add(connection: Connection, topic: str, event_id: UUID, kind: str, payload: str) -> None:
-    """Store an event, unless it is already waiting. `payload` is JSON.
+    """Store an event, with the active trace, unless it is already waiting. `payload` is JSON.
 
     Raises `RuntimeError` outside a transaction.
     """
     if not connection.is_in_transaction():
         msg = "an event must be added in the transaction of its change"
         raise RuntimeError(msg)
-    await connection.execute(_ADD, topic, event_id, kind, payload)
+    await connection.execute(_ADD, topic, event_id, kind, payload, tracing.traceparent())
 
 
 async def relay(database: Database, redis: RedisClient, max_length: int) -> None:
@@ -218,10 +219,13 @@ class Publisher:
 
     def _command(self, event: Any) -> tuple[Any, ...]:
         stream = self.redis.key(event["topic"])
+        event_id = str(event["event_id"])
+        traceparent = tracing.record_send("redis", event["topic"], event_id, event)
         fields = (
-            *("event_id", str(event["event_id"])),
+            *("event_id", event_id),
             *("type", event["type"]),
             *("payload", event["payload"]),
+            *(("traceparent", traceparent) if traceparent else ()),
         )
         return ("XADD", stream, "MAXLEN", "~", self.max_length, "*", *fields)
 

@@ -10,6 +10,7 @@ from redis.exceptions import RedisError
 
 from app.errors import UnavailableError
 from app.patterns.stream_group import Message, StreamGroup
+from app.telemetry import tracing
 
 #: Failed attempts of one process after which a message is dead-lettered.
 MAX_FAILURES = 5
@@ -96,8 +97,11 @@ class StreamHandler:
 
     async def _attempt(self, message: Message) -> tuple[Outcome, Exception | None]:
         """Handle a message once; return the outcome, and the error if there was one."""
+        written = message.fields.get(b"traceparent", b"").decode(errors="replace")
+        stream, group = self.group.name, self.group.group
         try:
-            await self.handle(message)
+            with tracing.handling("redis", stream, message.entry.decode(), written, group):
+                await self.handle(message)
         except PoisonError as error:
             return Outcome.DEAD_LETTERED, error
         except (RetryLaterError, UnavailableError, RedisError) as error:

@@ -25,6 +25,8 @@ from app.storage.postgres_errors import (
     has_schema_changed,
     translate_errors,
 )
+from app.storage.traced_postgres import TracedConnection
+from app.telemetry import tracing
 
 #: Time limit for a connect.
 CONNECT_TIMEOUT_SECONDS = 3.0
@@ -65,7 +67,7 @@ class Database:
             timeout=min(CONNECT_TIMEOUT_SECONDS, settings.database_acquire_timeout_seconds),
             command_timeout=settings.database_command_timeout_seconds,
             statement_cache_size=settings.database_statement_cache_size,
-            connection_class=BoundedCancelConnection,
+            connection_class=TracedConnection if tracing.current else BoundedCancelConnection,
             server_settings={"application_name": self.application_name},
             init=query_log.enable if settings.log_sql else None,
         )

@@ -19,6 +19,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from app.settings import Settings
+from app.storage.traced_redis import TracedCommands
+from app.telemetry import tracing
 
 #: Time limit for a response, a connect, and a free connection. redis-py's defaults block for 58.7 s
 #: on a hung server (11 attempts of 5 s).
@@ -154,6 +156,10 @@ class RedisClient(Redis):
             await pool.release(connection)
 
 
+class TracedRedisClient(TracedCommands, RedisClient):  # type: ignore[misc]
+    """The client while traces are on."""
+
+
 def create_redis(
     settings: Settings,
     max_connections: int = MAX_CONNECTIONS,
@@ -171,7 +177,8 @@ def create_redis(
         retry=Retry(BACKOFF, retries, supported_errors=(RedisConnectionError,)),
         client_name=settings.service_name,
     )
-    return RedisClient(settings, pool)
+    client_class = TracedRedisClient if tracing.current else RedisClient
+    return client_class(settings, pool)
 
 
 async def _redis(request: Request) -> RedisClient:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from app.telemetry.context import request_context
+from app.telemetry.context import log_keys
 from app.telemetry.stdout import LOG_LINES, STDOUT
 
 # A character of a URL in a line of JSON, other than a slash: no white space, and not the end of a
@@ -111,7 +111,7 @@ def safe_repr(value: object) -> str:
 def format_line(
     seconds: float, level: str, logger: str, message: str, fields: dict[str, Any]
 ) -> bytes:
-    """Return one line of JSON, with the IDs of the current request.
+    """Return one line of JSON, with the IDs of the current request and span.
 
     `seconds` is a Unix time.
     """
@@ -121,7 +121,7 @@ def format_line(
         "logger": logger,
         "message": message,
         **fields,
-        **(request_context.get() or {}),
+        **log_keys(),
     }
     try:
         return orjson.dumps(entry, default=safe_str, option=_JSON_OPTIONS)
@@ -225,7 +225,7 @@ class ConsoleFormatter(logging.Formatter):
     """Formats a record as plain text: time, level, logger, message, extra fields."""
 
     def format(self, record: logging.LogRecord) -> str:  # noqa: D102
-        fields = _extras(record) | (request_context.get() or {})
+        fields = _extras(record) | log_keys()
         first_line, *trace = super().format(record).split("\n", 1)
         pairs = [f"{key}={safe_str(value)}" for key, value in fields.items()]
         first_line = " ".join([first_line, *pairs])

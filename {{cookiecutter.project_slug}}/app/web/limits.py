@@ -97,11 +97,16 @@ class Limits:
         if body_bytes > self.max_body_bytes and body_bytes > self.bodies.find(scope).max_bytes:
             raise RejectedError(413)
         is_full = len(self.in_flight) >= self.max_in_flight
-        if is_full and not scope["path"].startswith(self.probe_prefix):
+        if is_full and not self.is_probe(scope):
             raise UnavailableError("The service is busy.")
         self.in_flight[exchange] = None
         if not self.is_expiry_scheduled:
             self._schedule_expiry()
+
+    def is_probe(self, scope: Scope) -> bool:
+        """Return whether a request is for a probe, by its path."""
+        path: str = scope["path"]
+        return path.startswith(self.probe_prefix)
 
     def start_stream(self, exchange: Exchange) -> None:
         """Count a request as a stream, and no longer as in flight. Called for each of its parts.

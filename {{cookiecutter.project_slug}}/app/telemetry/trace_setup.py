@@ -1,0 +1,44 @@
+"""Turns traces on for a process, if an endpoint is set: OTEL_EXPORTER_OTLP_ENDPOINT.
+
+Otherwise neither the SDK nor the exporter is imported.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from app.settings import Settings
+from app.telemetry import context, tracing
+
+
+def is_enabled(settings: Settings) -> bool:
+    """Return whether there is an endpoint to send spans to, and traces are not disabled."""
+    endpoint = settings.otel_exporter_otlp_traces_endpoint or settings.otel_exporter_otlp_endpoint
+    is_off = settings.otel_sdk_disabled or settings.otel_traces_exporter == "none"
+    return bool(endpoint) and not is_off
+
+
+def preload(settings: Settings) -> None:
+    """Import the SDK if it will be used: in the master, whose memory the workers share."""
+    if is_enabled(settings):
+        import app.telemetry.trace_export  # noqa: F401
+
+
+@contextlib.asynccontextmanager
+async def open_tracing(settings: Settings) -> AsyncIterator[None]:
+    """Trace during the block, then send the last spans, within `trace_export.FLUSH_SECONDS`.
+
+    For a process that has been forked, since the exporter is a thread.
+    """
+    if not is_enabled(settings):
+        yield
+        return
+    from app.telemetry.trace_export import Export
+
+    export = Export(settings)
+    tracing.current = tracing.Tracing(export.tracer, export.sampling, export.ids)
+    context.span_keys = tracing.active_keys
+    try:
+        yield
+    finally:
+        tracing.current = None
+        await export.close()

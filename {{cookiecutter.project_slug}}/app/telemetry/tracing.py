@@ -1,0 +1,293 @@
+"""Traces by OpenTelemetry's API: a span for each sampled request, and for all that it calls.
+
+While traces are off, `current` is None and the SDK is not loaded, see trace_setup.py. README.md,
+"Traces", lists the spans and the settings.
+
+A span of a query, a command or a call is made only within another one that is recorded. So probes,
+loops in the background and requests that are not sampled make none.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from random import getrandbits
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from opentelemetry import context, trace
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.types import Scope
+
+from app.telemetry.logs import redact
+
+_W3C = TraceContextTextMapPropagator()
+_W3C_HEADERS = frozenset({b"traceparent", b"tracestate"})
+#: The part of a trace ID by which `TraceIdRatioBased` samples.
+_SAMPLED_BITS = (1 << 64) - 1
+_FAILED = Status(StatusCode.ERROR)
+#: The flags of a trace that is not sampled and whose ID is random (W3C Trace Context Level 2).
+_NOT_SAMPLED = TraceFlags(TraceFlags.RANDOM_TRACE_ID)
+
+#: The tracing of this process, or None while it is off; trace_setup.py sets it.
+current: "Tracing | None" = None
+
+
+class Sampling(NamedTuple):
+    """The decision of `OTEL_TRACES_SAMPLER`, which the SDK takes three times as long for."""
+
+    #: Whether the flag of a caller decides, if there is one.
+    follows_parent: bool
+    #: Traces whose ID is smaller, in the bits that count, are sampled.
+    bound: int
+
+    def includes(self, trace_id: int, parent: SpanContext | None) -> bool:
+        """Return whether a trace is sampled."""
+        if parent is not None and self.follows_parent:
+            return parent.trace_flags.sampled
+        return trace_id & _SAMPLED_BITS < self.bound
+
+
+class TraceIds:
+    """Hands the ID of a new trace, by which it was sampled, over to the SDK."""
+
+    next_trace_id = 0
+
+
+class Tracing:
+    """Starts the spans of this process."""
+
+    def __init__(self, tracer: trace.Tracer, sampling: Sampling, ids: TraceIds) -> None:
+        self.tracer = tracer
+        self.sampling = sampling
+        self.ids = ids
+
+    def start_request(self, scope: Scope, keys: dict[str, str]) -> Span:
+        """Start the span of a request and make it the active one.
+
+        Its IDs are added to the `keys` of the request's log lines. A request that is not sampled
+        has only IDs, for its lines and for the services that it calls.
+        """
+        parent = _caller(scope) if "trace_id" in keys else None
+        trace_id = parent.trace_id if parent else getrandbits(128)
+        span: Span
+        if self.sampling.includes(trace_id, parent):
+            self.ids.next_trace_id = trace_id
+            span = self.tracer.start_span(scope["method"], within(parent), SpanKind.SERVER)
+        else:
+            state = parent.trace_state if parent else None
+            ids = SpanContext(trace_id, getrandbits(64), False, _NOT_SAMPLED, state)
+            span = NonRecordingSpan(ids)
+        # A request is a task of its own, so nothing has to detach it.
+        context.attach(trace.set_span_in_context(span))
+        keys.update(_keys(span))
+        return span
+
+
+def end_request(span: Span, scope: Scope, labels: tuple[str, str, int], error_type: str) -> None:
+    """End the span of a request. `labels`: method, route and status, as in the metrics.
+
+    `error_type` is the class of an unhandled exception, or empty.
+    """
+    if span.is_recording():
+        method, route, status = labels
+        attributes: dict[str, Any] = {
+            "http.request.method": method,
+            "http.response.status_code": status,
+            "url.path": redact(scope["path"]),
+            "url.scheme": scope.get("scheme", ""),
+            "network.protocol.version": scope.get("http_version", ""),
+        }
+        if scope.get("client"):
+            attributes["client.address"] = scope["client"][0]
+        if route != "unmatched":
+            attributes["http.route"] = route
+            span.update_name(f"{method} {route}")
+        if status >= 500:
+            attributes["error.type"] = error_type or str(status)
+            span.set_status(_FAILED)
+        span.set_attributes(attributes)
+    span.end()
+
+
+def active_keys() -> dict[str, str]:
+    """Return the IDs of the active span, for a log line; empty without one."""
+    return _keys(trace.get_current_span())
+
+
+def is_recording() -> bool:
+    """Return whether a span that is started now would be sent."""
+    return current is not None and trace.get_current_span().is_recording()
+
+
+def traceparent() -> str | None:
+    """Return the active span as W3C's `traceparent`, for a row or a message; None without one."""
+    return _headers(context.get_current()).get("traceparent") if current is not None else None
+
+
+class ClientSpan:
+    """A span around a query or a command: a context manager, cheaper than a generator's."""
+
+    __slots__ = ("span",)
+
+    def __init__(self, name: str, attributes: Mapping[str, Any]) -> None:
+        """Start it. Call this only while `is_recording`."""
+        assert current is not None  # noqa: S101 - for mypy
+        self.span = current.tracer.start_span(name, None, SpanKind.CLIENT, attributes)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            fail(self.span, error)
+        self.span.end()
+
+
+class HttpCall:
+    """One attempt to call another service: its span, and the headers that continue the trace."""
+
+    def __init__(self, method: str, url: str) -> None:
+        self.span: Span = trace.INVALID_SPAN
+        self.headers: dict[str, str] = {}
+        if is_recording():
+            assert current is not None  # noqa: S101 - for mypy
+            attributes = _url_attributes(url) | {"http.request.method": method}
+            self.span = current.tracer.start_span(method, None, SpanKind.CLIENT, attributes)
+            self.headers = _headers(trace.set_span_in_context(self.span))
+        elif current is not None:
+            self.headers = _headers(context.get_current())
+
+    def end(self, outcome: str) -> None:
+        """End the span. `outcome` is the status, or the name of what went wrong."""
+        if not self.span.is_recording():
+            return
+        status = int(outcome) if outcome.isdigit() else 0
+        if status:
+            self.span.set_attribute("http.response.status_code", status)
+        if not 0 < status < 400:
+            self.span.set_attribute("error.type", outcome)
+            self.span.set_status(_FAILED)
+        self.span.end()
+
+
+def record_send(system: str, topic: str, message_id: str, row: Mapping[str, Any]) -> str | None:
+    """Record the way of a message from its row, in `created_at`, until now, when it is sent.
+
+    Returns the `traceparent` that the message carries, in place of the row's.
+    """
+    written: str | None = row["traceparent"]
+    if current is None or written is None:
+        return written
+    attributes = _message_attributes(system, topic, message_id, "send")
+    created_at: datetime = row["created_at"]
+    span = current.tracer.start_span(
+        f"send {topic}",
+        _extract({"traceparent": written}),
+        SpanKind.PRODUCER,
+        attributes,
+        start_time=int(created_at.timestamp() * 1e9),
+    )
+    span.end()
+    return _headers(trace.set_span_in_context(span)).get("traceparent")
+
+
+@contextlib.contextmanager
+def handling(
+    system: str, topic: str, message_id: str, written: str | None, group: str = ""
+) -> Iterator[None]:
+    """Make the handling of a message the active span, in the trace that has written the message.
+
+    A child, not a new trace with a link: at a ratio each trace is sampled alone, and most links
+    would lead nowhere. `written` is the message's `traceparent`; without one a trace begins here.
+    """
+    if current is None:
+        yield
+        return
+    attributes = _message_attributes(system, topic, message_id, "process")
+    if group:
+        attributes["messaging.consumer.group.name"] = group
+    parent = _extract({"traceparent": written} if written else {})
+    span = current.tracer.start_span(f"process {topic}", parent, SpanKind.CONSUMER, attributes)
+    token = context.attach(trace.set_span_in_context(span))
+    try:
+        yield
+    except BaseException as error:
+        fail(span, error)
+        raise
+    finally:
+        context.detach(token)
+        span.end()
+
+
+def fail(span: Span, error: BaseException) -> None:
+    """Mark a span as failed: by the class or SQLSTATE, since a message may quote values."""
+    kind = getattr(error, "sqlstate", None) or type(error).__qualname__
+    span.set_attribute("error.type", kind)
+    span.set_status(_FAILED)
+
+
+def _caller(scope: Scope) -> SpanContext | None:
+    """Return the caller's span by its headers, or None if they are not valid."""
+    carrier = {
+        name.decode(): value.decode("latin-1")
+        for name, value in scope["headers"]
+        if name in _W3C_HEADERS
+    }
+    caller = trace.get_current_span(_extract(carrier)).get_span_context()
+    return caller if caller.is_valid else None
+
+
+def _extract(carrier: Mapping[str, str]) -> context.Context:
+    """Return a context whose span is that of the headers; without a valid one it has none."""
+    return _W3C.extract(carrier, context.Context())
+
+
+def _headers(active: context.Context) -> dict[str, str]:
+    """Return the headers of the span of a context."""
+    headers: dict[str, str] = {}
+    _W3C.inject(headers, active)
+    return headers
+
+
+def within(parent: SpanContext | None) -> context.Context:
+    """Return a context whose span is the parent, if there is one, and in no case the active one."""
+    empty = context.Context()
+    return trace.set_span_in_context(NonRecordingSpan(parent), empty) if parent else empty
+
+
+def _keys(span: Span) -> dict[str, str]:
+    ids = span.get_span_context()
+    if not ids.is_valid:
+        return {}
+    return {"trace_id": f"{ids.trace_id:032x}", "span_id": f"{ids.span_id:016x}"}
+
+
+def _url_attributes(url: str) -> dict[str, Any]:
+    """Return the attributes of a URL, without its credentials and its query."""
+    parts = urlsplit(url)
+    location = parts.netloc.rpartition("@")[2]
+    attributes: dict[str, Any] = {
+        "server.address": parts.hostname or "",
+        "url.full": parts._replace(netloc=location, query="", fragment="").geturl(),
+    }
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    return attributes | ({"server.port": port} if port else {})
+
+
+def _message_attributes(system: str, topic: str, message_id: str, kind: str) -> dict[str, Any]:
+    return {
+        "messaging.system": system,
+        "messaging.destination.name": topic,
+        "messaging.message.id": message_id,
+        "messaging.operation.name": kind,
+        "messaging.operation.type": kind,
+    }
