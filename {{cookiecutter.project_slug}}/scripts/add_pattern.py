@@ -27,7 +27,7 @@ from scripts.project_files import (
 
 #: The sources, each in the directory that it is copied to.
 SOURCE = "docs/patterns"
-TABLES = "migrations/versions/0002_patterns.py"
+TABLES = ("migrations/versions/0002_patterns.py", "migrations/versions/0002b_outbox_traceparent.py")
 #: The requirements that lock a group of dependencies.
 LOCKS = {"project": "requirements.txt", "dev": "requirements-dev.txt"}
 MIGRATION = '''"""Create the table {table}."""
@@ -182,11 +182,8 @@ def _source(project: Path, file: str) -> bytes:
 
 
 def _migration(project: Path, table: str) -> tuple[str, str]:
-    """Return a migration with the statements that the template's has for this table."""
-    source = _source(project, TABLES).decode().replace("\r\n", "\n")
-    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    (upgrade,) = [function for function in functions if function.name == "upgrade"]
-    statements = [ast.get_source_segment(source, node) or "" for node in upgrade.body]
+    """Return a migration with the statements that the template's have for this table."""
+    statements = [statement for file in TABLES for statement in _statements(project, file)]
     concerns_table = re.compile(rf"\b(table|on) {table}\b")
     path, revision, predecessor = new_migration(project, table)
     text = MIGRATION.format(
@@ -196,6 +193,15 @@ def _migration(project: Path, table: str) -> tuple[str, str]:
         statements="\n    ".join(filter(concerns_table.search, statements)),
     )
     return path, text
+
+
+def _statements(project: Path, file: str) -> Iterator[str]:
+    """Yield the statements of `upgrade` in a migration."""
+    source = _source(project, file).decode().replace("\r\n", "\n")
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    (upgrade,) = [function for function in functions if function.name == "upgrade"]
+    for node in upgrade.body:
+        yield ast.get_source_segment(source, node) or ""
 
 
 def _edit_pyproject(text: str, added: list[str]) -> str:

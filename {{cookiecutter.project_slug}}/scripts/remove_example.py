@@ -48,6 +48,7 @@ PATHS = [
     "deploy/k8s/components/gateway-egress/networkpolicy.yaml",
     "migrations/versions/0001_payments.py",
     "migrations/versions/0002_patterns.py",
+    "migrations/versions/0002b_outbox_traceparent.py",
     "scripts/dev_consumer.py",
     "scripts/fake_gateway.py",
     "scripts/quiet_http.py",
@@ -72,6 +73,7 @@ PATHS = [
     "tests/payments/test_gateway_tls.py",
     "tests/payments/test_payments.py",
     "tests/payments/test_redis.py",
+    "tests/payments/test_trace.py",
     "scripts/remove_example.py",
 ]
 #: The directory that keeps the patterns, and the files of the example that move there.
@@ -79,6 +81,7 @@ PATTERNS = "docs/patterns"
 MOVED = (
     "app/patterns/",
     "migrations/versions/0002_patterns.py",
+    "migrations/versions/0002b_outbox_traceparent.py",
     "scripts/quiet_http.py",
     "tests/patterns/",
 )
@@ -152,7 +155,8 @@ BLOCK_BETWEEN_BLANK_LINES = re.compile(rf"(?<=\n\n){BLOCK.pattern}\n", re.MULTIL
 MARKED_ROW = re.compile(r"^.*<!-- example --> \|\n", re.MULTILINE)
 #: In a migration of the project's own that follows one of the example's.
 FOLLOWS_EXAMPLE = re.compile(
-    r"""^(down_revision\b.*= )["'](0001_payments|0002_patterns)["']$""", re.MULTILINE
+    r"""^(down_revision\b.*= )["'](0001_payments|0002_patterns|0002b_outbox_traceparent)["']$""",
+    re.MULTILINE,
 )
 #: In the file of cruft: a boolean, or a text from an older version.
 STORED_ANSWER = re.compile(r'(?<="include_example": )[^,\n]+')
@@ -161,7 +165,8 @@ STORED_ANSWER = re.compile(r'(?<="include_example": )[^,\n]+')
 #: Statements for a database that has been migrated with the example.
 CLEANUP = """\
 drop table if exists payments, idempotency_keys, outbox, inbox, schedule;
-delete from alembic_version where version_num in ('0001_payments', '0002_patterns');
+delete from alembic_version
+where version_num in ('0001_payments', '0002_patterns', '0002b_outbox_traceparent');
 """
 DATABASES = f"""
 `make dev-reset` deletes the development database, which still has the tables of the example.

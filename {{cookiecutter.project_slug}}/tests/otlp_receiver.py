@@ -61,6 +61,10 @@ class Receiver:
             found = [span for span in self.spans if span.name.startswith(start)]
         return sorted(found, key=lambda span: span.start)
 
+    def trace(self, root: Span) -> list[Span]:
+        """Return the spans of a trace, in the order of their start."""
+        return [span for span in self.named("") if span.trace_id == root.trace_id]
+
     def clear(self) -> None:
         """Forget what has arrived."""
         with self.lock:

@@ -3,7 +3,7 @@
 from alembic import op
 
 revision = "0003_jobs"
-down_revision = "0002_patterns"
+down_revision = "0002b_outbox_traceparent"
 
 
 def upgrade() -> None:

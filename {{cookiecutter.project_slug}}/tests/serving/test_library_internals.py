@@ -16,12 +16,19 @@ from fastapi.routing import iter_route_contexts
 from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
+from opentelemetry.exporter.http.transport._requests import RequestsHTTPTransport
+from opentelemetry.exporter.otlp.common.http import _OTLPHTTPClient
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk._shared_internal import BatchProcessor
+from opentelemetry.sdk.trace import Tracer
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from prometheus_client import CollectorRegistry, Histogram, values
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.values import MultiProcessValue
 from redis._parsers.base import BaseParser
-from redis.asyncio import BlockingConnectionPool, ConnectionPool
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
+from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
@@ -191,6 +198,30 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     BaseParser.parse_error: (
         "it sets `status_code`, and removes the code from the text",
         "66c735931d7e",
+    ),
+    Redis.execute_command: ("all commands pass through it, for traced_redis.py", "b35fa092ad03"),
+    Pipeline.execute: ("traced_redis.py puts a span around it", "f61e1ae2ffba"),
+    Redis.pipeline: ("traced_redis.py makes the same pipeline", "15119889197c"),
+    # OpenTelemetry
+    Tracer.start_span: (
+        "tracing.py decides in its place, and hands over the ID of a new trace",
+        "3cd55e4a9e14",
+    ),
+    TraceIdRatioBased.should_sample: ("tracing.py decides by the same rule", "f8786d237e5e"),
+    ParentBased.should_sample: ("tracing.py decides by the same rule", "2f4e7c936dc7"),
+    BatchProcessor.shutdown: (
+        "trace_export.py runs it in a thread: it waits for 30 s",
+        "8f6ff946caa3",
+    ),
+    BatchProcessor.emit: (
+        "it drops the oldest span of a full queue, with a log line",
+        "221acffa5dba",
+    ),
+    OTLPSpanExporter.export: ("it returns a failure, and raises nothing", "0968825cd72f"),
+    _OTLPHTTPClient.export: ("its retries end within the timeout", "2641348a8823"),
+    RequestsHTTPTransport.request: (
+        "it calls the session's method, which trace_export.py overrides",
+        "7e35777edf9a",
     ),
 }
 
