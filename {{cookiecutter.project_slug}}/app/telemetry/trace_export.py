@@ -24,7 +24,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, TraceIdRatioBased
 from opentelemetry.util.re import parse_env_headers
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import Counter
 
 from app.settings import Settings
 from app.tasks import StateLog
@@ -42,6 +42,11 @@ NOISY_LOGGERS = (
     "opentelemetry.util.re",
 )
 
+_SPANS = Counter(
+    "otel_sdk_exporter_span_exported",
+    "Spans by the reason for which they were not sent, empty if they were.",
+    ["error_type"],
+)
 logger = logging.getLogger("app.tracing")
 
 
@@ -92,21 +97,15 @@ class SpanSender(SpanExporter):
         self.session = _Session()
         self.exporter = OTLPSpanExporter(session=self.session, **_exporter_options(settings))
         self.state = StateLog(logger, "traces are lost", "traces are sent again")
-        self.spans = Counter(
-            "otel_sdk_exporter_span_exported",
-            "Spans by the reason for which they were not sent, empty if they were.",
-            ["error_type"],
-            registry=CollectorRegistry(),
-        )
         # An increase is only seen of a counter that exists.
-        self.spans.labels("")
+        _SPANS.labels("")
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send a batch, within `OTEL_EXPORTER_OTLP_TIMEOUT`."""
         result = self.exporter.export(spans)
         is_sent = result is SpanExportResult.SUCCESS
         problem = "" if is_sent else self.session.problem or "rejected"
-        self.spans.labels(problem).inc(len(spans))
+        _SPANS.labels(problem).inc(len(spans))
         if is_sent:
             self.state.succeeded()
         else:
