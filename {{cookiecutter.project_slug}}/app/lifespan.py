@@ -49,11 +49,8 @@ async def open_state(
     lifecycle = lifecycle or Lifecycle()
     async with contextlib.AsyncExitStack() as stack:
         enter = stack.enter_async_context
-
-        # Traces, if an endpoint is set; first, so that the last spans of the others are sent
+        # Traces first, which are then closed last; Postgres and Redis
         await enter(open_tracing(settings))
-
-        # Postgres and Redis
         connections = plan_workers(settings, detect_resources()).connections_per_worker
         storage = await enter(open_storage(settings, connections))
 

@@ -72,12 +72,19 @@ class StreamHandler:
         """
 
     async def serve(self, message: Message) -> None:
-        """Handle a message, then acknowledge or dead-letter it.
+        """Handle a message, then acknowledge or dead-letter it, as a span of its trace.
 
         Raises nothing but a cancellation.
         """
-        outcome, error = await self._attempt(message)
+        written = message.fields.get(b"traceparent", b"").decode(errors="replace")
         name = message.entry.decode()
+        with tracing.handling("redis", self.group.name, name, written, self.group.group):
+            await self._serve(message, name)
+
+    async def _serve(self, message: Message, name: str) -> None:
+        outcome, error = await self._attempt(message)
+        if error:
+            tracing.mark_failed(error)
         try:
             match outcome:
                 case Outcome.DONE:
@@ -97,11 +104,8 @@ class StreamHandler:
 
     async def _attempt(self, message: Message) -> tuple[Outcome, Exception | None]:
         """Handle a message once; return the outcome, and the error if there was one."""
-        written = message.fields.get(b"traceparent", b"").decode(errors="replace")
-        stream, group = self.group.name, self.group.group
         try:
-            with tracing.handling("redis", stream, message.entry.decode(), written, group):
-                await self.handle(message)
+            await self.handle(message)
         except PoisonError as error:
             return Outcome.DEAD_LETTERED, error
         except (RetryLaterError, UnavailableError, RedisError) as error:

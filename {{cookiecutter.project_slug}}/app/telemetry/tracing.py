@@ -27,8 +27,6 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import Scope
 
-from app.telemetry.logs import redact
-
 _W3C = TraceContextTextMapPropagator()
 _W3C_HEADERS = frozenset({b"traceparent", b"tracestate"})
 #: The part of a trace ID by which `TraceIdRatioBased` samples.
@@ -92,17 +90,19 @@ class Tracing:
         return span
 
 
-def end_request(span: Span, scope: Scope, labels: tuple[str, str, int], error_type: str) -> None:
+def end_request(
+    span: Span, scope: Scope, labels: tuple[str, str, int], path: str, error_type: str
+) -> None:
     """End the span of a request. `labels`: method, route and status, as in the metrics.
 
-    `error_type` is the class of an unhandled exception, or empty.
+    `path` has no passwords. `error_type` is the class of an unhandled exception, or empty.
     """
     if span.is_recording():
         method, route, status = labels
         attributes: dict[str, Any] = {
             "http.request.method": method,
             "http.response.status_code": status,
-            "url.path": redact(scope["path"]),
+            "url.path": path,
             "url.scheme": scope.get("scheme", ""),
             "network.protocol.version": scope.get("http_version", ""),
         }
@@ -148,7 +148,7 @@ class ClientSpan:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None:
-            fail(self.span, error)
+            mark_failed(error, self.span)
         self.span.end()
 
 
@@ -221,15 +221,19 @@ def handling(
     try:
         yield
     except BaseException as error:
-        fail(span, error)
+        mark_failed(error, span)
         raise
     finally:
         context.detach(token)
         span.end()
 
 
-def fail(span: Span, error: BaseException) -> None:
-    """Mark a span as failed: by the class or SQLSTATE, since a message may quote values."""
+def mark_failed(error: BaseException, span: Span | None = None) -> None:
+    """Mark a span, or the active one, as failed.
+
+    By the class of the error or its SQLSTATE, since its message may quote values.
+    """
+    span = span or trace.get_current_span()
     kind = getattr(error, "sqlstate", None) or type(error).__qualname__
     span.set_attribute("error.type", kind)
     span.set_status(_FAILED)

@@ -396,7 +396,7 @@ class Exchange:
             middleware.metrics.record_stream(self.kind, route, seconds)
         middleware.metrics.record(labels, self.opened_seconds if is_stream else seconds)
         if self.span is not None:
-            tracing.end_request(self.span, self.scope, labels, self.bug)
+            self._end_span(self.span, labels)
         is_probe = route.startswith("/health/") and not is_mounted(self.scope)
         if is_probe and status < 400:
             return
@@ -404,6 +404,10 @@ class Exchange:
             self._log(method, route, status, seconds)
         else:
             self._when_delivered(partial(self._log, method, route, status, seconds))
+
+    def _end_span(self, span: Span, labels: tuple[str, str, int]) -> None:
+        path = redact(self.scope["path"])
+        tracing.end_request(span, self.scope, labels, path, self.bug)
 
     def _when_delivered(self, log: Callable[..., None]) -> None:
         """Log once the client has the response, or once its connection is lost.
@@ -537,7 +541,7 @@ class Handshake(Exchange):
         labels = ("GET", route_template(self.scope), SWITCHING_PROTOCOLS)
         self.middleware.metrics.record(labels, self.opened_seconds)
         if self.span is not None:
-            tracing.end_request(self.span, self.scope, labels, self.bug)
+            self._end_span(self.span, labels)
 
     def _end(self) -> None:
         """Count and log a WebSocket that has ended."""
