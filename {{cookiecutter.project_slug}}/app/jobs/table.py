@@ -48,9 +48,11 @@ async def enqueue(
         raise RuntimeError(msg)
     context = json.dumps(request_context.get() or {})
     values = (kind, key, payload.model_dump_json(), context, run_at)
-    job_id: UUID | None = await connection.fetchval(_INSERT, *values)
-    if job_id is None:
-        job_id = await connection.fetchval(_FIND_BY_KEY, kind, key)
+    job_id = None
+    # Again, if the job with the same key was deleted between the two.
+    while job_id is None:
+        job_id = await connection.fetchval(_INSERT, *values)
+        job_id = job_id or await connection.fetchval(_FIND_BY_KEY, kind, key)
     # asyncpg returns a subclass of its own.
     return UUID(str(job_id))
 

@@ -141,12 +141,12 @@ async def all_ended(database: Database) -> None:
 class Worker(Running):
     """A worker process with the handlers of the tests."""
 
-    def __init__(self, **settings: str) -> None:
+    def __init__(self, module: str = "tests.jobs.worker", /, **settings: str) -> None:
         self.port = free_port()
         self.output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by running()
         own = {"METRICS_BIND": f"127.0.0.1:{self.port}", "LOG_FORMAT": "json", "JOB_PROCESSES": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.jobs.worker"],
+            [sys.executable, "-m", module],
             cwd=PROJECT,
             env=os.environ | own | settings,
             stdout=self.output,
