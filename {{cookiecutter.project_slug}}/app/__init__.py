@@ -23,7 +23,7 @@ patterns/            building blocks to copy  # example
 jobs/                work that is done later, by workers  # jobs
     table.py  handlers.py  runner.py  outcomes.py  alone.py  starts.py  # jobs
     dispatcher.py  postgres_dispatcher.py  worker.py  job_metrics.py  router.py  # jobs
-    rabbitmq_dispatcher.py  broker.py  relay.py  # jobs
+    rabbitmq_dispatcher.py  broker.py  relay.py  consume.py  # jobs
     schedules.py  purge.py  report.py  # jobs
 process_pool/        CPU-heavy work in other processes
     pool.py  process.py  child.py

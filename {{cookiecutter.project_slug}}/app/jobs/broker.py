@@ -102,7 +102,7 @@ class Link:
         await self.was_tried.wait()
         self.require_channel()
 
-    async def prepare(self, channel: AbstractChannel) -> None:
+    async def prepare(self, connection: AbstractConnection, channel: AbstractChannel) -> None:
         """Declare the queues of a channel, and consume from them."""
 
     async def _serve(self) -> None:
@@ -115,7 +115,7 @@ class Link:
                 stack.push_async_callback(_close, connection)
                 channel = await connection.channel(on_return_raises=True)
                 await _watch(channel, ended)
-                await self.prepare(channel)
+                await self.prepare(connection, channel)
             self.connection = connection
             self.channel = channel
             self.is_open.set()
@@ -216,10 +216,10 @@ class Consumer(Link):
         self.is_stopping = False
         self.consuming: tuple[AbstractQueue, str] | None = None
 
-    async def prepare(self, channel: AbstractChannel) -> None:
+    async def prepare(self, connection: AbstractConnection, channel: AbstractChannel) -> None:
         """Declare the queue and consume from it, unless this process shuts down."""
         await channel.set_qos(prefetch_count=self.prefetch)
-        queue = await self.declare(channel)
+        queue = await self.declare(connection, channel)
         if not self.is_stopping:
             self.consuming = (queue, await queue.consume(self.receive))
 
@@ -235,7 +235,7 @@ class Consumer(Link):
 
 
 #: Declares what a consumer needs, and returns its queue.
-Declare = Callable[[AbstractChannel], Awaitable[AbstractQueue]]
+Declare = Callable[[AbstractConnection, AbstractChannel], Awaitable[AbstractQueue]]
 
 
 async def declare_with_dead_letters(channel: AbstractChannel, name: str) -> AbstractQueue:

@@ -4,6 +4,7 @@ A message that comes a second time starts nothing while the lease of its job hol
 connection the first start goes on. The relay publishes the job again once its lease has expired.
 """
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -11,10 +12,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Self
 from uuid import UUID
 
-from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
 
 from app.jobs import job_metrics, starts
-from app.jobs.broker import Consumer, Outage, Publisher, declare_with_dead_letters
+from app.jobs.broker import Consumer, Outage, Publisher, dead_letters_of, declare_with_dead_letters
+from app.jobs.consume import Inbox, subscriptions
 from app.jobs.dispatcher import Receive
 from app.jobs.relay import Relay
 from app.jobs.starts import Job
@@ -65,6 +67,10 @@ class RabbitMQDispatcher:
         self.publisher = Publisher(self.url, f"{self.label} publishes", self.outage)
         self.relay = Relay(database, self.publisher, self.queue)
         self.consumer: Consumer | None = None
+        self.inboxes = [Inbox(each, database, self.publisher) for each in subscriptions.all]
+        for each in subscriptions.all:
+            self.relay.other_queues += [each.queue, dead_letters_of(each.queue)]
+        self.consumers: list[Consumer] = []
         self.stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -105,14 +111,16 @@ class RabbitMQDispatcher:
             receive_message,
             self.settings.job_concurrency,
         )
-        await self.stack.enter_async_context(background_task(self.consumer.run()))
+        inboxes = [inbox.connect(self.url, self.label) for inbox in self.inboxes]
+        self.consumers = [self.consumer, *inboxes]
+        for consumer in self.consumers:
+            await self.stack.enter_async_context(background_task(consumer.run()))
 
     async def stop(self) -> None:
         """Hand out no more jobs. Those under way keep their messages."""
-        if self.consumer is not None:
-            await self.consumer.stop()
+        await asyncio.gather(*(consumer.stop() for consumer in self.consumers))
 
-    async def _declare(self, channel: AbstractChannel) -> AbstractQueue:
+    async def _declare(self, _: AbstractConnection, channel: AbstractChannel) -> AbstractQueue:
         return await declare_with_dead_letters(channel, self.queue)
 
 

@@ -5,11 +5,13 @@ the commit publishes a job twice, which does no harm: its row allows one start.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 from typing import Any
 
 import aio_pika
+from aio_pika.exceptions import ChannelNotFoundEntity
 from prometheus_client import Gauge
 
 from app.jobs.broker import Publisher, dead_letters_of
@@ -60,8 +62,8 @@ class Relay:
         self.database = database
         self.publisher = publisher
         self.queue = queue
-        #: The queues whose messages are counted.
-        self.queues = [queue, dead_letters_of(queue)]
+        #: Queues whose messages are counted as well.
+        self.other_queues = [dead_letters_of(queue)]
 
     async def publish_due(self) -> None:
         """Publish jobs that are due, until cancelled. Outages only delay them."""
@@ -94,13 +96,19 @@ class Relay:
         expired = await self.publish(_EXPIRED)
         if expired:
             logger.warning("%d jobs are published again: their leases expired", expired)
-        waiting = {name: await self.publisher.count_ready(name) for name in self.queues}
-        for name, number in waiting.items():
-            _WAITING.labels(name).set(number)
-        if waiting[self.queue] == 0:
+        if await self._count(self.queue) == 0:
             lost = await self.publish(_LOST, LOST_SECONDS)
             if lost:
                 logger.warning("%d jobs are published again: RabbitMQ lost them", lost)
+        for name in self.other_queues:
+            with contextlib.suppress(ChannelNotFoundEntity):
+                await self._count(name)
+
+    async def _count(self, queue: str) -> int:
+        """Set the metric of a queue, and return how many messages wait there."""
+        number = await self.publisher.count_ready(queue)
+        _WAITING.labels(queue).set(number)
+        return number
 
     async def publish(self, query: str, *arguments: float) -> int:
         """Publish the jobs of a query, `BATCH` at most; return how many."""

@@ -1,10 +1,12 @@
 """The work of `python -m app.jobs_main`: the clients of a worker, and what it does with them."""
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import NamedTuple
 
 from app.jobs import job_metrics
+from app.jobs.consume import subscriptions
 from app.jobs.dispatcher import Dispatcher
 from app.jobs.handlers import handlers
 from app.jobs.postgres_dispatcher import PostgresDispatcher
@@ -21,6 +23,7 @@ from app.web.health import Check, Health
 
 #: The part of `GRACEFUL_TIMEOUT_SECONDS` that is kept for releasing jobs and closing connections.
 CLOSING_SECONDS = 5
+logger = logging.getLogger("app.jobs")
 
 
 class Clients(NamedTuple):
@@ -72,6 +75,8 @@ async def run_worker(settings: Settings, clients: Clients, _: Health) -> AsyncIt
 def _create_dispatcher(settings: Settings, database: Database) -> Dispatcher:
     if settings.amqp_url.get_secret_value():
         return RabbitMQDispatcher(settings, database)
+    for each in subscriptions.all:
+        logger.info("not consumed, since AMQP_URL is not set: %s", each.queue)
     return PostgresDispatcher(database, settings.job_concurrency)
 
 
