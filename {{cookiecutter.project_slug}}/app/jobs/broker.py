@@ -66,8 +66,9 @@ class Outage:
 class Link:
     """One connection with one channel. Both are opened again when either ends."""
 
-    def __init__(self, url: str, label: str, outage: Outage) -> None:
+    def __init__(self, url: str, label: str, outage: Outage, declare: "Declare") -> None:
         """`label`: the name of the connection in RabbitMQ's own tools."""
+        self.declare = declare
         given = URL(url)
         self.url = given if "heartbeat" in given.query else given % {"heartbeat": HEARTBEAT_SECONDS}
         self.label = label
@@ -103,7 +104,8 @@ class Link:
         self.require_channel()
 
     async def prepare(self, connection: AbstractConnection, channel: AbstractChannel) -> None:
-        """Declare the queues of a channel, and consume from them."""
+        """Declare the queue on a new channel."""
+        await self.declare(connection, channel)
 
     async def _serve(self) -> None:
         """Open the connection, and wait for its end. Raises what has ended it."""
@@ -209,8 +211,7 @@ class Consumer(Link):
         receive: Receive,
         prefetch: int,
     ) -> None:
-        super().__init__(url, label, outage)
-        self.declare = declare
+        super().__init__(url, label, outage, declare)
         self.receive = receive
         self.prefetch = prefetch
         self.is_stopping = False
@@ -234,7 +235,7 @@ class Consumer(Link):
                 await queue.cancel(tag)
 
 
-#: Declares what a consumer needs, and returns its queue.
+#: Declares what a connection needs, and returns its queue.
 Declare = Callable[[AbstractConnection, AbstractChannel], Awaitable[AbstractQueue]]
 
 

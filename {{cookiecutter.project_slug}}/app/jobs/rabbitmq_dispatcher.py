@@ -64,7 +64,7 @@ class RabbitMQDispatcher:
         self.queue = f"{settings.service_name}.jobs"
         self.label = f"{settings.service_name}@{socket.gethostname()}"
         self.outage = Outage("RabbitMQ unavailable", "RabbitMQ available again")
-        self.publisher = Publisher(self.url, f"{self.label} publishes", self.outage)
+        self.publisher = Publisher(self.url, f"{self.label} publishes", self.outage, self._declare)
         self.relay = Relay(database, self.publisher, self.queue)
         self.consumer: Consumer | None = None
         self.inboxes = [Inbox(each, database, self.publisher) for each in subscriptions.all]

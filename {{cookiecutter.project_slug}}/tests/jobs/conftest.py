@@ -23,7 +23,7 @@ from app.storage.postgres import Database
 from scripts import dev_rabbitmq
 from scripts.dev_rabbitmq import RabbitMQ
 from scripts.dev_services import free_port
-from tests.jobs.broker_server import require_rabbitmq
+from tests.jobs.broker_server import Certificate, require_rabbitmq
 from tests.jobs.work import Nothing
 from tests.service_process import DEADLINE_SECONDS, PROJECT, Running, eventually
 
@@ -40,10 +40,16 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
-def rabbitmq() -> Iterator[RabbitMQ]:
+def amqp_certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    """The certificate of the RabbitMQ server."""
+    return Certificate(tmp_path_factory.mktemp("amqp"))
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(amqp_certificate: Certificate) -> Iterator[RabbitMQ]:
     """A RabbitMQ server, shared by all tests: each has queues of its own."""
     require_rabbitmq()
-    with dev_rabbitmq.rabbitmq() as server:
+    with dev_rabbitmq.rabbitmq(**amqp_certificate.settings) as server:
         yield server
 
 
