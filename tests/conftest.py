@@ -22,7 +22,13 @@ FORK_LISTS = ROOT / "tests/house/lists.toml"
 FORK: dict[str, list[str]] = tomllib.loads(FORK_LISTS.read_text()) if FORK_LISTS.exists() else {}
 #: The only files that may contain Jinja. Cookiecutter renders hooks too; they contain only answers.
 #: `house/` is the fork's.
-_RENDERED = [r"README\.md", r"docs/runbook\.md", "deploy/.*", "house/.*", *FORK.get("jinja", [])]
+_RENDERED = [
+    r"README\.md",
+    r"docs/(runbook|alerts)\.md",
+    r"deploy/.*(?<!\.json)",
+    "house/.*",
+    *FORK.get("jinja", []),
+]
 JINJA_ALLOWED = re.compile(
     rf"{re.escape(SOURCE)}/({'|'.join(_RENDERED)})|hooks/.*\.py|cookiecutter\.json"
 )

@@ -125,8 +125,7 @@ def test_script_lists_every_file_and_every_marked_line_of_the_example() -> None:
     script = runpy.run_path(str(SCRIPT))
     names = [name.removeprefix(f"{SOURCE}/") for name in tracked() if name.startswith(SOURCE)]
     directories = tuple(f"{Path(name).parent}/" for name in script["PATHS"])
-    shared = ("migrations/versions/", "scripts/")
-    own = [each for each in directories if each not in shared]
+    own = [each for each in directories if each.removesuffix("/") not in script["SHARED"]]
     assert [name for name in names if name.startswith(tuple(own))] == [
         name for name in script["PATHS"] if name.startswith(tuple(own))
     ]

@@ -46,6 +46,9 @@ PATHS = [
     "deploy/k8s/components/consumer/service.yaml",
     "deploy/k8s/components/gateway-egress/kustomization.yaml",
     "deploy/k8s/components/gateway-egress/networkpolicy.yaml",
+    "deploy/k8s/components/prometheusrule/payments.yaml",
+    "deploy/observe/prometheus/rules/payments.yaml",
+    "deploy/observe/prometheus/tests/payments.yaml",
     "migrations/versions/0001_payments.py",
     "migrations/versions/0002_patterns.py",
     "migrations/versions/0002b_outbox_traceparent.py",
@@ -76,6 +79,15 @@ PATHS = [
     "tests/payments/test_trace.py",
     "scripts/remove_example.py",
 ]
+#: The directories that have other files as well.
+SHARED = {
+    "deploy/k8s/components/prometheusrule",
+    "deploy/observe/grafana/dashboards",
+    "deploy/observe/prometheus/rules",
+    "deploy/observe/prometheus/tests",
+    "migrations/versions",
+    "scripts",
+}
 #: The directory that keeps the patterns, and the files of the example that move there.
 PATTERNS = "docs/patterns"
 MOVED = (
@@ -93,12 +105,14 @@ FILES_WITH_BLOCKS = [
     "app/setting_types.py",
     "app/settings.py",
     "compose.yaml",
+    "docs/alerts.md",
     "docs/patterns.md",
     "docs/runbook.md",
     "scripts/seed.py",
 ]
 #: The marked lines of code. Other lines that end in `# example` are the team's.
 LINES = {
+    "deploy/k8s/components/prometheusrule/kustomization.yaml": ["  - payments.yaml # example"],
     "Makefile": ["PARTS += consumer gateway # example"],
     "app/__init__.py": [
         "payments/            a feature: what a team writes  # example",
@@ -242,7 +256,7 @@ def _delete_directories(project: Path) -> list[str]:
     """Delete directories of the example that are empty; return the files in the others."""
     left: list[str] = []
     directories = {str(Path(name).parent) for name in PATHS if (project / name).parent.is_dir()}
-    for name in sorted(directories - {"migrations/versions", "scripts"}):
+    for name in sorted(directories - SHARED):
         if not _is_inside(project, name):
             continue
         shutil.rmtree(project / name / "__pycache__", ignore_errors=True)
