@@ -3,9 +3,12 @@
 from app.conversations import repository
 from app.conversations.schemas import ENDED, ConversationEnded, Score
 from app.conversations.scores import compute_score
+from app.jobs.consume import consume
 from app.jobs.handlers import PoisonError, Run, handlers
 
 
+# Other services end conversations by a message; the key is that of the request.
+@consume("conversation-ended", ENDED, ConversationEnded, key="conversation_id")
 @handlers.add(ENDED, ConversationEnded, attempts=5, timeout_seconds=60)
 async def compute(run: Run, ended: ConversationEnded) -> None:
     """Read the lines, compute in a process, store the score: once, with the end of the job."""

@@ -123,6 +123,30 @@ async def a_job_with_a_lease_is_left_to_its_worker(database: Database) -> None:
     assert await claim_expired(database, job_id) is None
 
 
+async def deliver(database: Database, job_id: UUID) -> Job | None:
+    """Start a job as RabbitMQ hands it out."""
+    async with database.acquire() as connection:
+        return await starts.claim(connection, job_id)
+
+
+async def a_message_that_comes_again_starts_nothing(database: Database) -> None:
+    job_id = await enqueue(database, "a")
+    assert await deliver(database, job_id)
+    assert await deliver(database, job_id) is None
+    async with database.acquire() as connection:
+        assert not await starts.has_expired(connection, job_id)
+    await expire(database)
+    async with database.acquire() as connection:
+        assert await starts.has_expired(connection, job_id)
+    assert await deliver(database, job_id)
+
+
+async def a_message_that_comes_early_starts_nothing(database: Database) -> None:
+    run_at = datetime.now(UTC) + timedelta(minutes=1)
+    job_id = await enqueue(database, "a", run_at=run_at)
+    assert await deliver(database, job_id) is None
+
+
 async def a_worker_that_renews_keeps_its_job(database: Database) -> None:
     job_id = await enqueue(database, "a")
     jobs = await claim(database)
@@ -193,6 +217,11 @@ MUTATIONS = [
     Mutation("_CLAIM_DUE", " skip locked", "", a_locked_job_does_not_delay_the_others),
     Mutation("_CLAIM_DUE", " and run_at <= now()", "", a_job_is_not_claimed_before_its_time),
     Mutation("_CLAIM_DUE", "limit $2", "limit $2 + 1", a_claim_is_limited_to_the_free_places),
+    Mutation("_CLAIM", " and lease_until < now()", "", a_message_that_comes_again_starts_nothing),
+    Mutation("_CLAIM", " and run_at <= now()", "", a_message_that_comes_early_starts_nothing),
+    Mutation(
+        "_HAS_EXPIRED", " and lease_until < now()", "", a_message_that_comes_again_starts_nothing
+    ),
     Mutation("_CLAIM_EXPIRED", "attempts = attempts + 1,", "", each_start_counts),
     Mutation("_CLAIM_EXPIRED", "starts = starts + 1,", "", an_older_start_cannot_end_the_job),
     Mutation("_SUCCEED", NEWER, " and $2 > 0", an_older_start_cannot_end_the_job),
