@@ -1,11 +1,14 @@
 """The job of a conversation, from its end over HTTP to its score."""
 
+from typing import Any, ClassVar
+
 import httpx
 import pytest
 
 from app.conversations import repository
 from app.conversations.schemas import ENDED, ConversationEnded
 from app.jobs import table
+from app.jobs.consume import Inbox, subscriptions
 from app.storage.postgres import Database
 from tests.conversations.factory import store
 from tests.run_jobs import RunJobs
@@ -85,3 +88,33 @@ async def test_message_about_an_unknown_conversation_fails_at_once(
     assert row
     assert row["status"] == "failed"
     assert "there is no such conversation" in row["error"]
+
+
+class Message:
+    """A message of another service, without RabbitMQ."""
+
+    headers: ClassVar[dict[str, str]] = {}
+    message_id = "message-1"
+
+    def __init__(self, body: str) -> None:
+        self.body = body.encode()
+        self.is_acknowledged = False
+
+    async def ack(self) -> None:
+        self.is_acknowledged = True
+
+
+async def test_message_of_another_service_is_the_same_job(
+    client: httpx.AsyncClient, database: Database, run_jobs: RunJobs
+) -> None:
+    """Whether the request comes first or the message: the conversation gets one score."""
+    conversation = await store(database)
+    (subscription,) = [each for each in subscriptions.all if each.kind == ENDED]
+    not_used: Any = None
+    ended_there = ConversationEnded(conversation_id=conversation.conversation_id)
+    message: Any = Message(ended_there.model_dump_json())
+    await Inbox(subscription, database, not_used).receive(message)
+    assert message.is_acknowledged
+    ended = await client.post(f"/conversations/{conversation.conversation_id}/end")
+    (job_id,) = await run_jobs()
+    assert ended.json()["job_id"] == str(job_id)
