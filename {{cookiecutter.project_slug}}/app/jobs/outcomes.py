@@ -27,6 +27,8 @@ class Outcome(NamedTuple):
     name: str
     reason: str = ""
     delay_seconds: float = 0.0
+    #: Whether this start counts as an attempt.
+    is_counted: bool = True
     #: Logged with its traceback.
     error: BaseException | None = None
 
@@ -52,13 +54,13 @@ def outcome_of(error: BaseException, attempts: int, max_attempts: int) -> Outcom
     if isinstance(error, PoisonError):
         return Outcome("failed", text)
     if isinstance(error, LaterError):
-        return Outcome("later", text, error.seconds)
+        return Outcome("later", text, error.seconds, is_counted=False)
     # A command of the job that exceeds its time limit counts: it may be too slow forever.
     if isinstance(error, UnavailableError) and not isinstance(error, CommandTimeoutError):
-        return Outcome("later", text, _spread(OUTAGE_SECONDS))
+        return Outcome("later", text, _spread(OUTAGE_SECONDS), is_counted=False)
     if attempts >= max_attempts:
         return Outcome("failed", text, error=error)
-    return Outcome("again", text, backoff_seconds(attempts), error)
+    return Outcome("again", text, backoff_seconds(attempts), error=error)
 
 
 def backoff_seconds(attempts: int) -> float:
@@ -71,11 +73,10 @@ def backoff_seconds(attempts: int) -> float:
 async def store(connection: Connection, job: Job, outcome: Outcome) -> None:
     """Store the outcome, unless the job has ended or a newer start has begun."""
     if outcome.name == "failed":
-        await starts.fail(connection, job, outcome.reason)
+        await starts.fail(connection, job, outcome.reason, is_counted=outcome.is_counted)
     elif outcome.name in {"again", "later"}:
-        is_counted = outcome.name == "again"
         await starts.retry(
-            connection, job, outcome.delay_seconds, outcome.reason, is_counted=is_counted
+            connection, job, outcome.delay_seconds, outcome.reason, is_counted=outcome.is_counted
         )
 
 

@@ -105,6 +105,9 @@ class Runner:
             return True
         is_suspect = await self._hold(delivery.is_suspect)
         async with self.alone.enter(alone=is_suspect):
+            if self.is_stopping:
+                # The shutdown began meanwhile. The delivery is not settled: another worker gets it.
+                raise asyncio.CancelledError
             # Not before: a job that waits for its turn has not started.
             job = await self._hold(delivery.claim)
             if job is not None:
@@ -140,7 +143,8 @@ class Runner:
         max_attempts = handler.attempts if handler else UNKNOWN_ATTEMPTS
         if job.attempts > max_attempts:
             reason = f"{max_attempts} starts have not ended: it may kill its workers"
-            return Outcome("failed", reason)
+            # This start only records the failure.
+            return Outcome("failed", reason, is_counted=False)
         run = Run(job, self.database, self.processes)
         try:
             await self._call(handler, run)
@@ -198,7 +202,7 @@ def _log(job: Job, outcome: Outcome, seconds: float) -> None:
     """Log what became of a start."""
     extra: dict[str, object] = {
         "job_type": job.type,
-        "attempts": job.attempts,
+        "attempts": job.attempts if outcome.is_counted else job.attempts - 1,
         "duration_ms": round(seconds * 1000),
     }
     level, text = outcomes.LOG_LINES[outcome.name]

@@ -58,7 +58,8 @@ _SUCCEED = f"""
     {_FENCE} returning true
 """  # noqa: S608
 _FAIL = f"""
-    update jobs set status = 'failed', finished_at = now(), lease_until = null, error = $3
+    update jobs set status = 'failed', finished_at = now(), lease_until = null,
+        attempts = attempts - $3, error = $4
     {_FENCE} returning true
 """  # noqa: S608
 _RETRY = f"""
@@ -131,9 +132,10 @@ async def succeed(connection: Connection, job: Job, result: BaseModel | None = N
         raise SupersededError
 
 
-async def fail(connection: Connection, job: Job, error: str) -> None:
+async def fail(connection: Connection, job: Job, error: str, *, is_counted: bool = True) -> None:
     """End the job as failed. `make parked AGAIN=ID` queues it again."""
-    await connection.fetchval(_FAIL, job.job_id, job.starts, error[:MAX_ERROR])
+    uncounted = 0 if is_counted else 1
+    await connection.fetchval(_FAIL, job.job_id, job.starts, uncounted, error[:MAX_ERROR])
 
 
 async def retry(

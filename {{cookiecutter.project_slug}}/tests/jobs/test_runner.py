@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import pytest
 
-from app.jobs import starts, table
-from app.jobs.handlers import Handlers
+from app.jobs import relay, starts, table
+from app.jobs.alone import Alone
+from app.jobs.handlers import Handler, Handlers, Run, handlers
 from app.jobs.runner import Runner
 from app.jobs.starts import Job
 from app.jobs.worker import Clients
@@ -17,6 +20,14 @@ from app.settings import Settings
 from app.storage.postgres import Database
 from tests.jobs.conftest import all_ended, effects, ended, enqueue, row, until, working
 from tests.jobs.work import ATTEMPTS, TIMEOUT_SECONDS, Nothing, Seconds
+from tests.service_process import DEADLINE_SECONDS
+
+#: Leaves a job as a worker that died does.
+ORPHAN = """
+    update jobs set status = 'running', starts = 1, attempts = 1, started_at = now(),
+        lease_until = now() where job_id = $1
+"""
+FAR = datetime.now(UTC) + timedelta(days=1)
 
 
 async def test_effect_and_end_are_one_transaction(database: Database, worker: Clients) -> None:
@@ -150,6 +161,50 @@ async def test_shutdown_finishes_short_jobs_and_releases_long_ones(
     assert asyncio.get_running_loop().time() - begin < 5
 
 
+async def test_suspect_that_waits_does_not_start_during_the_shutdown(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not started, so that nothing counts; another worker starts it, alone."""
+    monkeypatch.setattr(relay, "RECOVER_SECONDS", 0.1)
+    may_end = asyncio.Event()
+    waits = asyncio.Event()
+    enter = Alone.enter
+    finish = Runner.finish
+
+    async def hold(run: Run, payload: Nothing) -> None:
+        await may_end.wait()
+
+    def notice(self: Alone, *, alone: bool) -> AbstractAsyncContextManager[None]:
+        if alone:
+            waits.set()
+        return enter(self, alone=alone)
+
+    async def end_and_finish(self: Runner, grace_seconds: float) -> None:
+        asyncio.get_running_loop().call_soon(may_end.set)
+        await finish(self, grace_seconds)
+
+    monkeypatch.setitem(handlers.by_type, "hold", Handler(Nothing, hold, 1, 60))
+    monkeypatch.setattr(Alone, "enter", notice)
+    monkeypatch.setattr(Runner, "finish", end_and_finish)
+    async with working(settings):
+        held = await enqueue(database, "hold")
+        await until(lambda: _has_started(database, held))
+        suspect = await enqueue(database, "wait", Seconds(), run_at=FAR)
+        await database.pool.execute(ORPHAN, suspect)
+        await asyncio.wait_for(waits.wait(), DEADLINE_SECONDS)
+    assert (await row(database, held))["status"] == "succeeded"
+    values = [(await row(database, suspect))[name] for name in ("status", "attempts", "starts")]
+    assert values == ["running", 1, 1]
+    async with working(settings):
+        await all_ended(database)
+    assert (await row(database, suspect))["starts"] == 2
+    assert await effects(database, suspect) == 1
+
+
+async def _has_started(database: Database, job_id: UUID) -> bool:
+    return bool((await row(database, job_id))["starts"])
+
+
 async def test_outage_of_postgres_loses_no_job_and_repeats_no_effect(
     database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,13 +257,9 @@ async def test_suspects_run_alone(
         monkeypatch.setattr(starts, "_CLAIM_DUE", claim)
         monkeypatch.setattr(starts, "_FIND_EXPIRED", "select null::uuid")
         monkeypatch.setattr(starts, "_HAS_EXPIRED", "select $1::uuid is null")
-    for _ in range(20):
-        await enqueue(database, "wait", Seconds(seconds=0.1))
-    # As a worker that died has left them.
-    await database.pool.execute("""
-        update jobs set status = 'running', starts = 1, attempts = 1, started_at = now(),
-            lease_until = now() where job_id in (select job_id from jobs limit 4)
-    """)
+    jobs = [await enqueue(database, "wait", Seconds(seconds=0.1)) for _ in range(20)]
+    for job in jobs[:4]:
+        await database.pool.execute(ORPHAN, job)
     async with working(settings):
         await all_ended(database)
     assert await effects(database) == 20

@@ -111,7 +111,9 @@ async def test_job_that_kills_its_workers_fails_and_takes_no_other_along(
         await asyncio.sleep(0.05)
     await all_ended(database)
     assert deaths == ATTEMPTS
-    assert (await row(database, killer))["status"] == "failed"
+    failed = await row(database, killer)
+    assert (failed["status"], failed["attempts"]) == ("failed", ATTEMPTS)
+    assert failed["error"] == f"{ATTEMPTS} starts have not ended: it may kill its workers"
     found = [await row(database, job) for job in neighbours]
     assert {job["status"] for job in found} == {"succeeded"}
     assert max(job["starts"] for job in found) <= 2
