@@ -1,4 +1,4 @@
-"""Write the answers into the project, remove the example if it is not wanted, print the next steps.
+"""Write the answers into the project, remove the parts that are not wanted, print the next steps.
 
 Offline, deterministic and idempotent: `cruft update` runs it again.
 """
@@ -43,8 +43,9 @@ replace(
     '    service_name: ServiceName = "%s"' % slug,
 )
 replace(".env.example", "SERVICE_NAME=service", "SERVICE_NAME=%s" % slug)
-wanted = str(ANSWERS["include_example"]).strip().lower() in YES
-removal = Path("scripts/remove_example.py")
-if not wanted and removal.exists():
-    runpy.run_path(str(removal))["remove"](Path.cwd())
+removal = Path("scripts/remove_part.py")
+for part in ("example", "jobs"):
+    wanted = str(ANSWERS["include_" + part]).strip().lower() in YES
+    if not wanted and removal.exists():
+        runpy.run_path(str(removal))["remove"](Path.cwd(), part)
 sys.stdout.write(NEXT_STEPS % {"slug": slug})

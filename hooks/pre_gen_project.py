@@ -69,10 +69,11 @@ def main():
         for error in errors(name, value):
             report(name, value, error)
             code = 1
-    wanted = str(ANSWERS["include_example"])
-    if wanted.strip().lower() not in BOOLEANS:
-        report("include_example", wanted, "must be yes or no")
-        code = 1
+    for name in ("include_example", "include_jobs"):
+        wanted = str(ANSWERS[name])
+        if wanted.strip().lower() not in BOOLEANS:
+            report(name, wanted, "must be yes or no")
+            code = 1
     return code
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SERVICE_BIN, SOURCE, Bake, tracked, tree
+from tests.conftest import ROOT, SERVICE_BIN, SOURCE, Bake, tree
 
-SCRIPT = ROOT / SOURCE / "scripts/remove_example.py"
+SCRIPT = ROOT / SOURCE / "scripts/remove_part.py"
 
 
 def remove(project: Path) -> list[str]:
@@ -99,8 +99,8 @@ def test_interrupted_removal_can_be_repeated(bake: Bake) -> None:
     """A file that cannot be written stops the removal before a file is deleted."""
     never = bake("never", include_example=False)
     project = bake("later")
-    script = project / "scripts/remove_example.py"
-    broken = script.read_text().replace("path.write_bytes(", "Path(path, 'x').write_bytes(")
+    script = project / "scripts/remove_part.py"
+    broken = script.read_text().replace("path.write", "(path / 'x').write")
     for text in (broken, script.read_text()):
         script.write_text(text)
         command = ["make", "--silent", "remove-example"]
@@ -115,31 +115,17 @@ def test_second_removal_changes_nothing(bake: Bake, include_example: bool) -> No
     if include_example:
         remove(project)
     before = tree(project)
-    remove_again: Callable[[Path], list[str]] = runpy.run_path(str(SCRIPT))["remove"]
-    assert remove_again(project) == []
+    remove_again: Callable[[Path, str], list[str]] = runpy.run_path(str(SCRIPT))["remove"]
+    assert remove_again(project, "example") == []
     assert tree(project) == before
-
-
-def test_script_lists_every_file_and_every_marked_line_of_the_example() -> None:
-    """A file or line that is missing there would stay in projects without the example."""
-    script = runpy.run_path(str(SCRIPT))
-    names = [name.removeprefix(f"{SOURCE}/") for name in tracked() if name.startswith(SOURCE)]
-    directories = tuple(f"{Path(name).parent}/" for name in script["PATHS"])
-    own = [each for each in directories if each.removesuffix("/") not in script["SHARED"]]
-    assert [name for name in names if name.startswith(tuple(own))] == [
-        name for name in script["PATHS"] if name.startswith(tuple(own))
-    ]
-    marked = {}
-    for name in set(names) - set(script["PATHS"]):
-        lines = (ROOT / SOURCE / name).read_text().split("\n")
-        if found := [line for line in lines if line.endswith("# example")]:
-            marked[name] = found
-    assert marked == script["LINES"]
 
 
 @pytest.mark.parametrize(
     "assignment",
-    ['down_revision = "0002_patterns"', "down_revision: Union[str, None] = '0002_patterns'"],
+    [
+        'down_revision = "0002b_outbox_traceparent"',
+        "down_revision: Union[str, None] = '0002b_outbox_traceparent'",
+    ],
 )
 def test_removal_makes_own_migrations_the_first_ones(bake: Bake, assignment: str) -> None:
     """Migrations of the team that followed the example's are re-parented.
@@ -148,8 +134,6 @@ def test_removal_makes_own_migrations_the_first_ones(bake: Bake, assignment: str
     """
     project = bake()
     versions = project / "migrations/versions"
-    for name in ("0003_jobs", "0004_conversations"):
-        (versions / f"{name}.py").unlink()
     for name, line in (("0003_ours", assignment), ("0004_ours", 'down_revision = "0003_ours"')):
         text = f'from typing import Union\n\nrevision = "{name}"\n{line}\n'
         (versions / f"{name}.py").write_text(text)

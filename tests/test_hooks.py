@@ -130,6 +130,7 @@ def test_a_second_run_of_the_post_hook_changes_nothing(
         "project_slug": "orders",
         "description": "A production FastAPI service.",
         "include_example": False,
+        "include_jobs": False,
     }
     script = tmp_path / "again.py"
     script.write_text(hook.replace("{{ cookiecutter | tojson }}", json.dumps(answers)))

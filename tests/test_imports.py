@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SERVICE_BIN, Bake, missing
+from tests.parts import ALL_PARTS, COMBINATIONS, Parts, bake_parts, parts_id
 
 ONE_WAY = "Imports go one way"
 SERVING = "The application never imports the serving runtime"
@@ -43,9 +44,9 @@ def broken(output: str) -> list[str]:
     return [line for line in output.splitlines() if " BROKEN" in line]
 
 
-@pytest.mark.parametrize("include_example", [True, False])
-def test_contracts_are_kept(bake: Bake, include_example: bool) -> None:
-    done = lint_imports(bake(include_example=include_example))
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=parts_id)
+def test_contracts_are_kept(bake: Bake, parts: Parts) -> None:
+    done = lint_imports(bake_parts(bake, parts))
     assert done.returncode == 0, done.stdout
     assert "4 kept, 0 broken" in done.stdout
 
@@ -63,11 +64,11 @@ def test_contracts_are_kept(bake: Bake, include_example: bool) -> None:
         ("telemetry/logs.py", "from app.web import problems", CIRCLES),
     ],
 )
-@pytest.mark.parametrize("include_example", [True, False])
+@pytest.mark.parametrize("parts", [ALL_PARTS, ()], ids=parts_id)
 def test_wrong_import_breaks_its_contract(
-    bake: Bake, include_example: bool, module: str, statement: str, contract: str
+    bake: Bake, parts: Parts, module: str, statement: str, contract: str
 ) -> None:
-    project = bake(include_example=include_example)
+    project = bake_parts(bake, parts)
     plant(project, module, statement)
     done = lint_imports(project)
     assert done.returncode != 0
@@ -81,12 +82,16 @@ def test_wrong_import_breaks_its_contract(
         ("patterns/outbox.py", "from app.payments.schemas import Payment"),
         ("web/problems.py", "from app.patterns import fail_open"),
         ("process.py", "from app.payments import consumer"),
+        ("jobs/table.py", "from app.conversations import repository"),
+        ("jobs/table.py", "from app.patterns import outbox"),
+        ("jobs/table.py", "from app.payments import repository"),
+        ("web/problems.py", "from app.jobs import table"),
     ],
 )
 def test_import_of_a_feature_from_below_breaks_the_layers(
     bake: Bake, module: str, statement: str
 ) -> None:
-    project = bake()
+    project = bake_parts(bake, ALL_PARTS)
     plant(project, module, statement)
     done = lint_imports(project)
     assert any(line.startswith(ONE_WAY) for line in broken(done.stdout)), done.stdout

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, SOURCE, Bake, render, tracked, tree
+from tests.parts import ALL_PARTS, Parts, bake_parts, parts_id
 
 Document = dict[str, Any]
 #: Components that each change only their own part of the manifests.
@@ -152,10 +153,10 @@ def test_windows_can_have_every_file() -> None:
     assert windows_problems([*planted, "docs/console.md"]) == planted
 
 
-@pytest.mark.parametrize("include_example", [True, False])
-def test_projects_have_line_feeds_only(bake: Bake, include_example: bool) -> None:
+@pytest.mark.parametrize("parts", [ALL_PARTS, ()], ids=parts_id)
+def test_projects_have_line_feeds_only(bake: Bake, parts: Parts) -> None:
     """Python on Windows writes CRLF unless told not to; cookiecutter keeps the template's."""
-    for name, content in tree(bake(include_example=include_example)).items():
+    for name, content in tree(bake_parts(bake, parts)).items():
         assert b"\r" not in content, name
 
 

@@ -36,7 +36,7 @@ TERMS = {
     r"(hold|holds|held) \w+( \w+)? against|held against": "validate against",
     r"mend(s|ed|ing)?": "fix",
     # `make parked` keeps its name.
-    r"park(s|ing)?|(?<!make )(?<!PHONY: )(?<!scripts\.)parked(?!:)": "dead-letter",
+    r"park(s|ing)?|(?<!make )(?<!PHONY: )(?<!scripts[./])parked(?!:)": "dead-letter",
     r"tried again": "retried",
     r"folders?": "directory",
     r"(is|are|was|were|goes|went) away": "unavailable, down",

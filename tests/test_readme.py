@@ -21,6 +21,7 @@ import pytest
 
 from scripts.ports import eventually, free_port, is_listening
 from tests.conftest import CI, QUESTIONS, ROOT, SERVICE_BIN, SOURCE, Bake, missing, tracked
+from tests.parts import COMBINATIONS, Parts, bake_parts, parts_id
 
 README = (ROOT / "README.md").read_text()
 SERVICE_README = (ROOT / SOURCE / "README.md").read_text()
@@ -32,7 +33,7 @@ READY_SECONDS = 120
 #: Ctrl-C skips the drain, which would take ten seconds. Alone, the service stops within two.
 INTERRUPT_SECONDS = 8
 #: Targets of the generated project that the template's README mentions.
-PROJECT_TARGETS = {"dev", "run", "doctor", "up", "edge", "remove-example", "pattern"}
+PROJECT_TARGETS = {"dev", "run", "doctor", "up", "edge", "remove-example", "pattern", "remove-jobs"}
 
 
 def test_linked_files_exist() -> None:
@@ -70,10 +71,10 @@ def test_make_targets_of_the_readmes_exist_and_are_explained() -> None:
         assert len(line.split(maxsplit=1)) == 2, line
 
 
-@pytest.mark.parametrize("include_example", [True, False])
-def test_readme_of_a_project_has_its_targets(bake: Bake, include_example: bool) -> None:
-    """Each target of the Makefile, and no other one: those of the example go with it."""
-    project = bake(include_example=include_example)
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=parts_id)
+def test_readme_of_a_project_has_its_targets(bake: Bake, parts: Parts) -> None:
+    """Each target of the Makefile, and no other one: those of a part go with it."""
+    project = bake_parts(bake, parts)
     targets = {line.split()[0] for line in help_lines(project)}
     documents = [project / "README.md", *project.glob("docs/*.md")]
     texts = [path.read_text() for path in documents]
@@ -83,9 +84,9 @@ def test_readme_of_a_project_has_its_targets(bake: Bake, include_example: bool) 
     assert targets - set(re.findall(r"make ([a-z0-9-]+)", texts[0])) == set()
 
 
-@pytest.mark.parametrize("include_example", [True, False])
-def test_links_between_the_documents_of_a_project_exist(bake: Bake, include_example: bool) -> None:
-    project = bake(include_example=include_example)
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=parts_id)
+def test_links_between_the_documents_of_a_project_exist(bake: Bake, parts: Parts) -> None:
+    project = bake_parts(bake, parts)
     for document in [project / "README.md", *project.glob("docs/*.md")]:
         for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
             name, _, anchor = link.partition("#")
@@ -97,10 +98,10 @@ def test_links_between_the_documents_of_a_project_exist(bake: Bake, include_exam
                 assert anchor in anchors(target.read_text()), (document.name, link)
 
 
-@pytest.mark.parametrize("include_example", [True, False])
-def test_each_script_of_a_project_has_a_reader(bake: Bake, include_example: bool) -> None:
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=parts_id)
+def test_each_script_of_a_project_has_a_reader(bake: Bake, parts: Parts) -> None:
     """The Makefile, another script, a test, or a document that the team follows."""
-    project = bake(include_example=include_example)
+    project = bake_parts(bake, parts)
     readers = [project / "Makefile", project / ".github/workflows/ci.yml", project / "README.md"]
     readers += [*project.glob("scripts/**/*.py"), *project.glob("tests/**/*.py")]
     for path in project.glob("scripts/*.py"):

@@ -13,7 +13,9 @@ from tests.conftest import ROOT, SERVICE_BIN, SOURCE, bake_to, missing, tree
 from tests.test_cruft import commit, make_repository
 
 README = (ROOT / SOURCE / "README.md").read_text()
-STATEMENTS = re.compile(r"^drop table .*;\ndelete from alembic_version .*;\n", re.MULTILINE)
+#: The last migration of the example.
+NEWEST = "0002b_outbox_traceparent"
+STATEMENTS = re.compile(r"^drop table .*;\ndelete from alembic_version\nwhere .*;\n", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -162,20 +164,25 @@ def test_other_imports_do_not_stop_the_removal(project: Path) -> None:
 def test_steps_are_listed_before_they_are_done(repository: Path) -> None:
     """The list names exactly the paths that git sees changed afterwards."""
     migration = repository / "migrations/versions/0003_ours.py"
-    migration.write_text('revision = "0003_ours"\ndown_revision = "0002_patterns"\n')
+    migration.write_text(f'revision = "0003_ours"\ndown_revision = "{NEWEST}"\n')
     commit(repository, "ours")
-    script = repository / "scripts/remove_example.py"
-    broken = script.read_text().replace("path.write_bytes(", "Path(path, 'x').write_bytes(")
+    script = repository / "scripts/remove_part.py"
+    broken = script.read_text().replace("path.write", "(path / 'x').write")
+    works = script.read_text()
     script.write_text(broken)
     commit(repository, "a removal that fails at its first step")
-    lines = remove(repository).stdout.splitlines()
+    stopped = remove(repository)
+    error, remedy = [line for line in stopped.stderr.splitlines() if not line.startswith("make")]
+    assert error.startswith("the removal stopped: [Errno 20] Not a directory: ")
+    assert remedy == "Then repeat it: FORCE=1 python3 scripts/remove_part.py example"
+    lines = stopped.stdout.splitlines()
     assert not is_removed(repository)
     assert "edit migrations/versions/0003_ours.py" in lines
     listed = {line.removeprefix("edit ") for line in lines if line.startswith("edit ")}
     for line in lines:
         if match := re.fullmatch(r"(?:delete|move to docs/patterns:) (\S+)/ (.+)", line):
             listed |= {f"{match[1]}/{name}" for name in match[2].split()}
-    script.write_text(broken.replace("Path(path, 'x').write_bytes(", "path.write_bytes("))
+    script.write_text(works)
     commit(repository, "a removal that works")
     assert remove(repository).returncode == 0
     command = ["git", "status", "--porcelain", "--no-renames", "--untracked-files=all"]
@@ -210,14 +217,15 @@ def psql_directory() -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("revision", "has_own"), [("0002_patterns", False), ("head", True)])
+@pytest.mark.parametrize(("revision", "has_own"), [(NEWEST, False), ("head", True)])
 def test_database_of_the_example_is_migrated_after_the_printed_command(
     project: Path, revision: str, has_own: bool
 ) -> None:
     """On a real Postgres that had the example's migrations, and those of the team."""
     if has_own:
         text = (
-            'from alembic import op\n\nrevision = "0003_ours"\ndown_revision = "0002_patterns"\n\n'
+            'from alembic import op\n\nrevision = "0003_ours"\n'
+            f'down_revision = "{NEWEST}"\n\n'
             'def upgrade():\n    op.execute("create table ours (a int)")\n'
         )
         (project / "migrations/versions/0003_ours.py").write_text(text)

@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import runpy
 import subprocess
 import sys
 import time
@@ -14,15 +13,10 @@ import pytest
 import yaml
 
 from tests.conftest import FORK, JINJA_ALLOWED, ROOT, SOURCE, Bake, tracked, tree
+from tests.parts import ALL_PARTS, COMBINATIONS, Parts, bake_parts, parts_id, service_files, table
 
 JINJA = re.compile(r"{{|{%|{#")
 ANSWERS = "{{ cookiecutter | tojson }}"
-
-
-def service_files() -> set[str]:
-    """Return the tracked files of the generated service, relative to its directory."""
-    names = [Path(name) for name in tracked() if name.startswith(SOURCE)]
-    return {name.relative_to(SOURCE).as_posix() for name in names}
 
 
 def sources() -> list[str]:
@@ -88,24 +82,32 @@ def test_hooks_import_only_the_standard_library() -> None:
         assert set(imports) <= set(sys.stdlib_module_names)
 
 
-def test_bake_with_the_example_has_every_file_of_the_template(bake: Bake) -> None:
-    assert set(tree(bake())) == service_files()
+def test_bake_with_all_parts_has_every_file_of_the_template(bake: Bake) -> None:
+    assert set(tree(bake_parts(bake, ALL_PARTS))) == set(service_files())
 
 
-def test_bake_without_the_example_lacks_exactly_its_files(bake: Bake) -> None:
-    """The patterns are in docs/patterns, where `make pattern` finds them."""
-    script = runpy.run_path(str(ROOT / SOURCE / "scripts/remove_example.py"))
-    example = service_files() & set(script["PATHS"])
-    assert {"app/payments/router.py", "app/patterns/outbox.py"} <= example
-    moved = {name for name in example if name.startswith(script["MOVED"])}
-    assert "app/patterns/outbox.py" in moved
+def test_default_answers_give_the_example_without_jobs(bake: Bake) -> None:
+    """The answers of services from before the question: an update changes nothing in them."""
+    assert tree(bake("default")) == tree(bake_parts(bake, ("example",)))
+
+
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=parts_id)
+def test_bake_without_a_part_lacks_exactly_its_files(bake: Bake, parts: Parts) -> None:
+    """The patterns are in docs/patterns then, where `make pattern` finds them."""
+    gone = [table(name) for name in ALL_PARTS if name not in parts]
+    lacking = {path for each in gone for path in each["PATHS"]}
+    moved = {name for each in gone for name in each["PATHS"] if name.startswith(each["MOVED"])}
+    assert ("app/patterns/outbox.py" in moved) == ("example" not in parts)
+    lacking |= {f"scripts/parts/{name}.py" for name in ALL_PARTS if name not in parts}
+    if not parts:
+        lacking.add("scripts/remove_part.py")
     kept = {f"docs/patterns/{name}" for name in moved}
-    assert set(tree(bake(include_example=False))) == (service_files() - example) | kept
+    assert set(tree(bake_parts(bake, parts))) == (set(service_files()) - lacking) | kept
 
 
-@pytest.mark.parametrize("include_example", [True, False])
-def test_app_docstring_lists_every_module(bake: Bake, include_example: bool) -> None:
-    app = bake(include_example=include_example) / "app"
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=parts_id)
+def test_app_docstring_lists_every_module(bake: Bake, parts: Parts) -> None:
+    app = bake_parts(bake, parts) / "app"
     listed = ast.get_docstring(ast.parse((app / "__init__.py").read_text())) or ""
     modules = {path.name for path in app.rglob("*.py")} - {"__init__.py", "__main__.py"}
     assert set(re.findall(r"\w+\.py", listed)) == modules
@@ -126,9 +128,10 @@ def test_top_level_of_app_is_what_a_team_edits() -> None:
     }
 
 
-@pytest.mark.parametrize("include_example", [True, False])
-def test_bake_leaves_no_jinja_and_no_example_markers(bake: Bake, include_example: bool) -> None:
-    project = bake(include_example=include_example)
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=parts_id)
+def test_bake_leaves_no_jinja(bake: Bake, parts: Parts) -> None:
+    """That it leaves no mark of a part that it lacks is tested in test_parts.py."""
+    project = bake_parts(bake, parts)
     for name, content in tree(project).items():
         text = content.decode()
         assert "cookiecutter" not in text.replace("cookiecutter.project_slug", ""), name
@@ -137,11 +140,6 @@ def test_bake_leaves_no_jinja_and_no_example_markers(bake: Bake, include_example
             # two blank lines in a row only within code
             without_code = re.sub(r"^```.*?^```", "code", text, flags=re.DOTALL | re.MULTILINE)
             assert not re.search(r"\n\n\n(?! )", without_code), name
-        if not include_example:
-            assert not re.search(
-                r"# example$|<!-- example|example: (begin|end)", text, re.MULTILINE
-            ), name
-            assert "payment" not in text.lower(), name
 
 
 def test_two_bakes_are_identical(bake: Bake) -> None:
@@ -167,9 +165,9 @@ def test_answers_reach_every_file_that_needs_them(bake: Bake) -> None:
     assert "\nSERVICE_NAME=order-desk\n" in (project / ".env.example").read_text()
 
 
-@pytest.mark.parametrize("include_example", [True, False])
-def test_bake_is_formatted_and_lint_clean(bake: Bake, include_example: bool) -> None:
-    project = bake(include_example=include_example)
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=parts_id)
+def test_bake_is_formatted_and_lint_clean(bake: Bake, parts: Parts) -> None:
+    project = bake_parts(bake, parts)
     for command in (["check", "--no-cache", "."], ["format", "--no-cache", "--check", "."]):
         done = subprocess.run(
             [sys.executable, "-m", "ruff", *command],

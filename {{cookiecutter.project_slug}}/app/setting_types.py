@@ -20,11 +20,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 from pydantic_settings import NoDecode
 
-from app.network.connection_urls import (
-    check_amqp_url,  # jobs
-    check_postgres_url,
-    check_redis_url,
-)
+from app.network import connection_urls
 
 
 def _check(text: str, pattern: str, requirement: str) -> None:
@@ -200,7 +196,7 @@ def _check_timezone(name: str) -> str:
     return name
 
 
-AmqpUrl = Annotated[SecretStr, _accepted_by(check_amqp_url)]
+AmqpUrl = Annotated[SecretStr, _accepted_by(connection_urls.check_amqp_url)]
 TimeZone = Annotated[str, AfterValidator(_check_timezone)]
 
 # jobs: end
@@ -290,5 +286,5 @@ MetricsPrefix = Annotated[
 PathPrefix = Annotated[
     str, _matches(r"(/\S*[^/\s])?", "a path without a slash at its end, for example /api")
 ]
-PostgresUrl = Annotated[SecretStr, _accepted_by(check_postgres_url)]
-RedisUrl = Annotated[SecretStr, _accepted_by(check_redis_url)]
+PostgresUrl = Annotated[SecretStr, _accepted_by(connection_urls.check_postgres_url)]
+RedisUrl = Annotated[SecretStr, _accepted_by(connection_urls.check_redis_url)]

@@ -1,7 +1,7 @@
 """`make tune`: its advice, its plot, its refusals, and a run over a small grid."""
 
 import os
-import re
+import re  # conversations
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +109,7 @@ def test_refused_run_ends_with_one_line(variables: dict[str, str], problem: str)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"tune: {problem}\n")
 
 
+# conversations: begin
 def test_small_grid_is_measured_on_servers_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ def small_recipe(cpus: int, *, is_quick: bool) -> tune.Recipe:
     return tune.Recipe(users=5, requests=20, points=[(1, 2), (2, 4)])
 
 
+# conversations: end
 def test_quick_grid_is_a_part_of_the_whole_one() -> None:
     for cpus in (1, 2, 8):
         quick = tune.choose_recipe(cpus, is_quick=True)
