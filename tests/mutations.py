@@ -111,6 +111,12 @@ def text(field: str, before: str, after: str) -> Change:
     return change
 
 
+def api_in_compose(line: str) -> Change:
+    """Replace the environment of the API in compose.yaml by another line."""
+    rest = "\n      FORWARDED_ALLOW_IPS"
+    return text("compose", f"ENVIRONMENT: staging{rest}", f"{line}{rest}")
+
+
 def rabbitmq(before: str, after: str) -> Change:
     """Replace a text that occurs once in the override of compose.yaml for RabbitMQ."""
 
@@ -1067,13 +1073,9 @@ MUTATIONS = [
     mutation(
         "request timeout in compose longer than that of nginx",
         "proxy_read_timeout",
-        text("compose", "ENVIRONMENT: staging", "REQUEST_TIMEOUT_SECONDS: 60"),
+        api_in_compose("REQUEST_TIMEOUT_SECONDS: 60"),
     ),
-    mutation(
-        "invalid value in compose",
-        "ENVIRONMENT=x",
-        text("compose", "ENVIRONMENT: staging", "ENVIRONMENT: x"),
-    ),
+    mutation("invalid value in compose", "ENVIRONMENT=x", api_in_compose("ENVIRONMENT: x")),
     mutation(
         "root file system writable in compose",
         "read_only",
@@ -1088,7 +1090,7 @@ MUTATIONS = [
     mutation(
         "password in compose",
         "has a password",
-        text("compose", "ENVIRONMENT: staging", "ENVIRONMENT: redis://:secret@redis"),
+        api_in_compose("ENVIRONMENT: redis://:secret@redis"),
     ),
     mutation(
         "stop grace period in compose too short",
