@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
+from aio_pika.exceptions import AMQPChannelError
 from pamqp.commands import Basic
 from pamqp.common import FieldTable
 from yarl import URL
@@ -73,6 +74,10 @@ class Link:
         self.url = given if "heartbeat" in given.query else given % {"heartbeat": HEARTBEAT_SECONDS}
         self.label = label
         self.outage = outage
+        subject = f"what {label} declares"
+        self.rejection = StateLog(
+            logger, f"RabbitMQ rejects {subject}", f"RabbitMQ accepts {subject} again"
+        )
         self.connection: AbstractConnection | None = None
         self.channel: AbstractChannel | None = None
         self.is_open = asyncio.Event()
@@ -85,6 +90,13 @@ class Link:
         while True:
             try:
                 await self._serve()
+            except AMQPChannelError as error:
+                # The connection works. An exchange is missing, a queue has other arguments, or the
+                # user lacks a permission.
+                self.reason = describe(error)
+                self.outage.succeeded(self)
+                self.rejection.failed(self.reason)
+                self.was_tried.set()
             except Exception as error:  # noqa: BLE001 - no error ends the loop
                 self.reason = describe(error)
                 self.outage.failed(self, self.reason)
@@ -124,6 +136,7 @@ class Link:
             self.was_tried.set()
             stack.callback(self._forget)
             self.outage.succeeded(self)
+            self.rejection.succeeded()
             await ended
 
     def _forget(self) -> None:

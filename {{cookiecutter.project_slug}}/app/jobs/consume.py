@@ -128,11 +128,9 @@ class Inbox:
         subject = f"messages of {subscription.queue}"
         self.state = StateLog(logger, f"{subject} cannot be stored", f"{subject} are stored again")
 
-    def connect(self, url: str, label: str) -> Consumer:
-        """Return a consumer with a connection of its own: its failure is that of its queue."""
-        queue = self.subscription.queue
-        outage = Outage(f"cannot consume {queue}", f"consuming {queue} again")
-        name = f"{label} consumes {queue}"
+    def connect(self, url: str, label: str, outage: Outage) -> Consumer:
+        """Return a consumer with a connection of its own: its errors end no other."""
+        name = f"{label} consumes {self.subscription.queue}"
         return Consumer(url, name, outage, self.declare, self.receive, PREFETCH)
 
     async def declare(

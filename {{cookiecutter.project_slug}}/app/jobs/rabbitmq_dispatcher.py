@@ -111,7 +111,7 @@ class RabbitMQDispatcher:
             receive_message,
             self.settings.job_concurrency,
         )
-        inboxes = [inbox.connect(self.url, self.label) for inbox in self.inboxes]
+        inboxes = [inbox.connect(self.url, self.label, self.outage) for inbox in self.inboxes]
         self.consumers = [self.consumer, *inboxes]
         for consumer in self.consumers:
             await self.stack.enter_async_context(background_task(consumer.run()))

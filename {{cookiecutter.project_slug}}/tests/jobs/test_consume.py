@@ -241,6 +241,24 @@ async def test_queue_of_another_service_is_used_as_it_is_and_bound(
     assert len(await jobs(database)) == 1
 
 
+async def test_missing_exchange_is_reported_and_disturbs_no_job(
+    settings: Settings,
+    database: Database,
+    queue: str,
+    subscribe: Subscribe,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    subscribe(exchange=f"{queue}.missing")
+    async with RabbitMQDispatcher(settings, database) as dispatcher:
+        await dispatcher.start(lambda _: None)
+        await dispatcher.consumers[1].was_tried.wait()
+        await dispatcher.check()
+    lines = [line for line in caplog.messages if "RabbitMQ" in line]
+    assert len(lines) == 1
+    assert f"consumes {queue} declares: ChannelNotFoundEntity" in lines[0]
+    assert f"no exchange '{queue}.missing'" in lines[0]
+
+
 def test_consumer_and_handler_of_a_type_are_one_function() -> None:
     own = Subscriptions(Handlers())
 
