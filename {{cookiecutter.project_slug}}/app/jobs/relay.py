@@ -17,6 +17,7 @@ from prometheus_client import Gauge
 from app.jobs.broker import Publisher, dead_letters_of
 from app.storage.postgres import Database
 from app.tasks import StateLog, describe
+from app.telemetry import tracing
 
 POLL_SECONDS = 0.1
 #: Pause after a failure.
@@ -143,8 +144,7 @@ def _create_message(row: Any) -> aio_pika.Message:
     """Return the message of a job: its ID, and the IDs of the request that created it."""
     context = json.loads(row["context"])
     headers = {"x-request-id": context.get("request_id", "")}
-    if {"trace_id", "parent_span_id"} <= context.keys():
-        headers["traceparent"] = f"00-{context['trace_id']}-{context['parent_span_id']}-01"
+    headers |= {name: context[name] for name in tracing.CARRIER_KEYS & context.keys()}
     return aio_pika.Message(
         b"",
         message_id=str(row["job_id"]),

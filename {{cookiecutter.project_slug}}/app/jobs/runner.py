@@ -20,6 +20,7 @@ from app.jobs.starts import Job
 from app.process_pool.pool import ProcessPool
 from app.storage.postgres import Connection, Database
 from app.tasks import StateLog, describe
+from app.telemetry import tracing
 from app.telemetry.context import request_context
 
 #: Pause between attempts to reach Postgres, for what must be stored.
@@ -117,15 +118,25 @@ class Runner:
         return await self._hold(partial(starts.exists, job_id=delivery.job_id))
 
     async def _run(self, job: Job) -> None:
-        """Run a job that has been started, and store its outcome. Release it if cancelled."""
-        context = {**job.context, "job_id": str(job.job_id)}
-        request_context.set(context)
+        """Run a job that has been started, as a span of the trace that has created it."""
+        job_id = str(job.job_id)
+        context = job.context | {"job_id": job_id}
+        written = context.pop("traceparent", None)
+        context.pop("tracestate", None)
+        with tracing.handling("postgresql", job.type, job_id, written):
+            request_context.set(context | tracing.active_keys())
+            await self._run_and_store(job)
+
+    async def _run_and_store(self, job: Job) -> None:
+        """Run a job, and store its outcome. Release it if cancelled."""
         job_metrics.WAIT.labels(job.type).observe(job.waited_seconds)
         begin = time.monotonic()
         name = "released"
         self.under_way.append(job)
         try:
             outcome = await self._attempt(job)
+            if outcome.error or outcome.name == "failed":
+                tracing.mark_failed(outcome.error or outcome.name)
             _log(job, outcome, time.monotonic() - begin)
             await self._hold(partial(outcomes.store, job=job, outcome=outcome))
             name = outcome.name

@@ -8,6 +8,7 @@ import asyncpg
 from pydantic import BaseModel
 
 from app.storage.postgres import Connection
+from app.telemetry import tracing
 from app.telemetry.context import request_context
 
 _INSERT = """
@@ -46,7 +47,7 @@ async def enqueue(
     if not connection.is_in_transaction():
         msg = "enqueue() belongs in the transaction that wants the job"
         raise RuntimeError(msg)
-    context = json.dumps(request_context.get() or {})
+    context = json.dumps({**(request_context.get() or {}), **tracing.carrier()})
     values = (kind, key, payload.model_dump_json(), context, run_at)
     job_id = None
     # Again, if the job with the same key was deleted between the two.

@@ -29,6 +29,8 @@ from starlette.types import Scope
 
 _W3C = TraceContextTextMapPropagator()
 _W3C_HEADERS = frozenset({b"traceparent", b"tracestate"})
+#: The keys of `carrier`.
+CARRIER_KEYS = frozenset({"traceparent", "tracestate"})
 #: The part of a trace ID by which `TraceIdRatioBased` samples.
 _SAMPLED_BITS = (1 << 64) - 1
 _FAILED = Status(StatusCode.ERROR)
@@ -128,9 +130,14 @@ def is_recording() -> bool:
     return current is not None and trace.get_current_span().is_recording()
 
 
+def carrier() -> dict[str, str]:
+    """Return `traceparent`, and `tracestate` if any, of the active span; empty without one."""
+    return _headers(context.get_current()) if current is not None else {}
+
+
 def traceparent() -> str | None:
     """Return the active span as W3C's `traceparent`, for a row or a message; None without one."""
-    return _headers(context.get_current()).get("traceparent") if current is not None else None
+    return carrier().get("traceparent")
 
 
 class ClientSpan:
@@ -163,8 +170,8 @@ class HttpCall:
             attributes = _url_attributes(url) | {"http.request.method": method}
             self.span = current.tracer.start_span(method, None, SpanKind.CLIENT, attributes)
             self.headers = _headers(trace.set_span_in_context(self.span))
-        elif current is not None:
-            self.headers = _headers(context.get_current())
+        else:
+            self.headers = carrier()
 
     def end(self, outcome: str) -> None:
         """End the span. `outcome` is the status, or the name of what went wrong."""
@@ -228,15 +235,19 @@ def handling(
         span.end()
 
 
-def mark_failed(error: BaseException, span: Span | None = None) -> None:
+def mark_failed(error: BaseException | str, span: Span | None = None) -> None:
     """Mark a span, or the active one, as failed.
 
-    By the class of the error or its SQLSTATE, since its message may quote values.
+    By a word, or by the class of the error or its SQLSTATE: its message may quote values.
     """
     span = span or trace.get_current_span()
-    kind = getattr(error, "sqlstate", None) or type(error).__qualname__
+    kind = error if isinstance(error, str) else _error_type(error)
     span.set_attribute("error.type", kind)
     span.set_status(_FAILED)
+
+
+def _error_type(error: BaseException) -> str:
+    return getattr(error, "sqlstate", None) or type(error).__qualname__
 
 
 def _caller(scope: Scope) -> SpanContext | None:
