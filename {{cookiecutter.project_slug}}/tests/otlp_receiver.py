@@ -55,6 +55,11 @@ class Receiver:
         eventually(lambda: condition(self.spans))
         return self.named("")
 
+    def wait_for(self, name: str) -> Span:
+        """Wait for a span of this name; return the newest."""
+        eventually(lambda: name in [span.name for span in self.named(name)])
+        return [span for span in self.named(name) if span.name == name][-1]
+
     def named(self, start: str) -> list[Span]:
         """Return the spans whose name starts so, in the order of their start."""
         with self.lock:

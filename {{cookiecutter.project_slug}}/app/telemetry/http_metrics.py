@@ -8,7 +8,9 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sized
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.utils import floatToGoString
 
+from app.telemetry.exemplars import Exemplars
 from app.telemetry.process_metrics import dropped_log_lines
 from app.telemetry.stdout import LOG_LINES
 
@@ -16,6 +18,9 @@ from app.telemetry.stdout import LOG_LINES
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 #: Maximum age of counts that are not in the files yet; the metrics process waits for them.
 FLUSH_SECONDS = 0.1
+DURATION = "http_server_request_duration_seconds"
+#: The upper bounds as in the label `le`.
+_BOUNDS = tuple(floatToGoString(bound) for bound in (*BUCKETS, float("inf")))
 LABELS = ("http_request_method", "http_route", "http_response_status_code")
 #: Seconds to days: streams last.
 STREAM_BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 14_400, 86_400)
@@ -40,9 +45,9 @@ class HttpMetrics:
         `max_in_flight`: the maximum of that. `stream_counts`: the number of open streams by kind.
         """
         registry = CollectorRegistry()
-        name = "http_server_request_duration_seconds"
         text = "Duration of HTTP server requests."
-        self.duration = Histogram(name, text, LABELS, buckets=BUCKETS, registry=registry)
+        self.duration = Histogram(DURATION, text, LABELS, buckets=BUCKETS, registry=registry)
+        self.exemplars = Exemplars()
         text = "Requests being served now."
         self.active = _sum_of_workers("http_server_active_requests", text, registry)
         text = "Requests that may be served at once; more are rejected with 503."
@@ -82,6 +87,12 @@ class HttpMetrics:
         if not self.is_flush_scheduled:
             self.schedule_flush()
 
+    def record_trace(
+        self, labels: tuple[str, str, int], seconds: float, ids: Mapping[str, str]
+    ) -> None:
+        """Keep a request that is traced as the exemplar of its bucket, until the next one."""
+        self.exemplars.note(labels, _BOUNDS[bisect_left(BUCKETS, seconds)], seconds, ids)
+
     def record_stream(self, kind: str, route: str, seconds: float) -> None:
         """Count a stream that has ended."""
         self.stream_duration.labels(kind, route).observe(seconds)
@@ -99,6 +110,8 @@ class HttpMetrics:
             if counts[-1]:
                 self._add(labels, counts)
                 counts[:] = [0] * len(counts)
+        if self.exemplars.is_changed:
+            self.exemplars.write()
 
     def _add(self, labels: tuple[str, str, int], counts: list[float]) -> None:
         """Add counts to the histogram: it has no public method to observe many at once."""

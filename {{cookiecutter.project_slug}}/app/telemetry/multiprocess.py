@@ -19,7 +19,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from app.tasks import StateLog
-from app.telemetry.http_metrics import FLUSH_SECONDS
+from app.telemetry import exemplars
+from app.telemetry.http_metrics import DURATION, FLUSH_SECONDS, LABELS
 from app.telemetry.metric_files import NEVER_SET, Entry, encode_entries, read_entries, replace_file
 
 #: Wait of a scrape for the counts that workers have not flushed yet.
@@ -85,7 +86,12 @@ class WorkersCollector(Collector):
         time.sleep(SCRAPE_DELAY_SECONDS)
         with self.lock:
             entries = {file: read_entries(file.path) for file in self._files()}
-        return _merge({file: entries[file] for file in self._counted(entries)})
+        metrics = _merge({file: entries[file] for file in self._counted(entries)})
+        newest = exemplars.read(exemplars.files(self.directory))
+        for metric in metrics:
+            if newest and metric.name == DURATION:
+                exemplars.add(metric, newest, LABELS)
+            yield metric
 
     def archive_dead(self) -> None:
         """Merge the files of dead processes into one archive for each kind, and delete them.
@@ -100,6 +106,9 @@ class WorkersCollector(Collector):
                 for file in self._files():
                     if not file.is_archive and not _is_running(file.process):
                         dead[file.kind].append(file)
+                for path, process in exemplars.files(self.directory).items():
+                    if not _is_running(process):
+                        path.unlink(missing_ok=True)
                 for kind, files in dead.items():
                     self._archive(self.directory / f"{kind}_{_ARCHIVE}.db", files)
         except OSError as error:

@@ -106,7 +106,6 @@ def end_request(
             "http.response.status_code": status,
             "url.path": path,
             "url.scheme": scope.get("scheme", ""),
-            "network.protocol.version": scope.get("http_version", ""),
         }
         if scope.get("client"):
             attributes["client.address"] = scope["client"][0]

@@ -394,9 +394,10 @@ class Exchange:
         labels = (method if method in _METHODS else "_OTHER", route, status)
         if is_stream:
             middleware.metrics.record_stream(self.kind, route, seconds)
-        middleware.metrics.record(labels, self.opened_seconds if is_stream else seconds)
+        measured = self.opened_seconds if is_stream else seconds
+        middleware.metrics.record(labels, measured)
         if self.span is not None:
-            self._end_span(self.span, labels)
+            self._end_span(self.span, labels, measured)
         is_probe = route.startswith("/health/") and not is_mounted(self.scope)
         if is_probe and status < 400:
             return
@@ -405,7 +406,9 @@ class Exchange:
         else:
             self._when_delivered(partial(self._log, method, route, status, seconds))
 
-    def _end_span(self, span: Span, labels: tuple[str, str, int]) -> None:
+    def _end_span(self, span: Span, labels: tuple[str, str, int], seconds: float) -> None:
+        if span.is_recording():
+            self.middleware.metrics.record_trace(labels, seconds, self.context)
         path = redact(self.scope["path"])
         tracing.end_request(span, self.scope, labels, path, self.bug)
 
@@ -541,7 +544,7 @@ class Handshake(Exchange):
         labels = ("GET", route_template(self.scope), SWITCHING_PROTOCOLS)
         self.middleware.metrics.record(labels, self.opened_seconds)
         if self.span is not None:
-            self._end_span(self.span, labels)
+            self._end_span(self.span, labels, self.opened_seconds)
 
     def _end(self) -> None:
         """Count and log a WebSocket that has ended."""

@@ -34,7 +34,7 @@ async def test_start_of_a_job_is_a_span_in_the_trace_of_its_request(
     request_context.reset(token)
     await ended(database, job_id)
     for name in ("process compute", "process unknown"):
-        await asyncio.to_thread(receiver.wait, lambda _, name=name: receiver.named(name))
+        await asyncio.to_thread(receiver.wait_for, name)
 
     (span,) = receiver.named("process compute")
     assert (span.kind, span.trace_id, span.parent) == ("CONSUMER", TRACE_ID, "00f067aa0ba902b7")

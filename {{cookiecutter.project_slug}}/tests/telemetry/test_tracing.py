@@ -1,6 +1,7 @@
 """Traces over sockets, read by a receiver of OTLP with protobuf's strict reader."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,12 +64,6 @@ def traced(urls: dict[str, str], receiver: Receiver) -> Iterator[Service]:
         yield service
 
 
-def request_span(receiver: Receiver, name: str) -> Span:
-    """Wait for a span of this name; return the newest."""
-    receiver.wait(lambda spans: name in [span.name for span in spans])
-    return receiver.named(name)[-1]
-
-
 def children(receiver: Receiver, parent: Span) -> list[Span]:
     return [span for span in receiver.named("") if span.parent == parent.span_id]
 
@@ -78,7 +73,7 @@ def test_request_is_a_server_span_with_all_that_it_calls(
 ) -> None:
     """OpenTelemetry: "Semantic conventions for HTTP spans", "... for database client calls"."""
     assert traced.get("/work/42?token=letmein").status_code == 200
-    server = request_span(receiver, "GET /work/{number}")
+    server = receiver.wait_for("GET /work/{number}")
     assert (server.kind, server.parent, server.is_failed) == ("SERVER", "", False)
     assert server.attributes == {
         "http.request.method": "GET",
@@ -86,7 +81,6 @@ def test_request_is_a_server_span_with_all_that_it_calls(
         "http.route": "/work/{number}",
         "url.path": "/work/42",
         "url.scheme": "http",
-        "network.protocol.version": "1.1",
         "client.address": "127.0.0.1",
     }
     assert [(span.name, span.kind) for span in children(receiver, server)] == [
@@ -123,7 +117,7 @@ def test_spans_carry_no_value_password_or_token(traced: Service, receiver: Recei
 def test_resource_names_the_service_and_the_process(traced: Service, receiver: Receiver) -> None:
     """OpenTelemetry: "Resource semantic conventions"; variables add to ours."""
     traced.get("/")
-    server = request_span(receiver, "GET /")
+    server = receiver.wait_for("GET /")
     assert server.resource["service.name"] == "service"
     assert server.resource["service.version"] == "1.2.3"
     assert server.resource["deployment.environment.name"] == "production"
@@ -152,7 +146,7 @@ def test_failed_request_has_an_error_type_from_500_on(
 ) -> None:
     assert traced.get(path).status_code == status
     name = "GET" if status == 404 else f"GET {path}"
-    server = request_span(receiver, name)
+    server = receiver.wait_for(name)
     assert server.is_failed is (status >= 500)
     assert server.attributes.get("error.type") == error
     assert server.attributes["http.response.status_code"] == status
@@ -161,7 +155,7 @@ def test_failed_request_has_an_error_type_from_500_on(
 def test_failed_query_has_its_sqlstate(traced: Service, receiver: Receiver) -> None:
     """22P02: invalid_text_representation (PostgreSQL, Appendix A)."""
     traced.get("/failing-query")
-    query = request_span(receiver, "SELECT")
+    query = receiver.wait_for("SELECT")
     assert query.is_failed
     assert query.attributes["error.type"] == "22P02"
 
@@ -180,7 +174,7 @@ def test_caller_decides_by_its_flag(traced: Service, receiver: Receiver) -> None
 def test_log_lines_carry_the_active_span(traced: Service, receiver: Receiver) -> None:
     """OpenTelemetry, "Trace Context in non-OTLP Log Formats": trace_id and span_id."""
     traced.get("/work/7", **{"X-Request-ID": "lines"})
-    server = request_span(receiver, "GET /work/{number}")
+    server = receiver.wait_for("GET /work/{number}")
     lines = {line["message"]: line for line in traced.lines if line.get("request_id") == "lines"}
     own = receiver.named("own")[-1]
     for message, span in (("request", server), ("within the request", server)):
@@ -213,11 +207,49 @@ def test_span_of_a_websocket_is_its_handshake(traced: Service, receiver: Receive
     with traced.websocket("/socket") as websocket:
         websocket.send("a")
         assert websocket.recv() == "1"
-        server = request_span(receiver, "GET /socket")
+        server = receiver.wait_for("GET /socket")
     assert server.attributes["http.response.status_code"] == 101
     traced.get("/")
-    request_span(receiver, "GET /")
+    receiver.wait_for("GET /")
     assert children(receiver, server) == []
+
+
+OPENMETRICS = {"Accept": "application/openmetrics-text; version=1.0.0"}
+_EXEMPLAR = re.compile(
+    r'^http_server_request_duration_seconds_bucket{.*http_route="/work/{number}".*le="([^"]+)".*} '
+    r'[1-9].* # {span_id="(\w{16})",trace_id="(\w{32})"} (\S+) (\S+)$',
+    re.MULTILINE,
+)
+
+
+def test_buckets_have_their_newest_trace_over_all_workers(
+    traced: Service, receiver: Receiver
+) -> None:
+    """OpenMetrics, "Exemplars": a value within the bucket, and the time of the request."""
+    start = time.time()
+    for _ in range(20):
+        traced.get("/work/1")
+    spans = {
+        span.span_id: span
+        for span in receiver.wait(lambda spans: len(requests_of(spans)) == 20)
+        if span.kind == "SERVER"
+    }
+    assert len(instances(list(spans.values()))) == 2
+    text = traced.http.get(f"http://127.0.0.1:{traced.metrics_port}/metrics", headers=OPENMETRICS)
+    found = [match for match in _EXEMPLAR.findall(text.text) if float(match[4]) > start]
+    assert found
+    newest = max(spans.values(), key=lambda span: span.start)
+    assert newest.span_id in [span_id for _, span_id, _, _, _ in found]
+    for bound, span_id, trace_id, seconds, at in found:
+        assert spans[span_id].trace_id == trace_id
+        assert float(seconds) <= float(bound)
+        assert float(seconds) == pytest.approx(spans[span_id].seconds, abs=0.01)
+        assert start < float(at) < time.time()
+    assert "trace_id" not in traced.metrics()
+
+
+def requests_of(spans: list[Span]) -> list[Span]:
+    return [span for span in spans if span.kind == "SERVER"]
 
 
 def test_rejected_request_has_a_span(traced: Service, receiver: Receiver) -> None:
