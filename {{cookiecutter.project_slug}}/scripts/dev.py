@@ -14,7 +14,7 @@ from types import FrameType
 from app.settings import Settings, load_settings
 from app.telemetry import metrics_directory
 from app.telemetry.logs import redact
-from scripts import addresses, dev_environment, dev_reload, dev_server
+from scripts import addresses, dev_environment, dev_reload, dev_server, dev_traces
 from scripts.dev_consumer import consuming  # example
 from scripts.dev_worker import working  # jobs
 from scripts.parent import Parent
@@ -87,9 +87,10 @@ def _listening(started: set[str]) -> Iterator[socket.socket]:
     os.environ["BIND"] = addresses.free_address("BIND", load_settings().bind)
     with contextlib.ExitStack() as stack:
         stack.enter_context(serving_metrics())
+        traces = stack.enter_context(dev_traces.tracing())
         settings = load_settings()
         listener = stack.enter_context(addresses.listen(settings.bind))
-        _print_guide(settings, started)
+        _print_guide(settings, started, traces)
         stack.enter_context(consuming())  # example
         stack.enter_context(working(is_reloading="--no-reload" not in sys.argv))  # jobs
         yield listener
@@ -112,7 +113,7 @@ def serving_metrics() -> Iterator[None]:
         yield
 
 
-def _print_guide(settings: Settings, started: set[str]) -> None:
+def _print_guide(settings: Settings, started: set[str], traces: str) -> None:
     """Print the addresses. Passwords are shown only of the servers that this command started.
 
     `started` has the settings that are the URLs of those servers.
@@ -127,6 +128,7 @@ def _print_guide(settings: Settings, started: set[str]) -> None:
         f"\n  service   {base}/\n"
         f"  docs      {base}/docs\n"
         f"  metrics   http://{settings.metrics_bind}/metrics\n"
+        f"  traces    {traces or '`make dev TRACE=1`'}\n"
         f"  database  {shown['DATABASE_URL']}   `make psql`\n"
         f"  redis     {shown['REDIS_URL']}\n\n"
     )
