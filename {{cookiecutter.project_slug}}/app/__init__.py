@@ -33,7 +33,7 @@ web/                 around every request
 storage/             Postgres and Redis
     postgres.py  postgres_errors.py  query_log.py  redis.py  traced_postgres.py  traced_redis.py
 telemetry/           logs, metrics, traces
-    logs.py  access_log.py  stdout.py  context.py
+    logs.py  gcp_logs.py  access_log.py  stdout.py  context.py
     tracing.py  trace_setup.py  trace_export.py  exemplars.py
     http_metrics.py  process_metrics.py  metric_files.py  multiprocess.py
     pod_metrics.py  control_group.py

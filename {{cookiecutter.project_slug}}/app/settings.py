@@ -95,7 +95,7 @@ class Settings(BaseSettings):
 
     # Logs, documentation, and the proxy in front
     log_level: LogLevel = "info"
-    log_format: Annotated[Literal["auto", "json", "console"], LowerCase] = "auto"
+    log_format: Annotated[Literal["auto", "json", "gcp", "console"], LowerCase] = "auto"
     access_log_flush_ms: NonNegativeInt = 100
     log_fields: LogFields = ()
     log_sql: bool = False

@@ -35,6 +35,9 @@ class AccessLog:
         self.logger = logging.getLogger("access")
         self.is_enabled = self.logger.isEnabledFor(logging.INFO)
         self.writes_json = logs.uses_json(settings)
+        self.constant_fields = logs.constant_fields(settings)
+        if settings.log_format == "gcp":
+            self._format = self._format_gcp  # type: ignore[method-assign]
         self.delay_seconds = settings.access_log_flush_ms / 1000
         self.dropped = dropped
         # A line is: its time down to the second, the milliseconds, constant keys, the fields.
@@ -57,16 +60,7 @@ class AccessLog:
         if not self.writes_json:
             self.logger.info("%(method)s %(path)r %(status)d %(duration_ms).1f ms", fields)
             return
-        now = time.time()
-        second = int(now)
-        if second != self.second:
-            self._start_second(second)
-        line = b"%b%03d%b%b\n" % (
-            self.time_prefix,
-            (now - second) * 1000,
-            self.constant_keys,
-            orjson.dumps(fields)[1:],
-        )
+        line = self._format(fields)
         if len(line) > MAX_LINE_BYTES and max_text_bytes:
             self.write(_truncate_texts(fields, max_text_bytes), max_text_bytes // 2)
             return
@@ -88,6 +82,22 @@ class AccessLog:
         self.flush()
         STDOUT.drain(ACCESS_LINES)
         self._count_dropped()
+
+    def _format(self, fields: dict[str, Any]) -> bytes:
+        now = time.time()
+        second = int(now)
+        if second != self.second:
+            self._start_second(second)
+        return b"%b%03d%b%b\n" % (
+            self.time_prefix,
+            (now - second) * 1000,
+            self.constant_keys,
+            orjson.dumps(fields)[1:],
+        )
+
+    def _format_gcp(self, fields: dict[str, Any]) -> bytes:
+        all_fields = {**self.constant_fields, "pid": os.getpid(), **fields}
+        return logs.format_line(time.time(), "info", "access", "request", all_fields)
 
     def _start_second(self, second: int) -> None:
         """Render the time of the lines of this second, once for all of them."""

@@ -15,13 +15,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Protocol
 
 import orjson
 
+from app.telemetry import gcp_logs
 from app.telemetry.context import log_keys
 from app.telemetry.stdout import LOG_LINES, STDOUT
 
@@ -63,6 +64,14 @@ MAX_UNFINISHED_BYTES = 1 << 16
 #: The start of the line with which `app.settings` exits. It stays plain text.
 CONFIGURATION_ERROR = "configuration error: "
 _JSON_OPTIONS = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
+
+
+def _unchanged(entry: dict[str, Any]) -> dict[str, Any]:
+    return entry
+
+
+#: By `LOG_FORMAT`, what a line has in place of its entry; `configure` sets it.
+_convert: Callable[[dict[str, Any]], dict[str, Any]] = _unchanged
 
 
 class LogSettings(Protocol):
@@ -124,6 +133,7 @@ def format_line(
         **log_keys(),
     }
     try:
+        entry = _convert(entry)
         return orjson.dumps(entry, default=safe_str, option=_JSON_OPTIONS)
     except Exception:  # noqa: BLE001 - a value can raise anything while it is read
         # orjson rejects lone surrogates, integers over 64 bits, circular and deeply nested values.
@@ -250,7 +260,7 @@ def uses_json(settings: LogSettings) -> bool:
     """
     if settings.log_format == "auto":
         return not os.isatty(1)
-    return settings.log_format == "json"
+    return settings.log_format in {"json", "gcp"}
 
 
 def constant_fields(settings: LogSettings) -> dict[str, str]:
@@ -289,6 +299,8 @@ def config(settings: LogSettings) -> dict[str, Any]:
 
 def configure(settings: LogSettings) -> None:
     """Set up logging for this process, with warnings and uncaught exceptions."""
+    global _convert
+    _convert = gcp_logs.convert if settings.log_format == "gcp" else _unchanged
     logging.config.dictConfig(config(settings))
     logging.captureWarnings(capture=True)
     # For a logger without a handler. logging would print the message alone to stderr.

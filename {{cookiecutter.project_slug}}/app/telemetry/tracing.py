@@ -99,23 +99,22 @@ def end_request(
 
     `path` has no passwords. `error_type` is the class of an unhandled exception, or empty.
     """
-    if span.is_recording():
-        method, route, status = labels
-        attributes: dict[str, Any] = {
-            "http.request.method": method,
-            "http.response.status_code": status,
-            "url.path": path,
-            "url.scheme": scope.get("scheme", ""),
-        }
-        if scope.get("client"):
-            attributes["client.address"] = scope["client"][0]
-        if route != "unmatched":
-            attributes["http.route"] = route
-            span.update_name(f"{method} {route}")
-        if status >= 500:
-            attributes["error.type"] = error_type or str(status)
-            span.set_status(_FAILED)
-        span.set_attributes(attributes)
+    method, route, status = labels
+    attributes: dict[str, Any] = {
+        "http.request.method": method,
+        "http.response.status_code": status,
+        "url.path": path,
+        "url.scheme": scope.get("scheme", ""),
+    }
+    if scope.get("client"):
+        attributes["client.address"] = scope["client"][0]
+    if route != "unmatched":
+        attributes["http.route"] = route
+        span.update_name(f"{method} {route}")
+    if status >= 500:
+        attributes["error.type"] = error_type or str(status)
+        span.set_status(_FAILED)
+    span.set_attributes(attributes)
     span.end()
 
 

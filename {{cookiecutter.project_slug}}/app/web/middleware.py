@@ -409,8 +409,8 @@ class Exchange:
     def _end_span(self, span: Span, labels: tuple[str, str, int], seconds: float) -> None:
         if span.is_recording():
             self.middleware.metrics.record_trace(labels, seconds, self.context)
-        path = redact(self.scope["path"])
-        tracing.end_request(span, self.scope, labels, path, self.bug)
+            path = redact(self.scope["path"])
+            tracing.end_request(span, self.scope, labels, path, self.bug)
 
     def _when_delivered(self, log: Callable[..., None]) -> None:
         """Log once the client has the response, or once its connection is lost.

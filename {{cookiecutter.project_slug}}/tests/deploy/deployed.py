@@ -42,6 +42,7 @@ SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
 FOREIGN_VARIABLES = re.compile(
     r"PATH|TZ|LANG|LC_\w+|PYTHON\w+|(LD|MALLOC)_\w+"
     r"|(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy|SSL_CERT_(FILE|DIR)|OTEL_\w+"
+    r"|GOOGLE_CLOUD_PROJECT"
 )
 
 Document = dict[str, Any]
