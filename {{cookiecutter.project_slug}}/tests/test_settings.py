@@ -115,7 +115,7 @@ def test_settings_are_immutable() -> None:
     ("name", "value", "requirement"),
     [
         ("ENVIRONMENT", "prod", "'development', 'staging' or 'production'"),
-        ("LOG_FORMAT", "xml", "'auto', 'json' or 'console'"),
+        ("LOG_FORMAT", "xml", "'auto', 'json', 'gcp' or 'console'"),
         ("WEB_CONCURRENCY", "0", "greater than 0"),
         ("WEB_CONCURRENCY", "two", "a valid integer"),
         ("PORT", "70000", "less than or equal to 65535"),
