@@ -1,6 +1,6 @@
 """Log lines with the special fields of Google Cloud Logging: `LOG_FORMAT=gcp`.
 
-The agents of Cloud Run and GKE cannot be told other names: without `severity` each line is DEFAULT.
+The agents of Cloud Run and GKE have no mapping: without `severity` each line is DEFAULT.
 """
 
 import os

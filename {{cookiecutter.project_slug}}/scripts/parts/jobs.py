@@ -77,6 +77,7 @@ PATHS = [
     "tests/jobs/test_runner.py",
     "tests/jobs/test_scheduled_jobs.py",
     "tests/jobs/test_schedules.py",
+    "tests/jobs/test_trace.py",
     "tests/jobs/test_workers.py",
     "tests/jobs/work.py",
     "tests/jobs/worker.py",
