@@ -78,7 +78,7 @@ def middle(figures: Sequence[Figures]) -> Figures:
 
 
 async def concurrency(testbed: Testbed) -> None:
-    """Compare one worker with the usual consumer, and with twice as many workers as CPUs."""
+    """Compare one worker with a consumer by pika, and with twice as many workers as CPUs."""
     own = {
         "WAIT_SECONDS": str(WAIT_SECONDS),
         "STEPS": str(steps_for(COMPUTE_SECONDS)),
@@ -86,7 +86,7 @@ async def concurrency(testbed: Testbed) -> None:
     }
     testbed.running.variables.update(own)
 
-    def ours(workers: int, at_once: int, place: str, *, by_rabbitmq: bool = True) -> Contender:
+    def ours(workers: int, at_once: int, place: str, *, by_rabbitmq: bool) -> Contender:
         variables = {
             "JOB_CONCURRENCY": str(at_once),
             "JOB_PROCESSES": str(CPUS if place == "process" else 1),
@@ -96,15 +96,16 @@ async def concurrency(testbed: Testbed) -> None:
             testbed.worker(by_rabbitmq=by_rabbitmq, **variables) for _ in range(workers)
         ]
 
-    threads = "pika, 10 threads, acknowledged in the threads"
     contenders: dict[str, tuple[Contender, int]] = {
         "pika, prefetch 10, in the callback": (lambda: [Seed(testbed, "callback")], 100),
-        threads: (lambda: [Seed(testbed, "threads")], 300),
+        "pika, 10 threads, acknowledged there": (lambda: [Seed(testbed, "threads")], 300),
         "pika, 10 threads, threadsafe": (lambda: [Seed(testbed, "threadsafe")], 300),
-        f"{2 * CPUS} workers, 10 at once, in the loop": (ours(2 * CPUS, 10, "loop"), 300),
-        f"1 worker, 8 at once, {CPUS} processes": (ours(1, 8, "process"), 300),
-        "the same, Postgres hands out": (ours(1, 8, "process", by_rabbitmq=False), 300),
     }
+    for name, by_rabbitmq in (("Postgres", False), ("RabbitMQ", True)):
+        twice = ours(2 * CPUS, 10, "loop", by_rabbitmq=by_rabbitmq)
+        one = ours(1, 8, "process", by_rabbitmq=by_rabbitmq)
+        contenders[f"{name}: {2 * CPUS} workers, 10 at once, in the loop"] = (twice, 300)
+        contenders[f"{name}: 1 worker, 8 at once, {CPUS} processes"] = (one, 300)
     found = await take_turns(testbed, contenders)
     say("\n| | jobs/s | start to end p50 / p95 | CPU per job | memory |\n|---|---|---|---|---|")
     for name, all_figures in found.items():
