@@ -39,6 +39,9 @@ class StartedJob:
     async def claim(self, _: Connection) -> Job | None:
         return self.job
 
+    async def claim_expired(self, _: Connection) -> Job | None:
+        return None
+
     async def settle(self) -> None:
         pass
 

@@ -3,8 +3,9 @@
 A dispatcher delivers the ID of a job to the runner (`app/jobs/runner.py`), at most
 `JOB_CONCURRENCY` at once. For each delivery the runner does this:
 
-1. `is_suspect`: may this job have killed its worker? Then nothing else runs meanwhile.
-2. `claim`: start the job in its row. None means that there is nothing to do.
+1. `claim`: start the job in its row, if it is queued. Most are: that is one statement.
+2. `is_suspect`: else, may it have killed its worker? Then `claim_expired`, and nothing else runs
+   meanwhile. If not, there is nothing to do.
 3. Call the handler, and store in the row what happens next.
 4. `settle`: the row is up to date, whatever became of the job. Or `discard`: there is no such row.
 
@@ -30,7 +31,13 @@ class Delivery(Protocol):
 
     @property
     def job(self) -> Job | None:
-        """The job, if the dispatcher has started it: then the first two steps are left out."""
+        """The job, if the dispatcher has started it: then the first step is left out."""
+
+    async def claim(self, connection: Connection) -> Job | None:
+        """Start the job if it is queued.
+
+        It is repeated if the connection is lost, when the first one may have succeeded.
+        """
 
     async def is_suspect(self, connection: Connection) -> bool:
         """Return whether a start of the job has not ended: it may have killed its worker.
@@ -38,11 +45,8 @@ class Delivery(Protocol):
         Its lease has expired.
         """
 
-    async def claim(self, connection: Connection) -> Job | None:
-        """Start the job, unless it has ended or another worker has started it.
-
-        It is repeated if the connection is lost, when the first one may have succeeded.
-        """
+    async def claim_expired(self, connection: Connection) -> Job | None:
+        """Start a suspect, unless it has ended or another worker has started it."""
 
     async def settle(self) -> None:
         """Free the place. By RabbitMQ: acknowledge the message."""

@@ -37,11 +37,15 @@ class PostgresDelivery:
         self.free = free
         self.is_settled = False
 
+    async def claim(self, _: Connection) -> Job | None:
+        """Return None: what is due was started when it was claimed."""
+        return None
+
     async def is_suspect(self, _: Connection) -> bool:
         """Return True: its lease has expired."""
         return True
 
-    async def claim(self, connection: Connection) -> Job | None:
+    async def claim_expired(self, connection: Connection) -> Job | None:
         """Start the job, unless another worker has."""
         return await starts.claim_expired(connection, self.job_id)
 

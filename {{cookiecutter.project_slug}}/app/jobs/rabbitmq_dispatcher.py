@@ -36,13 +36,17 @@ class RabbitMQDelivery:
         #: RabbitMQ starts no job.
         self.job: Job | None = None
 
+    async def claim(self, connection: Connection) -> Job | None:
+        """Start the job, unless it has ended, or has been started."""
+        return await starts.claim(connection, self.job_id)
+
     async def is_suspect(self, connection: Connection) -> bool:
         """Return whether the lease of the job has expired."""
         return await starts.has_expired(connection, self.job_id)
 
-    async def claim(self, connection: Connection) -> Job | None:
-        """Start the job, unless it has ended, or a start of it goes on."""
-        return await starts.claim(connection, self.job_id)
+    async def claim_expired(self, connection: Connection) -> Job | None:
+        """Start the job, unless it has ended, or another worker has started it."""
+        return await starts.claim_expired(connection, self.job_id)
 
     async def settle(self) -> None:
         """Acknowledge the message. Without a connection it comes again, and starts nothing."""

@@ -99,23 +99,26 @@ class Runner:
 
     async def _start(self, delivery: Delivery) -> bool:
         """Start the job and run it, unless there is nothing to do. Return whether it has a row."""
-        job = delivery.job
-        if job is not None:
-            async with self.alone.enter(alone=False):
-                await self._run(job)
-            return True
-        is_suspect = await self._hold(delivery.is_suspect)
-        async with self.alone.enter(alone=is_suspect):
-            if self.is_stopping:
-                # The shutdown began meanwhile. The delivery is not settled: another worker gets it.
-                raise asyncio.CancelledError
+        async with self.alone.enter(alone=False):
             # Not before: a job that waits for its turn has not started.
-            job = await self._hold(delivery.claim)
+            job = delivery.job or await self._claim(delivery.claim)
             if job is not None:
                 await self._run(job)
                 return True
+        if await self._hold(delivery.is_suspect):
+            async with self.alone.enter(alone=True):
+                job = await self._claim(delivery.claim_expired)
+                if job is not None:
+                    await self._run(job)
+                    return True
         job_metrics.HANDLED.labels("unknown", "stale").inc()
         return await self._hold(partial(starts.exists, job_id=delivery.job_id))
+
+    async def _claim(self, claim: Callable[[Connection], Awaitable[Job | None]]) -> Job | None:
+        """Start a job, unless the shutdown has begun: then another worker gets its delivery."""
+        if self.is_stopping:
+            raise asyncio.CancelledError
+        return await self._hold(claim)
 
     async def _run(self, job: Job) -> None:
         """Run a job that has been started, as a span of the trace that has created it."""

@@ -28,9 +28,12 @@ _START = """
     update jobs set status = 'running', attempts = attempts + 1, starts = starts + 1,
         started_at = now(), lease_until = now() + make_interval(secs => $1)
 """
+# The commit of a start does not wait for the disk. A crash of Postgres may undo it: then the job is
+# queued again, and of two starts with the same number one can still end it, since that is durable.
 _RETURNING = """
     returning job_id, type, payload, context, attempts, starts,
-        extract(epoch from now() - run_at)::float8 as waited_seconds
+        extract(epoch from now() - run_at)::float8 as waited_seconds,
+        set_config('synchronous_commit', 'off', true) as commit
 """
 _CLAIM_DUE = f"""
     {_START} where job_id = any(array(
@@ -39,9 +42,7 @@ _CLAIM_DUE = f"""
     )) and status = 'queued' {_RETURNING}
 """  # noqa: S608
 _CLAIM = f"""
-    {_START} where job_id = $2 and (
-        (status = 'queued' and run_at <= now()) or (status = 'running' and lease_until < now())
-    ) {_RETURNING}
+    {_START} where job_id = $2 and status = 'queued' and run_at <= now() {_RETURNING}
 """
 _HAS_EXPIRED = "select status = 'running' and lease_until < now() from jobs where job_id = $1"
 _FIND_EXPIRED = """
@@ -104,7 +105,7 @@ async def claim_due(connection: Connection, limit: int) -> list[Job]:
 
 
 async def claim(connection: Connection, job_id: UUID) -> Job | None:
-    """Start a job that RabbitMQ has handed out; None if there is nothing to do.
+    """Start a job that RabbitMQ has handed out, if it is queued, else return None.
 
     A message that was delivered again starts nothing while the lease of the job holds: its worker
     has lost the connection, and goes on.
@@ -172,6 +173,7 @@ async def exists(connection: Connection, job_id: UUID) -> bool:
 
 def _job(row: Any) -> Job:
     values = dict(row)
+    del values["commit"]
     values["job_id"] = UUID(str(row["job_id"]))
     values["context"] = json.loads(row["context"])
     return Job(**values)

@@ -68,6 +68,18 @@ async def a_locked_job_does_not_delay_the_others(database: Database) -> None:
             assert [job.job_id for job in await claim(database)] == [second]
 
 
+async def a_start_does_not_wait_for_the_disk(database: Database) -> None:
+    """Its commit only: that of an effect does."""
+    job_id = await enqueue(database, "a")
+    query = "select current_setting('synchronous_commit')"
+    async with database.acquire() as connection:
+        await connection.execute("set synchronous_commit = on")
+        async with connection.transaction():
+            assert await starts.claim(connection, job_id) is not None
+            assert await connection.fetchval(query) == "off"
+        assert await connection.fetchval(query) == "on"
+
+
 async def a_job_is_not_claimed_before_its_time(database: Database) -> None:
     await enqueue(database, "a", run_at=datetime.now(UTC) + timedelta(seconds=30))
     assert await claim(database) == []
@@ -138,7 +150,8 @@ async def a_message_that_comes_again_starts_nothing(database: Database) -> None:
     await expire(database)
     async with database.acquire() as connection:
         assert await starts.has_expired(connection, job_id)
-    assert await deliver(database, job_id)
+    assert await deliver(database, job_id) is None
+    assert await claim_expired(database, job_id)
 
 
 async def a_message_that_comes_early_starts_nothing(database: Database) -> None:
@@ -217,8 +230,10 @@ MUTATIONS = [
     Mutation("_CLAIM_DUE", " skip locked", "", a_locked_job_does_not_delay_the_others),
     Mutation("_CLAIM_DUE", " and run_at <= now()", "", a_job_is_not_claimed_before_its_time),
     Mutation("_CLAIM_DUE", "limit $2", "limit $2 + 1", a_claim_is_limited_to_the_free_places),
-    Mutation("_CLAIM", " and lease_until < now()", "", a_message_that_comes_again_starts_nothing),
+    Mutation("_CLAIM", "status = 'queued' and", "", a_message_that_comes_again_starts_nothing),
     Mutation("_CLAIM", " and run_at <= now()", "", a_message_that_comes_early_starts_nothing),
+    Mutation("_CLAIM", "'off', true", "'on', true", a_start_does_not_wait_for_the_disk),
+    Mutation("_CLAIM", "'off', true", "'off', false", a_start_does_not_wait_for_the_disk),
     Mutation(
         "_HAS_EXPIRED", " and lease_until < now()", "", a_message_that_comes_again_starts_nothing
     ),
