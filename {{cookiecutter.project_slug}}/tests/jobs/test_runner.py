@@ -253,8 +253,9 @@ async def test_suspects_run_alone(
     monkeypatch.setattr(Runner, "_run", count)
     if not has_gate:
         either = "(status = 'queued' or lease_until < now())"
-        claim = starts._CLAIM_DUE.replace("status = 'queued'", either)
-        monkeypatch.setattr(starts, "_CLAIM_DUE", claim)
+        for name in ("_CLAIM_DUE", "_CLAIM"):
+            claim = getattr(starts, name).replace("status = 'queued'", either)
+            monkeypatch.setattr(starts, name, claim)
         monkeypatch.setattr(starts, "_FIND_EXPIRED", "select null::uuid")
         monkeypatch.setattr(starts, "_HAS_EXPIRED", "select $1::uuid is null")
     jobs = [await enqueue(database, "wait", Seconds(seconds=0.1)) for _ in range(20)]
