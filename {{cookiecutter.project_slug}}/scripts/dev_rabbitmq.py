@@ -116,6 +116,8 @@ class RabbitMQ:
                 "RUNNING_UNDER_SYSTEMD": "true",
                 "ERL_EPMD_ADDRESS": "127.0.0.1",
                 "ERL_EPMD_PORT": str(mapper_port),
+                # Each Erlang, that of rabbitmqctl too, would start a mapper, which outlives it.
+                "ERL_ZFLAGS": "-start_epmd false",
             }
         )
 
@@ -189,15 +191,15 @@ def keep(parent: Parent, directory: Path, program: str) -> None:
     Without the parent the directory is deleted too.
     """
     signal.signal(signal.SIGTERM, _exit)
-    # Of its own, and in the foreground: RabbitMQ starts one that outlives it.
-    mapper = [shutil.which("epmd") or "epmd", "-port", os.environ["ERL_EPMD_PORT"]]
+    port = int(os.environ["ERL_EPMD_PORT"])
+    # In the foreground, so that it ends with the server.
+    command = [shutil.which("epmd") or "epmd", "-port", str(port)]
     try:
-        with (
-            (directory / "output").open("ab") as output,
-            _running(mapper, output),
-            _running([program], output) as server,
-        ):
-            server.wait()
+        with (directory / "output").open("ab") as output, _running(command, output) as mapper:
+            if not wait_until_listening(port, lambda: mapper.poll() is None):
+                return
+            with _running([program], output) as server:
+                server.wait()
     finally:
         if not parent.is_running:
             shutil.rmtree(directory, ignore_errors=True)
