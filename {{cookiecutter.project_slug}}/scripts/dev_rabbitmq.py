@@ -195,7 +195,10 @@ def keep(parent: Parent, directory: Path, program: str) -> None:
     # In the foreground, so that it ends with the server.
     command = [shutil.which("epmd") or "epmd", "-port", str(port)]
     try:
-        with (directory / "output").open("ab") as output, _running(command, output) as mapper:
+        with (
+            (directory / "output").open("ab") as output,
+            _running(command, subprocess.DEVNULL) as mapper,
+        ):
             if not wait_until_listening(port, lambda: mapper.poll() is None):
                 return
             with _running([program], output) as server:
