@@ -80,6 +80,8 @@ def test_readme_of_a_project_has_its_targets(bake: Bake, parts: Parts) -> None:
     texts = [path.read_text() for path in documents]
     mentioned = {name for text in texts for name in re.findall(r"`make ([a-z0-9-]+)", text)}
     of_template = {"bench", "tuning"}  # docs/tuning.md
+    if "jobs" in parts:
+        of_template.add("job-figures")  # docs/jobs.md
     assert mentioned - targets == of_template
     assert targets - set(re.findall(r"make ([a-z0-9-]+)", texts[0])) == set()
 
