@@ -72,8 +72,10 @@ class Export:
             sampler, _resource(settings), shutdown_on_exit=False, id_generator=self.ids
         )
         provider.add_span_processor(self.processor)
-        # For spans that a feature makes by OpenTelemetry's API.
-        trace.set_tracer_provider(provider)
+        # For spans that a feature makes by OpenTelemetry's API. `opentelemetry-instrument` has set
+        # its own already, which exports to the same endpoint.
+        if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+            trace.set_tracer_provider(provider)
         self.tracer = provider.get_tracer("app")
 
     async def close(self) -> None:
