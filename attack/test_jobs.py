@@ -1,137 +1,218 @@
-"""Jobs under faults: none is lost, and each takes effect once.
+"""Jobs under faults, on both dispatchers: none is lost, and each takes effect once.
 
-Workers are stopped, killed and suspended, and Postgres crashes. The control runs without the fence
-of the starts, and must repeat some effects: so the test can fail.
+Workers are stopped, killed and suspended; Postgres crashes; RabbitMQ is killed and hangs. Each
+control runs without a guard, and must fail: so the tests can.
 """
 
-import contextlib
 import random
-import signal
+import secrets
 import time
 from collections.abc import Callable, Iterator
 
-import psutil
 import pytest
+from scripts.dev_rabbitmq import RabbitMQ
 from scripts.dev_services import Postgres
 from tests.databases import TEMPLATE, copy_database, drop_database
-from tests.jobs.conftest import CREATE_EFFECTS, Worker
-from tests.service_process import eventually
+from tests.jobs.broker_server import require_rabbitmq
+from tests.jobs.conftest import CREATE_EFFECTS
+from tests.jobs.work import ATTEMPTS
+from tests.service_process import eventually, frozen
 
 from conftest import ATTACK
-from test_faults import durable, sql  # noqa: F401 - durable is a fixture
+from job_fleet import LEASE_SECONDS, Fleet, working
+from scripts import dev_rabbitmq
+from test_faults import sql
 
 JOBS = 2000
-JOB_SECONDS = 0.1
 WORKERS = 4
-FAULT_STEPS = 24
-STEP_SECONDS = 0.5
-LEASE_SECONDS = 2.0
+#: Of each kind: by SIGTERM and by SIGKILL.
+STOPS = 6
+#: Jobs last 0.1 to 0.5 s. So there is a backlog during all faults.
+JOB_SECONDS = 0.3
+#: RabbitMQ and a client close a connection on which nothing arrives for two or three times as long.
+HEARTBEAT_SECONDS = 2
+HANG_SECONDS = 4 * HEARTBEAT_SECONDS
+#: A queue that is younger when RabbitMQ 3.10 is killed has no leader afterwards.
+QUEUE_IS_STORED_SECONDS = 2
 #: Time limit for the jobs to end once everything works again.
 DONE_SECONDS = 120
-#: Time limit for a worker to end after SIGTERM.
-STOP_SECONDS = 20
 ENQUEUE = """
     insert into jobs (type, payload)
-    select 'wait', format('{"seconds": %s}', $1::float8) from generate_series(1, $2)
+    select $1, format('{"seconds": %s}', $2 * (1 + (random() - 0.5) * 4 / 3))
+    from generate_series(1, $3)
 """
+RUNNING = "select count(*) from jobs where status = 'running'"
 UNFINISHED = "select count(*) from jobs where status in ('queued', 'running')"
-EFFECTS = "select job_id, count(*) from effects group by job_id"
+FAILED = "select count(*) from jobs where type = $1 and status = 'failed'"
+EFFECTS = "select count(*) from effects group by job_id"
+SUMMARY = """
+    select type, status, max(attempts) as attempts, max(starts) as starts, count(*) from jobs
+    where type in ('wait', 'neighbor', 'kill', 'block') group by type, status order by type
+"""
+Faults = list[Callable[[], None]]
+
+
+@pytest.fixture(scope="module")
+def rabbitmq() -> Iterator[RabbitMQ]:
+    """A RabbitMQ server, which tests kill."""
+    require_rabbitmq()
+    with dev_rabbitmq.rabbitmq() as server:
+        yield server
+
+
+@pytest.fixture(params=["postgres", "rabbitmq"])
+def broker(request: pytest.FixtureRequest) -> RabbitMQ | None:
+    """The dispatcher: RabbitMQ, or None for Postgres."""
+    return request.getfixturevalue("rabbitmq") if request.param == "rabbitmq" else None
 
 
 @pytest.fixture
 def url(database_url: str) -> Iterator[str]:
-    """A database of its own, with a table for the effects of jobs."""
+    """A database with a table for the effects of jobs. It loses no commit in a crash."""
     url = copy_database(database_url, TEMPLATE, "jobs")
+    sql(url, "alter database jobs set synchronous_commit = on")
     sql(url, CREATE_EFFECTS)
     yield url
     drop_database(database_url, "jobs")
 
 
-class Fleet:
-    """Workers that are replaced when a fault ends them, as by a platform."""
-
-    def __init__(self, module: str, url: str) -> None:
-        self.module = module
-        self.url = url
-        self.workers = [self.start() for _ in range(WORKERS)]
-        self.ended: list[Worker] = []
-
-    def start(self) -> Worker:
-        """Start a worker."""
-        lease = str(LEASE_SECONDS)
-        settings = {"DATABASE_URL": self.url, "TEST_LEASE_SECONDS": lease}
-        return Worker(self.module, PYTHONPATH=str(ATTACK), **settings)
-
-    def stop(self, number: int) -> None:
-        """End one worker by a signal once it is ready, and start another."""
-        worker = self.workers.pop(random.randrange(WORKERS))
-        eventually(worker.is_ready)
-        worker.process.send_signal(number)
-        expected = 0 if number == signal.SIGTERM else -number
-        assert worker.process.wait(STOP_SECONDS) == expected, worker.text
-        self.ended.append(worker)
-        self.workers.append(self.start())
-
-    def suspend(self) -> None:
-        """Suspend one worker for longer than its leases, as a machine that swaps does."""
-        worker = psutil.Process(random.choice(self.workers).process.pid)
-        worker.suspend()
-        time.sleep(2 * LEASE_SECONDS)
-        worker.resume()
+@pytest.fixture
+def settings(url: str, broker: RabbitMQ | None) -> dict[str, str]:
+    """The settings of workers, with a queue of their own."""
+    settings = {"DATABASE_URL": url, "PYTHONPATH": str(ATTACK)}
+    if broker:
+        settings["AMQP_URL"] = f"{broker.url}?heartbeat={HEARTBEAT_SECONDS}"
+        settings["SERVICE_NAME"] = f"jobs-{secrets.token_hex(4)}"
+    return settings
 
 
-@contextlib.contextmanager
-def working(module: str, url: str) -> Iterator[Fleet]:
-    """Run workers until the end of the block."""
-    fleet = Fleet(module, url)
-    try:
-        eventually(lambda: all(worker.is_ready() for worker in fleet.workers))
-        yield fleet
-        eventually(lambda: all(worker.is_ready() for worker in fleet.workers))
-    finally:
-        codes = [worker.stop() for worker in fleet.workers]
-        for worker in fleet.workers + fleet.ended:
-            worker.output.close()
-    assert codes == [0] * WORKERS
+def number(url: str, query: str, *arguments: object) -> int:
+    """Return the number that a query finds."""
+    return int(sql(url, query, *arguments)[0][0])
 
 
-def run_jobs_under_faults(module: str, url: str, faults: Callable[[Fleet, int], None]) -> list[int]:
-    """Run all jobs while faults happen; return how often each job took effect."""
-    with working(module, url) as fleet:
-        sql(url, ENQUEUE, JOB_SECONDS, JOBS)
-        for step in range(FAULT_STEPS):
-            faults(fleet, step)
-            time.sleep(STEP_SECONDS)
-        eventually(lambda: sql(url, UNFINISHED)[0][0] == 0, DONE_SECONDS)
-    rows = sql(url, "select status, max(starts), count(*) from jobs group by status")
-    print("status, most starts, jobs:", [tuple(row) for row in rows])
-    effects = [row["count"] for row in sql(url, EFFECTS)]
-    print(f"{len(effects)} jobs took effect, {sum(effects) - len(effects)} effects too many")
-    return effects
+def wait_until_done(url: str) -> None:
+    """Wait until all jobs have ended, and print what became of them."""
+    eventually(lambda: number(url, UNFINISHED) == 0, DONE_SECONDS)
+    for row in sql(url, SUMMARY):
+        print(dict(row))
 
 
-def test_no_job_is_lost_and_each_takes_effect_once(url: str, postgres: Postgres) -> None:
-    def faults(fleet: Fleet, step: int) -> None:
-        if step == FAULT_STEPS // 2:
-            postgres.stop("immediate")
-            time.sleep(2 * LEASE_SECONDS)
-            postgres.start()
-        elif step % 8 == 0:
-            fleet.suspend()
-        else:
-            fleet.stop(random.choice([signal.SIGTERM, signal.SIGKILL]))
-
-    effects = run_jobs_under_faults("tests.jobs.worker", url, faults)
-    assert len(effects) == JOBS
-    assert set(effects) == {1}
+def effects(url: str) -> list[int]:
+    """Return how often each job took effect, of those that did."""
+    return [row["count"] for row in sql(url, EFFECTS)]
 
 
-def test_effects_are_repeated_without_the_fence(url: str) -> None:
+def crash(postgres: Postgres) -> None:
+    """End Postgres at once, and start it again after the leases have expired."""
+    postgres.stop("immediate")
+    time.sleep(2 * LEASE_SECONDS)
+    postgres.start()
+
+
+def kill(broker: RabbitMQ) -> None:
+    """End RabbitMQ with SIGKILL, and start it again."""
+    broker.kill()
+    time.sleep(1)
+    broker.start()
+
+
+def hang(broker: RabbitMQ) -> None:
+    """Suspend RabbitMQ until its connections have failed."""
+    with frozen(broker.pid):
+        time.sleep(HANG_SECONDS)
+
+
+def plan(fleet: Fleet, postgres: Postgres, broker: RabbitMQ | None) -> Faults:
+    """Return the faults in a random order. Those of servers are not among the first."""
+    stops = [fleet.terminate, fleet.kill] * STOPS
+    random.shuffle(stops)
+    outages: Faults = [lambda: crash(postgres), fleet.suspend, fleet.suspend]
+    if broker:
+        outages += [lambda: kill(broker), lambda: hang(broker), lambda: kill(broker)]
+    later = stops[2:] + outages
+    random.shuffle(later)
+    return stops[:2] + later
+
+
+def test_no_job_is_lost_and_each_takes_effect_once(
+    url: str, settings: dict[str, str], postgres: Postgres, broker: RabbitMQ | None
+) -> None:
+    with working(settings, WORKERS) as fleet:
+        time.sleep(QUEUE_IS_STORED_SECONDS)
+        faults = plan(fleet, postgres, broker)
+        share = JOBS // len(faults)
+        for fault in faults:
+            sql(url, ENQUEUE, "wait", JOB_SECONDS, share)
+            fault()
+        sql(url, ENQUEUE, "wait", JOB_SECONDS, JOBS - share * len(faults))
+        wait_until_done(url)
+    found = effects(url)
+    assert len(found) == JOBS
+    assert set(found) == {1}
+
+
+def test_effects_are_repeated_without_the_fence(url: str, settings: dict[str, str]) -> None:
     """The control: a worker that was suspended goes on with jobs that others have done."""
-
-    def faults(fleet: Fleet, step: int) -> None:
-        if step % 4 == 0:
+    with working(settings | {"TEST_WITHOUT": "fence"}, WORKERS) as fleet:
+        for _ in range(8):
+            sql(url, ENQUEUE, "wait", 2 * JOB_SECONDS, 100)
+            eventually(lambda: number(url, RUNNING) > 6 * WORKERS)
             fleet.suspend()
+            eventually(lambda: number(url, UNFINISHED) == 0, DONE_SECONDS)
+            if max(effects(url)) > 1:
+                return
+    pytest.fail("no effect was repeated")
 
-    effects = run_jobs_under_faults("worker_without_fence", url, faults)
-    assert max(effects) > 1
+
+@pytest.mark.parametrize("without", ["", "alone"])
+def test_neighbors_of_a_killer_are_done_unless_they_run_with_it(
+    url: str, settings: dict[str, str], without: str
+) -> None:
+    """In the control, which runs suspects together, they reach their limit of attempts as well."""
+    with working(settings | {"TEST_WITHOUT": without}, 2) as fleet:
+        sql(url, ENQUEUE, "neighbor", 2 * JOB_SECONDS, 10)
+        sql(url, ENQUEUE, "kill", 0.0, 1)
+        sql(url, ENQUEUE, "neighbor", 2 * JOB_SECONDS, 10)
+
+        def has_ended() -> bool:
+            fleet.replace_killed()
+            return number(url, UNFINISHED) == 0
+
+        eventually(has_ended, DONE_SECONDS)
+        wait_until_done(url)
+    assert len(fleet.ended) >= ATTEMPTS
+    assert number(url, FAILED, "kill") == 1
+    if without:
+        assert number(url, FAILED, "neighbor") > 0
+    else:
+        assert len(fleet.ended) == ATTEMPTS
+        assert effects(url) == [1] * 20
+
+
+def test_job_that_blocks_its_worker_fails_and_takes_no_other_along(
+    url: str, settings: dict[str, str]
+) -> None:
+    """The leases expire, and RabbitMQ closes the connection. Its late end has no effect."""
+    with working(settings, 2):
+        sql(url, ENQUEUE, "block", HANG_SECONDS, 1)
+        sql(url, ENQUEUE, "wait", JOB_SECONDS, 40)
+        wait_until_done(url)
+    assert number(url, FAILED, "block") == 1
+    assert effects(url) == [1] * 40
+
+
+def test_jobs_longer_than_the_grace_are_done_by_another_worker(
+    url: str, settings: dict[str, str]
+) -> None:
+    """Of the grace, 5 s are for the release of jobs, whose starts do not count."""
+    with working(settings | {"GRACEFUL_TIMEOUT_SECONDS": "6"}, 2) as fleet:
+        sql(url, ENQUEUE, "wait", 10 * JOB_SECONDS, 16)
+        eventually(lambda: number(url, RUNNING) == 16)
+        begin = time.monotonic()
+        fleet.terminate()
+        assert time.monotonic() - begin < 6
+        wait_until_done(url)
+    assert number(url, "select max(attempts) from jobs where type = 'wait'") == 1
+    assert number(url, "select max(starts) from jobs where type = 'wait'") == 2
+    assert effects(url) == [1] * 16
