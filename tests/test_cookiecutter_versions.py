@@ -63,7 +63,19 @@ def test_example_is_left_out(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("answers", [[], ["include_example=yes"]])
+@pytest.mark.parametrize("answer", ["yes", "True"])
+def test_jobs_are_included(
+    python: Path, template: Path, bake: Bake, tmp_path: Path, answer: str
+) -> None:
+    answers = ["include_example=no", f"include_jobs={answer}"]
+    done = generate(python, template, tmp_path, *answers)
+    assert done.returncode == 0, done.stderr
+    expected = bake(include_example=False, include_jobs=True)
+    assert tree(tmp_path / "my-service") == tree(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", [[], ["include_example=yes", "include_jobs=no"]])
 def test_example_is_included(
     python: Path, template: Path, bake: Bake, tmp_path: Path, answers: list[str]
 ) -> None:
@@ -73,12 +85,13 @@ def test_example_is_included(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("question", ["include_example", "include_jobs"])
 @pytest.mark.parametrize("answer", ["", "maybe"])
 def test_an_answer_that_is_no_boolean_is_rejected_with_one_line(
-    python: Path, template: Path, tmp_path: Path, answer: str
+    python: Path, template: Path, tmp_path: Path, question: str, answer: str
 ) -> None:
-    done = generate(python, template, tmp_path, f"include_example={answer}")
+    done = generate(python, template, tmp_path, f"{question}={answer}")
     assert done.returncode != 0
-    line = f"include_example={json.dumps(answer)}: must be yes or no"
+    line = f"{question}={json.dumps(answer)}: must be yes or no"
     assert done.stderr.splitlines()[0] == line
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,9 +131,10 @@ def run_cruft(directory: Path, *command: str, home: Path) -> subprocess.Complete
     )
 
 
-def create_project(repository: Path, output: Path) -> Path:
+def create_project(repository: Path, output: Path, **answers: object) -> Path:
     """Create a project with cruft, commit it, and return its directory."""
-    options = ["--no-input", "--output-dir", str(output), "--extra-context", json.dumps(NAME)]
+    context = json.dumps(NAME | answers)
+    options = ["--no-input", "--output-dir", str(output), "--extra-context", context]
     created = run_cruft(output, "create", str(repository), *options, home=output)
     assert created.returncode == 0, created.stderr
     project = output / "my-service"
@@ -164,11 +166,16 @@ def replace(path: Path, before: str, after: str) -> None:
     path.write_text(text.replace(before, after))
 
 
+def remove_part(project: Path, name: str) -> None:
+    """Remove a part and commit the result."""
+    command = ["make", "--silent", f"remove-{name}"]
+    subprocess.run(command, cwd=project, check=True, stdout=subprocess.DEVNULL)
+    commit(project, f"without {name}")
+
+
 def remove_example(project: Path) -> None:
     """Remove the example and commit the result."""
-    command = ["make", "--silent", "remove-example"]
-    subprocess.run(command, cwd=project, check=True, stdout=subprocess.DEVNULL)
-    commit(project, "without the example")
+    remove_part(project, "example")
 
 
 @pytest.fixture
@@ -306,6 +313,74 @@ def test_update_does_not_bring_back_a_removed_example(repository: Path, project:
     assert "CACHE_SECONDS = 1.5" in (project / "app/web/health.py").read_text()
     assert not (project / "app/payments").exists()
     assert "payments" not in (project / "app/main.py").read_text()
+    assert not list(project.rglob("*.rej"))
+    assert is_up_to_date(project)
+
+
+def add_migration(project: Path, revision: str, follows: str) -> None:
+    """Write a migration of the team."""
+    text = f'revision = "{revision}"\ndown_revision = "{follows}"\n'
+    (project / f"migrations/versions/{revision}.py").write_text(text)
+
+
+def heads(project: Path) -> list[str]:
+    """Return the newest migrations."""
+    alembic = SERVICE_BIN / "alembic"
+    if not alembic.exists():
+        missing(f"{alembic}, which `make test` makes,")
+    done = subprocess.run([alembic, "heads"], cwd=project, check=True, stdout=subprocess.PIPE)
+    return sorted(line.split()[0] for line in done.stdout.decode().splitlines())
+
+
+def follow_guide(project: Path, newest: str) -> None:
+    """Make the edit that docs/updating.md shows."""
+    guide = (ROOT / "docs/updating.md").read_text()
+    match = re.search(r"--- (\S+)\n *-(.*)\n *\+(.*)\n", guide)
+    assert match
+    replace(project / match[1], match[2], match[3].replace("YOUR_NEWEST_MIGRATION", newest))
+
+
+def test_update_adds_jobs_to_a_project_with_migrations(project: Path) -> None:
+    """Two heads, until 0003_jobs follows the team's migration as docs/updating.md says."""
+    (newest,) = heads(project)
+    add_migration(project, "0003_ours", newest)
+    commit(project, "the team's table")
+    before = (project / "migrations/versions/0003_ours.py").read_text()
+    options = ["--skip-apply-ask", "--variables-to-update", '{"include_jobs": true}']
+    updated = run_cruft(project, "update", *options, home=project.parent)
+    assert updated.returncode == 0, updated.stdout + updated.stderr
+    assert not list(project.rglob("*.rej"))
+    assert heads(project) == ["0003_ours", "0004_conversations"]
+    follow_guide(project, "0003_ours")
+    assert heads(project) == ["0004_conversations"]
+    assert (project / "migrations/versions/0003_ours.py").read_text() == before
+    assert_application_imports(project)
+    assert is_up_to_date(project)
+    add_migration(project, "0005_ours", "0004_conversations")
+    commit(project, "with jobs")
+    remove_part(project, "jobs")
+    assert heads(project) == ["0005_ours"]
+    follower = (project / "migrations/versions/0005_ours.py").read_text()
+    assert follower.endswith('down_revision = "0003_ours"\n')
+    assert_no_difference(project)
+
+
+@pytest.mark.parametrize("part", ["jobs", "conversations"])
+def test_update_does_not_bring_back_removed_jobs(
+    repository: Path, tmp_path: Path, part: str
+) -> None:
+    project = create_project(repository, tmp_path, include_jobs=True)
+    assert_no_difference(project)
+    remove_part(project, part)
+    before = {path.name for path in project.rglob("*")}
+    change_template(repository)
+    module = repository / SOURCE / "app/conversations/__init__.py"
+    module.write_text('"""Changed."""\n')
+    commit(repository, "third")
+    update(project)
+    assert {path.name for path in project.rglob("*")} - before == {"added.py"}
+    assert not (project / "app/conversations").exists()
+    assert (project / "app/jobs").exists() == (part == "conversations")
     assert not list(project.rglob("*.rej"))
     assert is_up_to_date(project)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Bake, interpreter
+from tests.parts import ALL_PARTS, bake_parts
 from tests.projects import make, tools
 
 #: An ordinary user that exists on every Linux and macOS.
@@ -37,12 +38,10 @@ def publish(project: Path, python: Path, public: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("version", "include_example"), [("3.13", True)])
-def test_project_passes_its_own_checks_for_an_ordinary_user(
-    bake: Bake, version: str, include_example: bool
-) -> None:
+@pytest.mark.parametrize("version", ["3.13"])
+def test_project_passes_its_own_checks_for_an_ordinary_user(bake: Bake, version: str) -> None:
     python = Path(interpreter(version))
-    project = bake(PARENT, project_slug="orders", include_example=include_example)
+    project = bake_parts(bake, ALL_PARTS, PARENT, project_slug="orders")
     if os.geteuid() != 0:
         make(project, *CHECKS, PYTHON=str(python))
         return

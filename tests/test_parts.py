@@ -189,6 +189,14 @@ def test_parts_can_be_removed_in_any_order(
     assert left == set()
 
 
+@pytest.mark.parametrize("name", ["example", "jobs", "conversations"])
+def test_unchanged_project_can_lose_each_part(project: Path, name: str) -> None:
+    """No import of the template's own stops it, in a list of several lines either."""
+    done = run(project, name, FORCE="")
+    assert done.returncode == 0, done.stderr
+    assert "kept" not in done.stdout
+
+
 #: A small project with two parts, a part along with one of them, and things that two share.
 PLANTED = {
     "scripts/parts/north.py": """\

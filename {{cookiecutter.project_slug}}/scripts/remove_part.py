@@ -350,7 +350,7 @@ def _imports(name: str, text: str) -> Iterator[tuple[int, str, str]]:
             package = name.split("/")[: -node.level] if node.level else []
             base = ".".join([*package, *([node.module] if node.module else [])])
             for alias in node.names:
-                yield node.lineno, base, alias.name
+                yield alias.lineno, base, alias.name
 
 
 def _module(name: str) -> str:
