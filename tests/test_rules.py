@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import objectives
+from scripts import dashboards, objectives
 from tests.conftest import ROOT, SOURCE, Bake, missing, tree
 from tests.rule_mutations import PROMETHEUS, Mutation, is_noticed, load, mutations
 
@@ -56,6 +56,11 @@ def test_unchanged_alerts_pass(path: Path) -> None:
 def test_rules_of_objectives_are_generated() -> None:
     assert (PROMETHEUS / "rules/objectives.yaml").read_text() == objectives.rules()
     assert (PROMETHEUS / "tests/objectives.yaml").read_text() == objectives.tests()
+
+
+@pytest.mark.parametrize("name", dashboards.CONTENTS)
+def test_dashboards_are_generated(name: str) -> None:
+    assert (dashboards.DASHBOARDS / f"{name}.json").read_text() == dashboards.text(name)
 
 
 @pytest.mark.slow

@@ -281,7 +281,9 @@ class Redis:
     def start(self) -> None:
         """Start and wait until it listens. Raises `SystemExit` if that fails."""
         address = ["--port", str(self.port), "--bind", "127.0.0.1"]
-        no_persistence = ["--save", "", "--appendonly", "no"]
+        # Without the last option it would load a `dump.rdb` of the current directory.
+        no_file = ["--dbfilename", f"none-{self.port}.rdb"]
+        no_persistence = ["--save", "", "--appendonly", "no", *no_file]
         self.process = subprocess.Popen(
             [self.program, *address, *no_persistence],
             stdout=subprocess.DEVNULL,

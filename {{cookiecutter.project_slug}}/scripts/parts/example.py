@@ -43,6 +43,7 @@ PATHS = [
     "deploy/k8s/components/gateway-egress/kustomization.yaml",
     "deploy/k8s/components/gateway-egress/networkpolicy.yaml",
     "deploy/k8s/components/prometheusrule/payments.yaml",
+    "deploy/observe/grafana/dashboards/payments.json",
     "deploy/observe/prometheus/rules/payments.yaml",
     "deploy/observe/prometheus/tests/payments.yaml",
     "migrations/versions/0001_payments.py",
@@ -92,6 +93,7 @@ FILES_WITH_BLOCKS = [
     "app/setting_types.py",
     "app/settings.py",
     "compose.yaml",
+    "deploy/observe/prometheus/prometheus.yaml",
     "docs/alerts.md",
     "docs/patterns.md",
     "docs/runbook.md",
@@ -122,6 +124,7 @@ LINES = {
     ],
     "app/settings.py": ["    HttpUrl,  # example"],
     "deploy/k8s/components/prometheusrule/kustomization.yaml": ["  - payments.yaml # example"],
+    "deploy/observe/grafana/dashboards/kustomization.yaml": ["      - payments.json # example"],
     "pyproject.toml": [
         '    "httpx>=0.28,<1", # example',
         '    "stamina>=26,<27", # example',

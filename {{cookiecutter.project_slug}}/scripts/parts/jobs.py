@@ -45,6 +45,7 @@ PATHS = [
     "deploy/k8s/components/jobs/kustomization.yaml",
     "deploy/k8s/components/jobs/service.yaml",
     "deploy/k8s/components/prometheusrule/jobs.yaml",
+    "deploy/observe/grafana/dashboards/jobs.json",
     "deploy/observe/prometheus/rules/jobs.yaml",
     "deploy/observe/prometheus/tests/jobs.yaml",
     "docs/jobs.md",
@@ -98,6 +99,7 @@ FILES_WITH_BLOCKS = [
     "app/setting_types.py",
     "app/settings.py",
     "compose.yaml",
+    "deploy/observe/prometheus/prometheus.yaml",
     "docs/alerts.md",
     "docs/first-feature.md",
     "docs/runbook.md",
@@ -140,6 +142,7 @@ LINES = {
     ],
     "app/settings.py": ["    AmqpUrl,  # jobs", "    TimeZone,  # jobs"],
     "deploy/k8s/components/prometheusrule/kustomization.yaml": ["  - jobs.yaml # jobs"],
+    "deploy/observe/grafana/dashboards/kustomization.yaml": ["      - jobs.json # jobs"],
     "pyproject.toml": [
         '    "aio-pika>=10.2,<11", # jobs',
         '    "cronsim>=2.8,<3", # jobs',

@@ -374,7 +374,7 @@ def with_every_component(overlay: str, copy: Path) -> Path:
 
 def with_components(overlay: str, copy: Path, components: list[str]) -> Path:
     """Write a copy of deploy/k8s with components in an overlay, and return its directory."""
-    directory = shutil.copytree(K8S, copy) / "overlays" / overlay
+    directory = shutil.copytree(K8S.parent, copy) / "k8s/overlays" / overlay
     file = directory / "kustomization.yaml"
     content = yaml.safe_load(file.read_text())
     content["components"] = [f"../../components/{name}" for name in components]

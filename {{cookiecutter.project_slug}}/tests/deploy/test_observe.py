@@ -1,12 +1,14 @@
-"""Rules of Prometheus: valid, tested, documented, and the same in Kubernetes.
+"""Rules and dashboards: valid, tested, documented, and the same in Kubernetes.
 
 Sources: https://prometheus.io/docs/prometheus/latest/configuration/unit_testing_rules/ and
 https://sre.google/workbook/alerting-on-slos/ (a page needs an action).
 """
 
+import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,11 @@ SECTION = re.compile(r"^## (\w+)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 METRIC = re.compile(r"(?<![\w:])([a-zA-Z_]\w*)\{")
 #: Prometheus' own series
 OWN = {"up", "ALERTS"}
+
+
+DASHBOARDS = sorted((PROJECT / "deploy/observe/grafana/dashboards").glob("*.json"))
+#: What Grafana puts in place of its variables
+VARIABLES = {"$__rate_interval": "1m", "$namespace": ".*", "$instance": ".*", "$job": "service"}
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -118,3 +125,56 @@ def test_each_alert_has_a_test() -> None:
     for name in NAMES:
         tests = [group for group in groups if group.startswith(f"{name}: ")]
         assert len(tests) == sum(alert["alert"] == name for alert in ALERTS), name
+
+
+def expressions(path: Path) -> dict[str, str]:
+    """Return the queries of a dashboard, with values for its variables."""
+    found = {}
+    for panel in json.loads(path.read_text())["panels"]:
+        for target in panel.get("targets", ()):
+            query = target["expr"]
+            for name, value in VARIABLES.items():
+                query = query.replace(name, value)
+            found[f"{panel['title']}, {target['refId']}"] = query
+    return found
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_queries_of_dashboards_are_valid(path: Path, tmp_path: Path) -> None:
+    if not shutil.which("promtool"):
+        pytest.skip("promtool is missing; it is a part of Prometheus")
+    queries = enumerate(expressions(path).values())
+    found = [{"record": f"job:query{number}", "expr": query} for number, query in queries]
+    assert len(found) > 5
+    file = tmp_path / "rules.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": found}]}))
+    command = ["promtool", "check", "rules", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_metrics_of_dashboards_are_documented(path: Path) -> None:
+    text = " ".join(expressions(path).values())
+    assert METRIC.search(text)
+    assert list(unknown_metrics(text)) == []
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_panels_do_not_overlap_and_fill_their_rows(path: Path) -> None:
+    cells: set[tuple[int, int]] = set()
+    for panel in json.loads(path.read_text())["panels"]:
+        place = panel["gridPos"]
+        columns = range(place["x"], place["x"] + place["w"])
+        rows = range(place["y"], place["y"] + place["h"])
+        own = {(x, y) for x in columns for y in rows}
+        assert not own & cells, panel["title"]
+        cells |= own
+    height = max(y for _, y in cells) + 1
+    assert len(cells) == 24 * height
+
+
+def test_every_dashboard_is_in_the_component() -> None:
+    file = PROJECT / "deploy/observe/grafana/dashboards/kustomization.yaml"
+    (generator,) = yaml.safe_load(file.read_text())["configMapGenerator"]
+    assert sorted(generator["files"]) == [path.name for path in DASHBOARDS]
