@@ -178,6 +178,8 @@ class Inbox:
             except asyncpg.DataError as error:
                 msg = f"Postgres cannot store it: {type(error).__name__}"
                 raise MisfitError(msg) from None
+            except table.InvalidKeyError as error:
+                raise MisfitError(str(error)) from None
             except Exception as error:  # noqa: BLE001 - no error loses the message
                 self.state.failed(describe(error))
                 # Put back, it would come again at once, and count as a failed delivery.
@@ -198,11 +200,12 @@ class Inbox:
 
     def _key(self, message: AbstractIncomingMessage, payload: BaseModel) -> str:
         """Return what identifies the job, or one message delivered twice would be two jobs."""
-        if self.subscription.key is not None:
-            return str(getattr(payload, self.subscription.key))
+        value = getattr(payload, self.subscription.key) if self.subscription.key else None
+        if value is not None:
+            return str(value)
         if message.message_id:
             return message.message_id
-        msg = "without a message_id, and the subscription has no key"
+        msg = "without a message_id, and without a key"
         raise MisfitError(msg)
 
     async def _dead_letter(self, message: AbstractIncomingMessage, reason: str) -> None:

@@ -18,6 +18,8 @@ from app.jobs.starts import Job
 from app.process_pool.pool import ProcessPool
 from app.storage.postgres import Connection, Database
 
+#: The longest delay of `LaterError`: a year.
+MAX_LATER_SECONDS = 366 * 86400.0
 Payload = TypeVar("Payload", bound=BaseModel)
 
 
@@ -26,10 +28,17 @@ class PoisonError(Exception):
 
 
 class LaterError(Exception):
-    """The job must wait, through no fault of its own: the start does not count."""
+    """The job must wait, through no fault of its own: the start does not count.
+
+    Raises `ValueError` if `seconds` is not between 0 and a year.
+    """
 
     def __init__(self, reason: str, seconds: float = 10.0) -> None:
         super().__init__(reason)
+        # Not a number is not between them either.
+        if not 0 <= seconds <= MAX_LATER_SECONDS:
+            msg = f"LaterError: seconds={seconds} must be between 0 and {MAX_LATER_SECONDS:.0f}"
+            raise ValueError(msg)
         self.seconds = seconds
 
 

@@ -82,7 +82,7 @@ async def store(connection: Connection, job: Job, outcome: Outcome) -> None:
 
 def _describe(error: BaseException) -> str:
     """Return class and message of an error, as Postgres accepts it."""
-    text = f"{type(error).__name__}: {safe_str(error)}".replace("\x00", "")
+    text = f"{type(error).__name__}: {safe_str(error)}"[: starts.MAX_ERROR].replace("\x00", "")
     return text.encode(errors="backslashreplace").decode()
 
 

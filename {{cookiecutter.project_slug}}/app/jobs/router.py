@@ -33,7 +33,7 @@ class JobStatus(BaseModel):
     created_at: datetime
     started_at: Annotated[datetime | None, Field(description="The start of the last attempt.")]
     finished_at: Annotated[datetime | None, Field(description="Null until the job has ended.")]
-    result: Annotated[dict[str, Any] | None, Field(description="Null unless it has succeeded.")]
+    result: Annotated[Any, Field(description="Null unless it has succeeded.")]
 
 
 class Accepted(BaseModel):

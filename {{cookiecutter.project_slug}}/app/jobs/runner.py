@@ -162,8 +162,8 @@ class Runner:
         run = Run(job, self.database, self.processes)
         try:
             await self._call(handler, run)
-        # A SystemExit in a task would end the worker.
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+        # Any other would end the worker, or this task, whose place would stay taken.
+        except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and self.is_stopping:
                 raise
             if run.is_done:

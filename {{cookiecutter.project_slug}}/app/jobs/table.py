@@ -11,6 +11,8 @@ from app.storage.postgres import Connection
 from app.telemetry import tracing
 from app.telemetry.context import request_context
 
+#: Bytes of a key. An entry of an index of Postgres has 2704 at most.
+MAX_KEY_BYTES = 2000
 _INSERT = """
     insert into jobs (type, key, payload, context, run_at)
     values ($1, $2, $3, $4, coalesce($5, now()))
@@ -29,6 +31,10 @@ _CANCEL = """
 """
 
 
+class InvalidKeyError(ValueError):
+    """No index can hold this key. The message contains nothing of it."""
+
+
 async def enqueue(
     connection: Connection,
     kind: str,
@@ -42,11 +48,13 @@ async def enqueue(
     of the same type with the same key is the same job: its ID is returned, even if it has ended.
     The log lines of the job have the IDs of the current request.
 
-    Raises `RuntimeError` outside a transaction.
+    Raises `RuntimeError` outside a transaction, `InvalidKeyError` for a key with NUL or of more
+    than `MAX_KEY_BYTES`, and `ValueError` for a `run_at` without a time zone.
     """
     if not connection.is_in_transaction():
         msg = "enqueue() belongs in the transaction that wants the job"
         raise RuntimeError(msg)
+    _check(key, run_at)
     context = json.dumps({**(request_context.get() or {}), **tracing.carrier()})
     values = (kind, key, payload.model_dump_json(), context, run_at)
     job_id = None
@@ -69,3 +77,17 @@ async def cancel(connection: Connection, job_id: UUID) -> bool:
     A running job is cancelled too: its handler may continue, and its effect is rolled back.
     """
     return await connection.fetchval(_CANCEL, job_id) is True
+
+
+def _check(key: str | None, run_at: datetime | None) -> None:
+    """Raise `ValueError` for a key that Postgres rejects, and for an ambiguous time."""
+    if key is not None and "\x00" in key:
+        msg = "the key of a job must not contain NUL"
+        raise InvalidKeyError(msg)
+    if key is not None and len(key.encode()) > MAX_KEY_BYTES:
+        msg = f"the key of a job must have {MAX_KEY_BYTES} bytes at most, not {len(key.encode())}"
+        raise InvalidKeyError(msg)
+    if run_at is not None and run_at.tzinfo is None:
+        # asyncpg would read it in the zone of this machine.
+        msg = f"run_at={run_at.isoformat()} must have a time zone, as that of datetime.now(UTC)"
+        raise ValueError(msg)

@@ -32,6 +32,7 @@ class Ended(BaseModel):
 
     conversation_id: int
     note: str = ""
+    reference: str | None = None
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ async def test_messages_become_jobs_once(
         ("conversation.ended", "1"),
         ("conversation.ended", "2"),
     ]
-    assert json.loads(found[0]["payload"]) == {"conversation_id": 1, "note": ""}
+    assert json.loads(found[0]["payload"]) == {"conversation_id": 1, "note": "", "reference": None}
     assert json.loads(found[0]["context"]) == {"request_id": "r-1"}
 
 
@@ -157,6 +158,26 @@ async def test_message_id_is_the_key_by_default(
             await publish(channel, queue, {"conversation_id": 7}, message_id)
         await until(lambda: database.pool.fetchval("select count(*) = 2 from jobs"))
     assert {job["key"] for job in await jobs(database)} == {"m-1", "m-2"}
+
+
+async def test_message_without_a_value_of_its_key_has_that_of_its_id(
+    settings: Settings,
+    database: Database,
+    channel: AbstractChannel,
+    queue: str,
+    subscribe: Subscribe,
+) -> None:
+    """Two messages without one are two jobs. A key that no index holds is a dead letter."""
+    subscribe(key="reference")
+    async with consuming(settings, database):
+        for message_id in ("m-1", "m-2"):
+            await publish(channel, queue, {"conversation_id": 7}, message_id)
+        await publish(channel, queue, {"conversation_id": 7, "reference": "x" * 10_000}, "m-3")
+        dead = await dead_letter(channel, queue)
+        await until(lambda: database.pool.fetchval("select count(*) = 2 from jobs"))
+    assert {job["key"] for job in await jobs(database)} == {"m-1", "m-2"}
+    reason = "the key of a job must have 2000 bytes at most, not 10000"
+    assert (dead.message_id, dead.headers[REASON]) == ("m-3", reason)
 
 
 @pytest.mark.parametrize(

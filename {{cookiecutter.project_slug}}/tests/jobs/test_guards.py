@@ -1,9 +1,11 @@
 """The guards of the SQL statements: each has a scenario, which fails without the guard."""
 
 import asyncio
+import random
+import string
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import pytest
@@ -323,3 +325,31 @@ async def test_enqueue_outside_a_transaction_is_rejected(database: Database) -> 
     async with database.acquire() as connection:
         with pytest.raises(RuntimeError, match="transaction"):
             await table.enqueue(connection, "a", Nothing())
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"key": "a\x00b"}, "must not contain NUL"),
+        ({"key": "ä" * 1001}, "2000 bytes at most, not 2002"),
+        (
+            {"run_at": datetime(2030, 1, 1, tzinfo=UTC).replace(tzinfo=None)},
+            "run_at=2030-01-01T00:00:00 must have a time zone",
+        ),
+    ],
+)
+async def test_keys_without_index_and_times_without_zone_are_rejected(
+    database: Database, options: dict[str, Any], problem: str
+) -> None:
+    async with database.acquire() as connection, connection.transaction():
+        with pytest.raises(ValueError, match=problem):
+            await table.enqueue(connection, "a", Nothing(), **options)
+
+
+async def test_longest_key_fits_into_the_index(database: Database) -> None:
+    """It is random: Postgres compresses others."""
+    key = "".join(random.choices(string.printable, k=table.MAX_KEY_BYTES))
+    async with database.acquire() as connection, connection.transaction():
+        kind = "a" * 100
+        job_id = await table.enqueue(connection, kind, Nothing(), key=key)
+        assert await table.enqueue(connection, kind, Nothing(), key=key) == job_id

@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 
 from app.jobs import starts, table
 from app.jobs.starts import Job
@@ -64,6 +64,17 @@ async def test_job_is_shown_from_its_start_to_its_result(
     assert running.json()["result"] is None
     assert succeeded.json()["result"] == {"number": 7}
     assert succeeded.json()["finished_at"] is not None
+
+
+@pytest.mark.parametrize("value", [[1, 2], "a\x00", 0, None])
+async def test_result_may_be_any_json(
+    client: httpx.AsyncClient, database: Database, value: object
+) -> None:
+    job = await start(database, await enqueue(database))
+    async with database.acquire() as connection:
+        await starts.succeed(connection, job, RootModel[object](value))
+    response = await client.get(f"/jobs/{job.job_id}")
+    assert (response.status_code, response.json()["result"]) == (200, value)
 
 
 async def test_error_of_a_failed_job_is_not_shown(

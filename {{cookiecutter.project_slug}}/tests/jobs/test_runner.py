@@ -57,6 +57,13 @@ async def test_failed_commit_leaves_neither_effect_nor_end(
         ("poison", "failed", 1, "PoisonError: there is no such conversation"),
         ("raise", "failed", ATTEMPTS, "ValueError: no luck"),
         ("exit", "failed", 1, "SystemExit: 3"),
+        ("abort", "failed", 1, "AbortError: "),
+        (
+            "never",
+            "failed",
+            1,
+            "ValueError: LaterError: seconds=inf must be between 0 and 31622400",
+        ),
         ("crash", "failed", ATTEMPTS, "CrashError: 500: The computation failed."),
         ("forget", "succeeded", 1, None),
         ("later", "succeeded", 1, None),

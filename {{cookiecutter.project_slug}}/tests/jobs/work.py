@@ -88,6 +88,21 @@ async def leave(run: Run, _: Nothing) -> None:
     raise SystemExit(3)
 
 
+class AbortError(BaseException):
+    """An error that `except Exception` does not catch."""
+
+
+@handlers.add("abort", Nothing, attempts=1)
+async def abort(run: Run, _: Nothing) -> None:
+    raise AbortError
+
+
+@handlers.add("never", Nothing, attempts=1)
+async def postpone_forever(run: Run, _: Nothing) -> None:
+    msg = "the rate limit has no end"
+    raise LaterError(msg, float("inf"))
+
+
 @handlers.add("poison", Nothing)
 async def poison(run: Run, _: Nothing) -> None:
     msg = "there is no such conversation"
