@@ -68,13 +68,16 @@ class Runner:
         for task in running:
             task.cancel()
 
-    async def renew_leases(self) -> None:
-        """Renew the leases of the jobs under way, until cancelled."""
+    async def renew_leases(self, database: Database) -> None:
+        """Renew the leases of the jobs under way, until cancelled.
+
+        `database` is not that of the handlers, which may hold all its connections.
+        """
         state = StateLog(logger, "leases of jobs cannot be renewed", "leases are renewed again")
         while True:
             try:
                 if self.under_way:
-                    async with self.database.acquire() as connection:
+                    async with database.acquire() as connection:
                         await starts.renew(connection, self.under_way)
                 state.succeeded()
             except Exception as error:  # noqa: BLE001 - no error ends the loop

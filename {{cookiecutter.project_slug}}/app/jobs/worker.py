@@ -15,6 +15,7 @@ from app.jobs.runner import Runner
 from app.jobs.schedules import schedules
 from app.process_pool.pool import ProcessPool
 from app.settings import Settings
+from app.sizing.plan import MIN_CONNECTIONS
 from app.sizing.resources import detect_resources
 from app.storage.postgres import Database
 from app.storage.redis import RedisClient
@@ -30,6 +31,8 @@ class Clients(NamedTuple):
     """The clients of a worker: Postgres, and RabbitMQ if `AMQP_URL` is set."""
 
     database: Database
+    #: With one connection, for the leases of jobs.
+    leases: Database
     dispatcher: Dispatcher
     checks: Mapping[str, Check]
     #: A worker needs no Redis.
@@ -41,12 +44,15 @@ async def open_clients(
     settings: Settings, connections: int, process: str
 ) -> AsyncIterator[Clients]:
     """Open the clients. Nothing connects before first use."""
+    # One of them renews the leases.
+    others = max(MIN_CONNECTIONS, connections - 1)
     async with (
-        Database(settings, connections, process) as database,
+        Database(settings, others, process) as database,
+        Database(settings, MIN_CONNECTIONS, f"{process}-leases") as leases,
         _create_dispatcher(settings, database) as dispatcher,
     ):
         checks = {"postgres": database.check, **dispatcher.checks}
-        yield Clients(database, dispatcher, checks)
+        yield Clients(database, leases, dispatcher, checks)
 
 
 @contextlib.asynccontextmanager
@@ -59,7 +65,7 @@ async def run_worker(settings: Settings, clients: Clients, _: Health) -> AsyncIt
         processes = await stack.enter_async_context(_create_processes(settings))
         runner = Runner(handlers, clients.database, processes)
         for work in (
-            runner.renew_leases(),
+            runner.renew_leases(clients.leases),
             schedules.run(clients.database, settings.job_timezone),
             job_metrics.update_periodically(clients.database),
         ):

@@ -1,6 +1,7 @@
 """What becomes of a job: its effect and its end are one, and failures have bounds."""
 
 import asyncio
+import contextlib
 import json
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
@@ -206,6 +207,30 @@ async def test_suspect_that_waits_does_not_start_during_the_shutdown(
         await all_ended(database)
     assert (await row(database, suspect))["starts"] == 2
     assert await effects(database, suspect) == 1
+
+
+async def test_lease_is_renewed_while_handlers_hold_all_connections(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another worker would start them once more, and count that."""
+    monkeypatch.setattr(starts, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(starts, "RENEW_SECONDS", 0.2)
+
+    async def hold(run: Run, payload: Nothing) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(run.database.pool.get_max_size()):
+                await stack.enter_async_context(run.database.acquire())
+            await asyncio.sleep(2 * starts.LEASE_SECONDS)
+
+    monkeypatch.setitem(handlers.by_type, "hold", Handler(Nothing, hold, 1, 60))
+    query = "select count(*) from jobs where status = 'running' and lease_until < now()"
+    async with working(settings):
+        held = await enqueue(database, "hold")
+        while not (await row(database, held))["finished_at"]:
+            assert await database.pool.fetchval(query) == 0
+            await asyncio.sleep(0.1)
+    values = [(await row(database, held))[name] for name in ("status", "starts")]
+    assert values == ["succeeded", 1]
 
 
 async def _has_started(database: Database, job_id: UUID) -> bool:
