@@ -96,6 +96,16 @@ class Watch:
         found: list[dict[str, Any]] = response.json()["data"]["result"]
         return found
 
+    def query_range(
+        self, expression: str, start: float, end: float, step: int
+    ) -> list[dict[str, Any]]:
+        """Return the result of a query over time."""
+        parameters: dict[str, Any] = {"query": expression, "start": start, "end": end, "step": step}
+        response = httpx.get(f"{self.url}/api/v1/query_range", params=parameters, timeout=30)
+        assert response.status_code == 200, response.text
+        found: list[dict[str, Any]] = response.json()["data"]["result"]
+        return found
+
     def firing(self) -> set[str]:
         """Return the names of the alerts that fire."""
         alerts = httpx.get(f"{self.url}/api/v1/alerts", timeout=30).json()["data"]["alerts"]

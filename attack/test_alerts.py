@@ -6,8 +6,10 @@ alerting.py has the durations of this test.
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from redis import Redis as Client
@@ -170,3 +172,18 @@ def test_hung_postgres_is_one_page(watch: Watch, service: Service, postgres: Pos
             eventually(lambda: "RequiredDependencyDown" in watch.firing(), ALERT_SECONDS)
             eventually(lambda: "ErrorBudgetBurn" in watch.firing(), ALERT_SECONDS)
         time.sleep(10)
+
+
+@pytest.mark.skipif("DASHBOARD_DATA" not in os.environ, reason="DASHBOARD_DATA names no file")
+def test_record_the_panels(watch: Watch) -> None:
+    """Write the data of the service's panels for `scripts.dashboard_picture` of the template."""
+    end = time.time()
+    recorded = {}
+    file = OBSERVE / "grafana/dashboards/service.json"
+    for panel in json.loads(rendered(file.read_text()))["panels"]:
+        for target in panel.get("targets", ()):
+            query = target["expr"]
+            for variable, value in VARIABLES.items():
+                query = query.replace(variable, value)
+            recorded[target["expr"]] = watch.query_range(query, end - 240, end, 2)
+    Path(os.environ["DASHBOARD_DATA"]).write_text(json.dumps(recorded))
