@@ -165,6 +165,27 @@ def test_request_id_is_in_all_logs_and_client_comes_from_nginx(edge: int) -> Non
     assert "203.0.113.7" not in json.dumps(lines())
 
 
+def test_nginx_removes_the_trace_of_a_client(edge: int) -> None:
+    """Its flag would decide in place of the sampler. The service logs the trace of a caller."""
+    port = published(containers("api")[0], 8000)
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    forced = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01", "tracestate": "vendor=forced"}
+    for request_id, address in (("through-nginx", edge), ("past-nginx", port)):
+        headers = forced | {"X-Request-ID": request_id}
+        assert httpx.get(f"http://127.0.0.1:{address}/", headers=headers).status_code == 200
+
+    def line_of(request_id: str) -> dict[str, Any] | None:
+        lines = [line for name in containers("api") for line in logs(name).splitlines()]
+        found = [json.loads(line) for line in lines if request_id in line]
+        return found[0] if found else None
+
+    eventually(lambda: line_of("through-nginx") and line_of("past-nginx"))
+    through = line_of("through-nginx") or {}
+    past = line_of("past-nginx") or {}
+    assert "trace_id" not in through
+    assert past["trace_id"] == trace_id
+
+
 def test_forwarded_headers_from_other_peers_are_ignored(edge: int) -> None:
     name = containers("api")[0]
     port = published(name, 8000)

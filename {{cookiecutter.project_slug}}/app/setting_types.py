@@ -234,7 +234,7 @@ OWN_LOG_FIELDS = frozenset(
         r"\w+",
         """
         timestamp level logger message service pid exception stack
-        request_id trace_id span_id parent_span_id
+        request_id trace_id span_id trace_flags parent_span_id
         method path route status duration_ms request_bytes response_bytes client close_code
         dependency reason task stacks requests arguments format_error
         error function process_pid exit

@@ -170,6 +170,13 @@ class Settings(BaseSettings):
     max_requests: NonNegativeInt = 20_000
     max_requests_jitter: NonNegativeInt = 2_000
 
+    @property
+    def has_traces(self) -> bool:
+        """Whether there is an endpoint to send spans to, and traces are not disabled."""
+        endpoint = self.otel_exporter_otlp_traces_endpoint or self.otel_exporter_otlp_endpoint
+        is_off = self.otel_sdk_disabled or self.otel_traces_exporter == "none"
+        return bool(endpoint) and not is_off
+
     @classmethod
     def settings_customise_sources(  # type: ignore[override]  # noqa: D102
         cls,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from app.settings import Settings
 from app.sizing.plan import (
@@ -25,6 +26,9 @@ GRACE_MARGIN_SECONDS = 10
 #: the pods of two releases, and the surge.
 WORKERS_OF_A_RELEASE = 10
 SURGE = 1
+#: The ports on which a collector accepts OTLP over gRPC, and over HTTP.
+GRPC_PORT = 4317
+HTTP_PORT = 4318
 
 
 class Pod(NamedTuple):
@@ -189,4 +193,39 @@ def postgres_has_enough_connections(pod: Pod) -> str | None:
         f"(2 x {pod.replicas} replicas + {SURGE}) x {per_pod} + {OTHER_CONNECTIONS} = "
         f"{connections} connections exceed POSTGRES_MAX_CONNECTIONS={available}: "
         "lower DATABASE_MAX_CONNECTIONS, or use PgBouncer"
+    )
+
+
+@check
+def spans_are_sent_by_http(pod: Pod) -> str | None:
+    """Send spans to the collector's port for HTTP: that for gRPC rejects each batch."""
+    settings = pod.settings
+    names = ("otel_exporter_otlp_traces_endpoint", "otel_exporter_otlp_endpoint")
+    name = next((each for each in names if getattr(settings, each)), None)
+    if name is None or not settings.has_traces:
+        return None
+    endpoint = getattr(settings, name)
+    if urlsplit(endpoint).port != GRPC_PORT:
+        return None
+    return (
+        f"{name.upper()}={endpoint} has the port of OTLP over gRPC, but spans are sent over HTTP, "
+        f"so all of them are lost: set the port to {HTTP_PORT}"
+    )
+
+
+@check
+def a_part_of_the_requests_is_traced(pod: Pod) -> str | None:
+    """Limit the cost of traces in production: a request that is traced costs twice the CPU."""
+    settings = pod.settings
+    if settings.environment != "production" or not settings.has_traces:
+        return None
+    sampler = settings.otel_traces_sampler
+    traces_all = sampler.endswith("always_on") or (
+        sampler.endswith("traceidratio") and settings.otel_traces_sampler_arg == 1
+    )
+    if not traces_all:
+        return None
+    return (
+        f"OTEL_TRACES_SAMPLER={sampler} traces each request, which costs up to twice the CPU: set "
+        "it to parentbased_traceidratio, and OTEL_TRACES_SAMPLER_ARG to 0.1"
     )

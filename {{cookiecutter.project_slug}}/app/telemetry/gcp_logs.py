@@ -30,6 +30,9 @@ def convert(entry: dict[str, Any]) -> dict[str, Any]:
     span_id = fields.pop("span_id", None)
     if span_id:
         fields["logging.googleapis.com/spanId"] = span_id
+    trace_flags = fields.pop("trace_flags", None)
+    if trace_flags:
+        fields["logging.googleapis.com/trace_sampled"] = trace_flags == "01"
     exception = fields.get("exception")
     if isinstance(exception, dict) and "traceback" in exception:
         # Error Reporting groups by it.

@@ -146,6 +146,22 @@ class _Ids(RandomIdGenerator, TraceIds):
         return trace_id
 
 
+class _HashedResource(Resource):
+    """A resource that computes its hash once.
+
+    The exporter groups spans by it, and the SDK renders JSON for each hash: 3.5 us per span.
+    """
+
+    def __init__(self, resource: Resource) -> None:
+        super().__init__(dict(resource.attributes), resource.schema_url)
+        self.hash = super().__hash__()
+
+    __eq__ = Resource.__eq__
+
+    def __hash__(self) -> int:
+        return self.hash
+
+
 def sampler_of(settings: Settings) -> tuple[Sampler, Sampling]:
     """Return the SDK's sampler, and the same rule for `Tracing.start_request`."""
     name = settings.otel_traces_sampler.removeprefix("parentbased_")
@@ -164,7 +180,8 @@ def _resource(settings: Settings) -> Resource:
         "service.instance.id": f"{socket.gethostname()}-{os.getpid()}",
         "deployment.environment.name": settings.environment,
     }
-    return Resource.create(own).merge(OTELResourceDetector().detect())
+    merged = Resource.create(own).merge(OTELResourceDetector().detect())
+    return _HashedResource(merged)
 
 
 def _exporter_options(settings: Settings) -> dict[str, Any]:

@@ -10,16 +10,9 @@ from app.settings import Settings
 from app.telemetry import context, tracing
 
 
-def is_enabled(settings: Settings) -> bool:
-    """Return whether there is an endpoint to send spans to, and traces are not disabled."""
-    endpoint = settings.otel_exporter_otlp_traces_endpoint or settings.otel_exporter_otlp_endpoint
-    is_off = settings.otel_sdk_disabled or settings.otel_traces_exporter == "none"
-    return bool(endpoint) and not is_off
-
-
 def preload(settings: Settings) -> None:
     """Import the SDK if it will be used: in the master, whose memory the workers share."""
-    if is_enabled(settings):
+    if settings.has_traces:
         import app.telemetry.trace_export  # noqa: F401
 
 
@@ -29,7 +22,7 @@ async def open_tracing(settings: Settings) -> AsyncIterator[None]:
 
     For a process that has been forked, since the exporter is a thread.
     """
-    if not is_enabled(settings):
+    if not settings.has_traces:
         yield
         return
     from app.telemetry.trace_export import Export

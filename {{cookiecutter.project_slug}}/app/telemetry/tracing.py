@@ -36,6 +36,8 @@ _SAMPLED_BITS = (1 << 64) - 1
 _FAILED = Status(StatusCode.ERROR)
 #: The flags of a trace that is not sampled and whose ID is random (W3C Trace Context Level 2).
 _NOT_SAMPLED = TraceFlags(TraceFlags.RANDOM_TRACE_ID)
+#: The flag `sampled` in log lines, by whether it is set.
+_FLAGS = {False: "00", True: "01"}
 
 #: The tracing of this process, or None while it is off; trace_setup.py sets it.
 current: "Tracing | None" = None
@@ -79,16 +81,20 @@ class Tracing:
         parent = _caller(scope) if "trace_id" in keys else None
         trace_id = parent.trace_id if parent else getrandbits(128)
         span: Span
-        if self.sampling.includes(trace_id, parent):
+        is_sampled = self.sampling.includes(trace_id, parent)
+        if is_sampled:
             self.ids.next_trace_id = trace_id
             span = self.tracer.start_span(scope["method"], within(parent), SpanKind.SERVER)
+            span_id = span.get_span_context().span_id
         else:
+            span_id = getrandbits(64)
             state = parent.trace_state if parent else None
-            ids = SpanContext(trace_id, getrandbits(64), False, _NOT_SAMPLED, state)
-            span = NonRecordingSpan(ids)
+            span = NonRecordingSpan(SpanContext(trace_id, span_id, False, _NOT_SAMPLED, state))
         # A request is a task of its own, so nothing has to detach it.
         context.attach(trace.set_span_in_context(span))
-        keys.update(_keys(span))
+        keys["trace_id"] = f"{trace_id:032x}"
+        keys["span_id"] = f"{span_id:016x}"
+        keys["trace_flags"] = _FLAGS[is_sampled]
         return span
 
 
@@ -281,7 +287,11 @@ def _keys(span: Span) -> dict[str, str]:
     ids = span.get_span_context()
     if not ids.is_valid:
         return {}
-    return {"trace_id": f"{ids.trace_id:032x}", "span_id": f"{ids.span_id:016x}"}
+    return {
+        "trace_id": f"{ids.trace_id:032x}",
+        "span_id": f"{ids.span_id:016x}",
+        "trace_flags": _FLAGS[ids.trace_flags.sampled],
+    }
 
 
 def _url_attributes(url: str) -> dict[str, Any]:

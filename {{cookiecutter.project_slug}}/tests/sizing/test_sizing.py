@@ -137,6 +137,10 @@ def test_connections_are_divided_among_the_workers(
     assert plan_workers(Settings(**settings), resources).connections_per_worker == connections
 
 
+COLLECTOR = {"otel_exporter_otlp_endpoint": "http://c:4318", "environment": "production"}
+TENTH = {"otel_traces_sampler": "parentbased_traceidratio", "otel_traces_sampler_arg": 0.1}
+
+
 @pytest.mark.parametrize("cpus", [0.5, 1, 2, 4, 8, 16])
 def test_defaults_pass_every_check(cpus: float) -> None:
     settings = Settings()
@@ -169,6 +173,19 @@ def test_defaults_pass_every_check(cpus: float) -> None:
             {"postgres_max_connections": 180},
             "= 181 connections exceed POSTGRES_MAX_CONNECTIONS=180",
         ),
+        (
+            {"otel_exporter_otlp_endpoint": "http://c:4317"} | TENTH,
+            "OTEL_EXPORTER_OTLP_ENDPOINT=http://c:4317 has the port of OTLP over gRPC",
+        ),
+        (
+            {"otel_exporter_otlp_traces_endpoint": "http://c:4317/v1/traces"} | TENTH,
+            "set the port to 4318",
+        ),
+        (COLLECTOR, "OTEL_TRACES_SAMPLER=parentbased_always_on traces each request"),
+        (
+            COLLECTOR | {"otel_traces_sampler": "traceidratio"},
+            "OTEL_TRACES_SAMPLER=traceidratio traces each request",
+        ),
     ],
 )
 def test_each_conflict_is_reported(settings: dict[str, Any], words: str) -> None:
@@ -178,6 +195,19 @@ def test_each_conflict_is_reported(settings: dict[str, Any], words: str) -> None
     replicas = default_replicas(workers)
     (problem,) = check_settings(conflicting, resources, workers, replicas)
     assert words in problem
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        COLLECTOR | TENTH,
+        COLLECTOR | {"environment": "staging"},
+        COLLECTOR | {"otel_traces_sampler": "parentbased_always_off"},
+        {"otel_exporter_otlp_endpoint": "http://c:4317", "otel_sdk_disabled": True},
+    ],
+)
+def test_traces_that_cost_little_or_are_off_pass_every_check(settings: dict[str, Any]) -> None:
+    assert check_settings(Settings(**settings), Resources(2, 2048 * MB), 2, 5) == []
 
 
 def doctor(*options: str) -> tuple[int, str]:

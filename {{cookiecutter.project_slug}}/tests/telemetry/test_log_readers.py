@@ -146,6 +146,7 @@ def test_google_cloud_gets_its_special_fields(urls: dict[str, str]) -> None:
     assert access["route"] == "/work/{number}"
     assert re.fullmatch(r"projects/shop/traces/\w{32}", access["logging.googleapis.com/trace"])
     assert re.fullmatch(r"\w{16}", access["logging.googleapis.com/spanId"])
+    assert access["logging.googleapis.com/trace_sampled"] is True
     error = next(line for line in lines if "stack_trace" in line)
     assert error["severity"] == "ERROR"
     assert error["stack_trace"].startswith("Traceback")
@@ -157,3 +158,8 @@ def test_unknown_level_is_default_and_a_trace_without_a_project_its_id(
     monkeypatch.delenv("GOOGLE_CLOUD_PROJECT", raising=False)
     line = gcp_logs.convert({"level": "level 25", "timestamp": "t", "trace_id": "a"})
     assert line == {"severity": "DEFAULT", "time": "t", "logging.googleapis.com/trace": "a"}
+
+
+def test_google_cloud_gets_the_flag_of_a_trace_that_is_not_sampled() -> None:
+    line = gcp_logs.convert({"level": "info", "timestamp": "t", "trace_flags": "00"})
+    assert line["logging.googleapis.com/trace_sampled"] is False

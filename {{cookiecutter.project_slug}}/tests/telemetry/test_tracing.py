@@ -16,7 +16,6 @@ from opentelemetry.trace import SpanContext, TraceFlags
 
 from app.settings import Settings
 from app.telemetry.trace_export import sampler_of
-from app.telemetry.trace_setup import is_enabled
 from app.telemetry.tracing import within
 from scripts import dev_services
 from tests.otlp_receiver import Receiver, Span, receiving
@@ -186,6 +185,7 @@ def test_log_lines_carry_the_active_span(traced: Service, receiver: Receiver) ->
         assert lines[message]["span_id"] == span.span_id
     assert lines["within a span"]["span_id"] == own.span_id
     assert lines["within a span"]["trace_id"] == server.trace_id
+    assert {line["trace_flags"] for line in lines.values()} == {"01"}
 
 
 def test_lines_of_a_request_that_is_not_sampled_carry_ids(traced: Service) -> None:
@@ -194,6 +194,7 @@ def test_lines_of_a_request_that_is_not_sampled_carry_ids(traced: Service) -> No
     lines = [line for line in traced.lines if line.get("request_id") == "unsampled"]
     assert {line["trace_id"] for line in lines} == {TRACE_ID}
     assert len({line["span_id"] for line in lines}) == 1
+    assert {line["trace_flags"] for line in lines} == {"00"}
     assert lines[0]["parent_span_id"] == "00f067aa0ba902b7"
 
 
@@ -424,5 +425,5 @@ print([name for name in sys.modules if name.startswith(packages)])
 )
 def test_traces_are_off_without_an_endpoint_or_if_disabled(variables: dict[str, Any]) -> None:
     """OpenTelemetry, "Environment Variable Specification"."""
-    assert not is_enabled(Settings(**variables))
-    assert is_enabled(Settings(otel_exporter_otlp_traces_endpoint="http://c:4318/v1/traces"))
+    assert not Settings(**variables).has_traces
+    assert Settings(otel_exporter_otlp_traces_endpoint="http://c:4318/v1/traces").has_traces
