@@ -67,6 +67,8 @@ class Runner:
             _, running = await asyncio.wait(running, timeout=RELEASE_SECONDS)
         for task in running:
             task.cancel()
+        if running:
+            logger.error("%d jobs have not ended since their cancellation", len(running))
 
     async def renew_leases(self, database: Database) -> None:
         """Renew the leases of the jobs under way, until cancelled.
