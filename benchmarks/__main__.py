@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import psutil
 
 from benchmarks import BenchError, load, report
+from benchmarks.collector import run_collector
 from benchmarks.peer import PACKAGE, PINS, VERSION, Peer
 from benchmarks.servers import Server, fetch
 from benchmarks.testbed import POOL_SIZE, Testbed, open_testbed, python, versions
@@ -41,6 +42,8 @@ MAX_IN_FLIGHT = 32
 #: Upper limit for the number of open files that the run asks for.
 MAX_OPEN_FILES = 65536
 PEER_HEALTH = "/api/health"
+#: The parts of the requests that are traced, as `OTEL_TRACES_SAMPLER_ARG`.
+TRACE_RATIOS = {"10": "0.1", "100": "1"}
 
 Figures = dict[str, Any]
 
@@ -141,6 +144,26 @@ def measure_small(testbed: Testbed, peer: Peer | None, size: Size) -> Figures:
                 health = peer.server(PEER_HEALTH, variant=pin)
                 servers[f"{pin}_health"] = stack.enter_context(health)
         return alternate("small JSON", servers, size)
+
+
+def measure_traces(testbed: Testbed, size: Size) -> Figures:
+    """Measure the small JSON response without traces, with a tenth of them, and with all."""
+    with contextlib.ExitStack() as stack:
+        collector = stack.enter_context(run_collector())
+        servers = {"off": stack.enter_context(testbed.service())}
+        for name, ratio in TRACE_RATIOS.items():
+            settings = {
+                "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint(name),
+                "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+                "OTEL_TRACES_SAMPLER_ARG": ratio,
+            }
+            servers[name] = stack.enter_context(testbed.service("/", 1, **settings))
+        figures = alternate("traces", servers, size)
+    # The servers have sent their last spans.
+    for name in TRACE_RATIOS:
+        if name not in collector.received_bytes:
+            raise BenchError(f"traces, {name} %: no spans arrived")
+    return figures
 
 
 def measure_query(testbed: Testbed, payment: str, size: Size) -> Figures:
@@ -272,6 +295,7 @@ def measure(testbed: Testbed, size: Size) -> Figures:
     return {
         "machine": machine(testbed, peer, size),
         "small": measure_small(testbed, peer, size),
+        "traces": measure_traces(testbed, size),
         "query": measure_query(testbed, payment, size),
         "idle": measure_idle(testbed, peer, size),
         "workers": measure_workers(testbed, payment, size),

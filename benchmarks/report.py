@@ -95,6 +95,20 @@ def megabytes(memory: Figures, key: str) -> str:
     return shown(memory.get(key), 0, "MB")
 
 
+def traces(figures: Figures) -> str:
+    """Return the table of the parts of the requests that are traced."""
+    off = middle(figures["traces"]["off"], "cpu_us") or 1.0
+    names = {"off": "off", "10": "traced, 10 %", "100": "traced, 100 %"}
+    rows = []
+    for key, name in names.items():
+        runs = figures["traces"][key]
+        cpu = middle(runs, "cpu_us") or 0.0
+        rate = shown(middle(runs, "requests_per_second"))
+        p99 = shown(middle(runs, "p99_ms"), 1, "ms")
+        rows.append([name, shown(cpu, 0, "µs"), shown(cpu / off, 2), rate, p99])
+    return table(["traces", "CPU per request", "off = 1", "requests/s", "p99"], rows)
+
+
 def workers(figures: Figures) -> str:
     """Return the table of numbers of workers."""
     one = middle(figures["workers"]["1"], "requests_per_second") or 1.0
@@ -146,6 +160,8 @@ def document(figures: Figures) -> str:
     parts = [introduction(figures), comparison(figures)]
     if figures["machine"]["peer"]:
         parts.append(peer_section(figures))
+    if "traces" in figures:
+        parts.append(traces_section(figures))
     parts += [workers_section(figures), overload_section(figures)]
     return "\n".join(parts)
 
@@ -200,6 +216,16 @@ def peer_section(figures: Figures) -> str:
         "The peer's own health check is a plain `def`, which costs a thread. The table above "
         "shows the first line.\n\n"
         f"{pins}"
+    )
+
+
+def traces_section(figures: Figures) -> str:
+    """Return the section about traces."""
+    return (
+        "## Traces\n\n"
+        "The small JSON response. Spans are sent to a collector that is not counted, by "
+        "OpenTelemetry's exporter.\n\n"
+        f"{traces(figures)}"
     )
 
 

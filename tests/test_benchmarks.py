@@ -110,6 +110,7 @@ def test_a_quick_run_measures_everything_and_overwrites_nothing() -> None:
         assert report.document(figures) == (directory / "results.md").read_text()
         for part in ("small", "query", "ramp"):
             assert set(figures[part]) == {"bare", "service"}
+        assert set(figures["traces"]) == {"off", "10", "100"}
         assert {"results.svg", "results.png"} <= {path.name for path in directory.iterdir()}
     finally:
         shutil.rmtree(directory)
