@@ -121,9 +121,11 @@ async def effects(database: Database, job_id: UUID | None = None) -> int:
     return found
 
 
-async def until(condition: Callable[[], Awaitable[object]]) -> None:
+async def until(
+    condition: Callable[[], Awaitable[object]], seconds: float = DEADLINE_SECONDS
+) -> None:
     """Wait until a condition returns something true."""
-    async with asyncio.timeout(DEADLINE_SECONDS):
+    async with asyncio.timeout(seconds):
         while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 

@@ -20,7 +20,7 @@ from app.jobs.worker import Clients
 from app.settings import Settings
 from app.storage.postgres import Database
 from tests.jobs.conftest import all_ended, effects, ended, enqueue, row, until, working
-from tests.jobs.work import ATTEMPTS, TIMEOUT_SECONDS, Nothing, Seconds
+from tests.jobs.work import ATTEMPTS, TIMEOUT_SECONDS, Nothing, Seconds, take_effect
 from tests.service_process import DEADLINE_SECONDS
 
 #: Leaves a job as a worker that died does.
@@ -29,6 +29,19 @@ ORPHAN = """
         lease_until = now() where job_id = $1
 """
 FAR = datetime.now(UTC) + timedelta(days=1)
+
+
+@pytest.fixture
+def may_end(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Lets the jobs of the type `hold` end, which take effect then."""
+    event = asyncio.Event()
+
+    async def hold(run: Run, _: Nothing) -> None:
+        await event.wait()
+        await take_effect(run)
+
+    monkeypatch.setitem(handlers.by_type, "hold", Handler(Nothing, hold, 1, 60))
+    return event
 
 
 async def test_effect_and_end_are_one_transaction(database: Database, worker: Clients) -> None:
@@ -118,21 +131,20 @@ async def test_type_without_handler_is_retried_then_fails(
 
 
 async def test_jobs_cancelled_while_running_have_no_effect(
-    database: Database, worker: Clients
+    database: Database, settings: Settings, may_end: asyncio.Event
 ) -> None:
-    jobs = [await enqueue(database, "wait", Seconds(seconds=0.3)) for _ in range(20)]
-    cancelled = 0
-    while cancelled < len(jobs):
-        query = "select job_id from jobs where status = 'running'"
-        for found in await database.pool.fetch(query):
-            async with database.acquire() as connection:
-                cancelled += await table.cancel(connection, found["job_id"])
-        await asyncio.sleep(0.02)
-    end = await enqueue(database, "wait", Seconds())
-    assert (await ended(database, end))["status"] == "succeeded"
-    await asyncio.sleep(0.5)  # longer than the jobs that were cancelled last
+    async with working(settings.model_copy(update={"job_concurrency": 30})):
+        jobs = [await enqueue(database, "hold") for _ in range(21)]
+        query = "select count(*) = 21 from jobs where type = 'hold' and status = 'running'"
+        await until(lambda: database.pool.fetchval(query))
+        async with database.acquire() as connection:
+            for job in jobs[1:]:
+                assert await table.cancel(connection, job)
+        # The shutdown waits for them.
+        may_end.set()
     assert await effects(database) == 1
-    assert {(await row(database, job))["status"] for job in jobs} == {"cancelled"}
+    assert await effects(database, jobs[0]) == 1
+    assert {(await row(database, job))["status"] for job in jobs[1:]} == {"cancelled"}
 
 
 async def test_computations_wait_for_a_process(database: Database, worker: Clients) -> None:
@@ -170,17 +182,13 @@ async def test_shutdown_finishes_short_jobs_and_releases_long_ones(
 
 
 async def test_suspect_that_waits_does_not_start_during_the_shutdown(
-    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch, may_end: asyncio.Event
 ) -> None:
     """It has not started, so that nothing counts; another worker starts it, alone."""
     monkeypatch.setattr(relay, "RECOVER_SECONDS", 0.1)
-    may_end = asyncio.Event()
     waits = asyncio.Event()
     enter = Alone.enter
     finish = Runner.finish
-
-    async def hold(run: Run, payload: Nothing) -> None:
-        await may_end.wait()
 
     def notice(self: Alone, *, alone: bool) -> AbstractAsyncContextManager[None]:
         if alone:
@@ -191,7 +199,6 @@ async def test_suspect_that_waits_does_not_start_during_the_shutdown(
         asyncio.get_running_loop().call_soon(may_end.set)
         await finish(self, grace_seconds)
 
-    monkeypatch.setitem(handlers.by_type, "hold", Handler(Nothing, hold, 1, 60))
     monkeypatch.setattr(Alone, "enter", notice)
     monkeypatch.setattr(Runner, "finish", end_and_finish)
     async with working(settings):

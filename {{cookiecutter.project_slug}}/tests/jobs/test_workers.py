@@ -14,7 +14,7 @@ from app.telemetry.context import request_context
 from tests.documented_metrics import assert_documented
 from tests.jobs.conftest import Start, Worker, all_ended, effects, ended, enqueue, ready, row, until
 from tests.jobs.work import ATTEMPTS, Seconds
-from tests.service_process import PROJECT
+from tests.service_process import DEADLINE_SECONDS, PROJECT
 
 pytestmark = pytest.mark.process
 
@@ -101,16 +101,17 @@ async def test_job_that_kills_its_workers_fails_and_takes_no_other_along(
     neighbours = [await enqueue(database, "wait", Seconds(seconds=0.1)) for _ in range(20)]
     killer = await enqueue(database, "kill")
     neighbours += [await enqueue(database, "wait", Seconds(seconds=0.1)) for _ in range(20)]
-    deaths = 0
-    worker = start(**LEASE)
-    while (await row(database, killer))["finished_at"] is None:
-        if worker.process.poll() is not None:
-            assert worker.process.returncode == -signal.SIGKILL
-            deaths += 1
-            worker = start(**LEASE)
-        await asyncio.sleep(0.05)
+    workers = [start(**LEASE)]
+
+    async def has_ended() -> bool:
+        if workers[-1].process.poll() is not None:
+            assert workers[-1].process.returncode == -signal.SIGKILL, workers[-1].text
+            workers.append(start(**LEASE))
+        return (await row(database, killer))["finished_at"] is not None
+
+    await until(has_ended, ATTEMPTS * DEADLINE_SECONDS)
     await all_ended(database)
-    assert deaths == ATTEMPTS
+    assert len(workers) == ATTEMPTS + 1
     failed = await row(database, killer)
     assert (failed["status"], failed["attempts"]) == ("failed", ATTEMPTS)
     assert failed["error"] == f"{ATTEMPTS} starts have not ended: it may kill its workers"
