@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -42,6 +43,8 @@ SETTINGS = {
 ERLANG_ARGUMENTS = (
     "+sbwt none +sbwtdcpu none +sbwtdio none -kernel inet_dist_use_interface {127,0,0,1}"
 )
+#: Pause between two looks at the server, and for a signal.
+KEEP_SECONDS = 0.1
 #: The signals that end the command: Ctrl-C, `kill`, a closed terminal.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -190,7 +193,9 @@ def keep(parent: Parent, directory: Path, program: str) -> None:
 
     Without the parent the directory is deleted too.
     """
-    signal.signal(signal.SIGTERM, _exit)
+    signals: list[int] = []
+    # No exception, which could interrupt the start of a program: nothing would end that one.
+    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     port = int(os.environ["ERL_EPMD_PORT"])
     # In the foreground, so that it ends with the server.
     command = [shutil.which("epmd") or "epmd", "-port", str(port)]
@@ -199,10 +204,11 @@ def keep(parent: Parent, directory: Path, program: str) -> None:
             (directory / "output").open("ab") as output,
             _running(command, subprocess.DEVNULL) as mapper,
         ):
-            if not wait_until_listening(port, lambda: mapper.poll() is None):
+            if not wait_until_listening(port, lambda: mapper.poll() is None and not signals):
                 return
             with _running([program], output) as server:
-                server.wait()
+                while server.poll() is None and not signals:
+                    time.sleep(KEEP_SECONDS)
     finally:
         if not parent.is_running:
             shutil.rmtree(directory, ignore_errors=True)
