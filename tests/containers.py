@@ -39,7 +39,15 @@ def docker(*arguments: str, check: bool = True) -> str:
 
 def is_present(image: str) -> bool:
     """Return whether the engine has an image."""
-    return docker("image", "ls", "--quiet", image) != ""
+    return bool(json.loads(docker("image", "inspect", image, check=False)))
+
+
+def is_available(image: str) -> bool:
+    """Return whether the engine has an image, or can pull it."""
+    if not is_present(image):
+        pull = ["docker", "pull", "--quiet", image]
+        subprocess.run(pull, check=False, capture_output=True)
+    return is_present(image)
 
 
 @functools.cache
@@ -50,10 +58,7 @@ def needs_engine() -> None:
     except (FileNotFoundError, AssertionError):
         missing("a running container engine (`.ci/engine` starts one on Debian)")
     for image in (BASE, POSTGRES, REDIS, NGINX):
-        if not is_present(image):
-            pull = ["docker", "pull", "--quiet", image]
-            subprocess.run(pull, check=False, stdout=subprocess.DEVNULL)
-        if not is_present(image):
+        if not is_available(image):
             missing(f"the image {image} (`.ci/engine` builds a substitute on Debian)")
 
 

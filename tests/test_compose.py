@@ -3,12 +3,14 @@
 import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from attack.load import GET, GET_NEW, POST, POST_NEW, load
 from scripts.ports import eventually, free_port
@@ -17,6 +19,7 @@ from tests.containers import (
     RABBITMQ,
     docker,
     inspect,
+    is_available,
     is_healthy,
     is_present,
     logs,
@@ -29,6 +32,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.engine]
 PROJECT = "parcels"
 NETWORK = "10.203.72"
 PAYMENT = {"amount": 1250, "currency": "EUR", "reference": "compose"}
+#: Debian has no packages of them, so that `.ci/engine` cannot build substitutes.
+PULLED_ONLY = {"grafana", "jaeger"}
+#: The instances that Prometheus scrapes with SCALE=2, by job.
+TARGETS = {PROJECT: 2, f"{PROJECT}-consumer": 1, f"{PROJECT}-jobs": 1, "nginx": 1}
 LABEL = f"--filter=label=com.docker.compose.project={PROJECT}"
 
 
@@ -40,6 +47,10 @@ def ports() -> dict[str, str]:
         "METRICS_PORT": str(free_port()),
         "EDGE_PORT": str(free_port()),
         "EDGE_NETWORK": NETWORK,
+        "PROMETHEUS_PORT": str(free_port()),
+        "ALERTMANAGER_PORT": str(free_port()),
+        "GRAFANA_PORT": str(free_port()),
+        "JAEGER_PORT": str(free_port()),
     }
 
 
@@ -251,6 +262,55 @@ def test_rabbitmq_hands_out_jobs_to_more_workers(project: Path, edge: int) -> No
     make(project, "edge", SCALE="2", **ports)
     assert containers("rabbitmq") == []
     assert end_conversation(f"http://127.0.0.1:{edge}")["result"] == {"score": 100}
+
+
+def keep_available_services(project: Path) -> set[str]:
+    """Remove the services of `make observe` whose images cannot be pulled; return the others."""
+    file = project / "compose.observe.yaml"
+    content = yaml.safe_load(file.read_text())
+    for name, service in list(content["services"].items()):
+        if is_available(service["image"]):
+            continue
+        if name not in PULLED_ONLY:
+            missing(f"{service['image']} (`.ci/engine` builds a substitute on Debian)")
+        del content["services"][name]
+    file.write_text(yaml.safe_dump(content))
+    return set(content["services"])
+
+
+def healthy_targets(prometheus: str) -> dict[str, int]:
+    """Return the number of targets of each job, or nothing while one of them is not up."""
+    targets = query(prometheus, "targets?state=active")["activeTargets"]
+    if any(target["health"] != "up" for target in targets):
+        return {}
+    return dict(Counter(target["scrapePool"] for target in targets))
+
+
+def query(prometheus: str, path: str) -> Any:
+    """Return the data of a response of Prometheus."""
+    return httpx.get(f"{prometheus}/api/v1/{path}").raise_for_status().json()["data"]
+
+
+def test_observe_scrapes_every_instance_and_has_rules_and_alertmanager(
+    project: Path, ports: dict[str, str], edge: int
+) -> None:
+    started = keep_available_services(project)
+    # Without a receiver of traces, the other containers stay as they are: 20 s.
+    traces = {} if "jaeger" in started else {"OTEL_EXPORTER_OTLP_ENDPOINT": ""}
+    make(project, "observe", SCALE="2", **ports, **traces)
+    assert_restricted([name for service in started for name in containers(service)])
+    prometheus = f"http://127.0.0.1:{ports['PROMETHEUS_PORT']}"
+    eventually(lambda: healthy_targets(prometheus) == TARGETS)
+    eventually(lambda: query(prometheus, "query?query=nginx_up==1")["result"])
+    groups = query(prometheus, "rules")["groups"]
+    rules = project / "deploy/observe/prometheus/rules"
+    assert {Path(group["file"]).name for group in groups} == {path.name for path in rules.iterdir()}
+    assert all(rule["health"] != "err" for group in groups for rule in group["rules"])
+    (alertmanager,) = query(prometheus, "alertmanagers")["activeAlertmanagers"]
+    address = alertmanager["url"].replace("/api/v2/alerts", "/api/v2/status")
+    (container,) = containers("prometheus")
+    status = docker("exec", container, "wget", "-q", "-O", "-", address)
+    assert "RequiredDependencyDown" in json.loads(status)["config"]["original"]
 
 
 @pytest.mark.parametrize("include_jobs", [True, False])
