@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.conftest import NAME, ROOT, SERVICE_BIN, SOURCE, missing
+from tests.conftest import NAME, ROOT, SERVICE_BIN, SOURCE, missing, tree
 
 IDENTITY = {
     "GIT_AUTHOR_NAME": "a team",
@@ -372,13 +372,14 @@ def test_update_does_not_bring_back_removed_jobs(
     project = create_project(repository, tmp_path, include_jobs=True)
     assert_no_difference(project)
     remove_part(project, part)
-    before = {path.name for path in project.rglob("*")}
+    before = set(tree(project))
     change_template(repository)
     module = repository / SOURCE / "app/conversations/__init__.py"
     module.write_text('"""Changed."""\n')
     commit(repository, "third")
     update(project)
-    assert {path.name for path in project.rglob("*")} - before == {"added.py"}
+    added = {name for name in set(tree(project)) - before if not name.startswith(".git/")}
+    assert added == {"app/added.py"}
     assert not (project / "app/conversations").exists()
     assert (project / "app/jobs").exists() == (part == "conversations")
     assert not list(project.rglob("*.rej"))

@@ -1,0 +1,28 @@
+"""The generated project passes its own checks with some of its parts, on this Python.
+
+Its tests are those of its features, and those that compare what the parts edit: settings, routes,
+migrations, manifests. Those of the runtime are run with all parts and with none.
+"""
+
+import pytest
+
+from tests.conftest import Bake
+from tests.parts import Parts, bake_parts, parts_id
+from tests.projects import make
+from tests.test_feature import link_environment
+
+TESTS = "tests/test_main.py tests/test_settings.py tests/test_migrations.py"
+FEATURES: dict[Parts, str] = {
+    ("jobs", "conversations"): "tests/conversations tests/deploy",
+    ("example", "jobs"): "tests/payments/test_payments.py",
+    ("jobs",): "tests/deploy",
+    ("example",): "tests/payments tests/deploy",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", FEATURES, ids=parts_id)
+def test_project_with_some_parts_passes_its_own_checks(bake: Bake, parts: Parts) -> None:
+    project = bake_parts(bake, parts, project_slug="orders")
+    link_environment(project)
+    make(project, f"T={TESTS} {FEATURES[parts]}", "lint", "types", "test")
