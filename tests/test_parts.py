@@ -30,7 +30,7 @@ TABLES = {name: table(name) for name in NAMES}
 #: Words that only a part has.
 WORDS = {
     "example": re.compile(r"payment", re.IGNORECASE),
-    "jobs": re.compile(r"app[./]jobs|jobs_main|AMQP_URL|RabbitMQ|\bJOB_", re.IGNORECASE),
+    "jobs": re.compile(r"app[./]jobs|jobs_main|AMQP_URL|(?i:rabbitmq)|\bJOB_"),
     "conversations": re.compile(r"app[./]conversations|/conversations\b"),
 }
 #: One lock serves every answer. The table of jobs names the part along with it. The recipe of

@@ -118,7 +118,7 @@ LINES = {
     "Makefile": [
         "PARTS += jobs $(if $(RABBITMQ),rabbitmq) # jobs",
         "# RABBITMQ=1 adds RabbitMQ, which then hands out the jobs. # jobs",
-        "COMPOSE += $(if $(RABBITMQ),--file compose.yaml --file compose.rabbitmq.yaml) # jobs",
+        "OVERRIDES += $(if $(RABBITMQ),--file compose.rabbitmq.yaml) # jobs",
         "down: RABBITMQ := 1 # jobs",
     ],
     "app/__init__.py": [
