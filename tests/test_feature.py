@@ -18,8 +18,16 @@ from tests.projects import environment, make
 FEATURE = ROOT / SOURCE / "scripts/feature"
 NAMES: dict[str, Any] = runpy.run_path(str(FEATURE / "names.py"))
 EDITS: dict[str, Any] = runpy.run_path(str(FEATURE / "edits.py"))
-MAIN = (ROOT / SOURCE / "app/main.py").read_text()
-METADATA = (ROOT / SOURCE / "pyproject.toml").read_text()
+
+
+def read_default(name: str) -> str:
+    """Return a file of the service as in a project with the default answers, without jobs."""
+    text = (ROOT / SOURCE / name).read_text()
+    return re.sub(r".*# (jobs|conversations)\n", "", text)
+
+
+MAIN = read_default("app/main.py")
+METADATA = read_default("pyproject.toml")
 LINES = ("from app.orders.router import router as orders_router", ".include_router(orders_router)")
 
 
@@ -158,6 +166,14 @@ def test_layer_is_added_among_the_edits_of_a_team(before: str, after: str, layer
     edited = EDITS["add_layer"](METADATA.replace(before, after, 1), "orders")
     (line,) = set(edited.split("\n")) - set(METADATA.replace(before, after, 1).split("\n"))
     assert line.startswith(layer)
+
+
+def test_layer_of_an_example_stays_as_it_is() -> None:
+    """Its removal finds its line by the whole text."""
+    text = (ROOT / SOURCE / "pyproject.toml").read_text()
+    edited = EDITS["add_layer"](text, "orders")
+    (line,) = set(edited.split("\n")) - set(text.split("\n"))
+    assert line == '    "orders",'
 
 
 def test_layer_without_a_place_is_reported() -> None:

@@ -357,8 +357,9 @@ def test_capacity_is_that_of_the_manifests(runbook: Runbook) -> None:
     assert f"The migration requests {cores:g} cores and {memory} MiB" in text
 
 
-def test_capacity_of_the_jobs_is_that_of_the_manifests(runbook: Runbook) -> None:
+def test_capacity_of_the_jobs_is_that_of_the_manifests(bake: Bake, tmp_path: Path) -> None:
     """`maxUnavailable` of a Deployment is rounded down, but is at least 1 if there is no surge."""
+    runbook = Runbook(bake(include_jobs=True), tmp_path)
     runbook.add_jobs()
     rendered = render(runbook.project / "deploy/k8s/overlays/prod")
     documents = list(yaml.safe_load_all(rendered))

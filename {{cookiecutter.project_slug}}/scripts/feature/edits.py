@@ -69,7 +69,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 def add_layer(text: str, name: str) -> str:
     """Return `pyproject.toml` with the feature in the layers of the import contract.
 
-    Features of the team share a line, so that they do not import each other; the example has its
+    Features of the team share a line, so that they do not import each other; each example has its
     own, which its removal deletes. A project without import-linter stays as it is. Raises
     `NoPlaceError`.
     """
@@ -79,7 +79,7 @@ def add_layer(text: str, name: str) -> str:
     between = _layers_of_features(lines)
     if not between:
         raise NoPlaceError(_no_layer(name))
-    own = [number for number in between[:-1] if not _is_of_the_example(lines[number])]
+    own = [number for number in between[:-1] if not _is_of_an_example(lines[number])]
     found = _LAYER.match(lines[own[0] if own else between[0]])
     assert found  # noqa: S101 - for mypy
     indentation, layer, rest = found.groups()
@@ -93,9 +93,9 @@ def add_layer(text: str, name: str) -> str:
     return edited
 
 
-def _is_of_the_example(line: str) -> bool:
-    """Return whether the removal of the example deletes the line; not if a team has added to it."""
-    return line.endswith("# example") and "|" not in line
+def _is_of_an_example(line: str) -> bool:
+    """Return whether the removal of a part deletes the line; not if a team has added to it."""
+    return line.endswith(("# example", "# conversations")) and "|" not in line
 
 
 def _no_layer(name: str) -> str:
