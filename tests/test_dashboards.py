@@ -32,7 +32,7 @@ export const dashboard: Partial<Whole> = """
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the compiler and the types, from the registry that npm is configured for."""
     if not shutil.which("npm"):
-        missing("npm")
+        pytest.skip("npm is missing; nothing else here needs it, so CI does not install it")
     directory = tmp_path_factory.mktemp("types")
     install = ["npm", "install", "--prefix=.", "--no-save", "--ignore-scripts", *PACKAGES]
     done = subprocess.run(install, cwd=directory, capture_output=True, text=True, check=False)
