@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SERVICE_BIN, SOURCE, bake_to, missing, tree
+from tests.conftest import ROOT, SERVICE_BIN, SOURCE, Bake, bake_to, missing, tree
+from tests.parts import table
 from tests.test_cruft import commit, make_repository
 
 README = (ROOT / SOURCE / "README.md").read_text()
@@ -216,6 +217,36 @@ def psql_directory() -> Path:
     return (found or [Path(str(on_path))])[-1].parent
 
 
+def run_with_postgres(project: Path, commands: list[str]) -> list[str]:
+    """Run shell commands in a project with a new database; return the lines of their output."""
+    command = [str(SERVICE_BIN / "python"), "-m", "scripts.dev_environment"]
+    path = f"{psql_directory()}:{os.environ['PATH']}"
+    removed = {"MAKEFLAGS", "DATABASE_URL"}
+    environment = {name: value for name, value in os.environ.items() if name not in removed}
+    # Only Postgres is needed.
+    environment |= {"PATH": path, "PYTHONDONTWRITEBYTECODE": "1", "REDIS_URL": "redis://127.0.0.1"}
+    with tempfile.TemporaryDirectory() as temporary:
+        # The user of Postgres needs access, which pytest's directories deny.
+        Path(temporary).chmod(0o755)
+        done = subprocess.run(
+            [
+                SERVICE_BIN / "python",
+                "-m",
+                "scripts.dev_environment",
+                "sh",
+                "-c",
+                "\n".join(commands),
+            ],
+            cwd=project,
+            env=environment | {"DEV_DIRECTORY": f"{temporary}/dev"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("revision", "has_own"), [(NEWEST, False), ("head", True)])
 def test_database_of_the_example_is_migrated_after_the_printed_command(
@@ -245,25 +276,32 @@ def test_database_of_the_example_is_migrated_after_the_printed_command(
         "where schemaname = 'public' order by 1\"",
         f"{alembic} current",
     ]
-    path = f"{psql_directory()}:{os.environ['PATH']}"
-    removed = {"MAKEFLAGS", "DATABASE_URL"}
-    environment = {name: value for name, value in os.environ.items() if name not in removed}
-    # Only Postgres is needed.
-    environment |= {"PATH": path, "PYTHONDONTWRITEBYTECODE": "1", "REDIS_URL": "redis://127.0.0.1"}
-    with tempfile.TemporaryDirectory() as temporary:
-        # The user of Postgres needs access, which pytest's directories deny.
-        Path(temporary).chmod(0o755)
-        done = subprocess.run(
-            [python, "-m", "scripts.dev_environment", "sh", "-c", "\n".join(commands)],
-            cwd=project,
-            env=environment | {"DEV_DIRECTORY": f"{temporary}/dev"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+    lines = run_with_postgres(project, commands)
     assert ("migrated" if revision == "head" else "rejected") in lines
     tables = [line.removeprefix("table ") for line in lines if line.startswith("table ")]
     assert tables == ["alembic_version", *(["ours"] if has_own else []), "outbox"]
     assert lines[-1].endswith("(head)")
+
+
+@pytest.mark.slow
+def test_database_with_jobs_goes_back_to_the_migration_before(bake: Bake) -> None:
+    """The tables of the example stay, and the next migration finds its place."""
+    project = bake(include_jobs=True)
+    alembic = SERVICE_BIN / "alembic"
+    lines = run_with_postgres(
+        project,
+        [
+            "set -e",
+            f"{alembic} upgrade head",
+            "make --silent remove-jobs > removal.txt",
+            "sed -n '/^psql/,/^SQL/p' removal.txt > command.sh",
+            ". ./command.sh",
+            f"{alembic} upgrade head",
+            'psql "$DATABASE_URL" -Atc "select \'table \' || tablename from pg_tables '
+            "where schemaname = 'public' order by 1\"",
+            f"{alembic} current",
+        ],
+    )
+    tables = [line.removeprefix("table ") for line in lines if line.startswith("table ")]
+    assert tables == sorted(["alembic_version", *table("example")["TABLES"]])
+    assert lines[-1] == f"{NEWEST} (head)"
