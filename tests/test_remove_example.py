@@ -229,14 +229,7 @@ def run_with_postgres(project: Path, commands: list[str]) -> list[str]:
         # The user of Postgres needs access, which pytest's directories deny.
         Path(temporary).chmod(0o755)
         done = subprocess.run(
-            [
-                SERVICE_BIN / "python",
-                "-m",
-                "scripts.dev_environment",
-                "sh",
-                "-c",
-                "\n".join(commands),
-            ],
+            [*command, "sh", "-c", "\n".join(commands)],
             cwd=project,
             env=environment | {"DEV_DIRECTORY": f"{temporary}/dev"},
             capture_output=True,
