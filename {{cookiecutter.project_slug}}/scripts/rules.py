@@ -36,7 +36,8 @@ def add_prefix(prefix: str) -> None:
     """Put a prefix before the names of the service's metrics. A second run changes nothing."""
     names = ROW.findall((PROJECT / "README.md").read_text())
     # A selector follows each name, also where it selects everything.
-    pattern = re.compile(rf"(?<![\w:])(?=(?:{'|'.join(names)})(?:_bucket|_sum|_count)?\{{)")
+    suffix_and_selector = r"(?:_bucket|_sum|_count)?\{"
+    pattern = re.compile(rf"(?<![\w:])(?=(?:{'|'.join(names)}){suffix_and_selector})")
     for path in (*OBSERVE.glob("prometheus/*/*.yaml"), *OBSERVE.glob("grafana/dashboards/*.json")):
         path.write_text(pattern.sub(prefix, path.read_text()))
 

@@ -1,4 +1,4 @@
-"""The metrics of jobs: what waits, what runs, and what came of it."""
+"""The metrics of jobs: those that wait, those that run, and their outcomes."""
 
 import asyncio
 import logging

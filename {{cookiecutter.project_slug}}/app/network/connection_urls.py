@@ -85,7 +85,8 @@ _PARSER_ARGUMENTS = """
 """
 # jobs: begin
 _AMQP_NAME = r"[^\s/@?#:,\[\]]+|\[[\da-fA-F:.]+\]"
-_AMQP_BASE = rf"amqps?://([^\s/@?#]*@)?({_AMQP_NAME})(:\d{{1,5}})?(/[^\s@?#]*)?"
+_AMQP_PORT = r"(:\d{1,5})?"
+_AMQP_BASE = rf"amqps?://([^\s/@?#]*@)?({_AMQP_NAME}){_AMQP_PORT}(/[^\s@?#]*)?"
 #: Options that aiormq and aio-pika read, with their values. They ignore all others, and use a
 #: default in place of an invalid value.
 AMQP_OPTIONS = {

@@ -43,7 +43,7 @@ class Users:
         self.idle: list[Connection] = []
 
     async def send_all(self, requests: Sequence[Request]) -> list[Response]:
-        """Send the requests: each user takes the next one as soon as its last has a response.
+        """Send the requests: each user sends its next one as soon as its last has a response.
 
         Raises `RequestError` for the first one that fails.
         """

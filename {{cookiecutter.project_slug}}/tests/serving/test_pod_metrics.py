@@ -40,7 +40,8 @@ def service(urls: dict[str, str]) -> Iterator[Service]:
 def value(scrape: str, name: str, **labels: str) -> float:
     """Return the sum of a metric's samples that have these labels."""
     expected = [f'{label}="{text}"' for label, text in labels.items()]
-    lines = re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", scrape, re.MULTILINE)
+    labels_and_value = r"(?:\{(.*)\})? (\S+)$"
+    lines = re.findall(f"^{name}{labels_and_value}", scrape, re.MULTILINE)
     return sum(float(number) for found, number in lines if all(each in found for each in expected))
 
 
