@@ -16,6 +16,7 @@ WITHOUT = {
     "fence": {"_SUCCEED": starts._SUCCEED.replace(FENCE, "and $2 > 0")},
     "alone": {
         "_CLAIM_DUE": starts._CLAIM_DUE.replace("status = 'queued'", EITHER),
+        "_CLAIM": starts._CLAIM.replace("status = 'queued'", EITHER),
         "_FIND_EXPIRED": "select null::uuid",
         "_HAS_EXPIRED": "select $1::uuid is null",
     },
@@ -29,9 +30,9 @@ async def block(run: Run, payload: work.Seconds) -> None:
     await work.take_effect(run)
 
 
-@handlers.add("neighbor", work.Seconds, attempts=work.ATTEMPTS)
+@handlers.add("neighbor", work.Seconds, attempts=2)
 async def neighbor(run: Run, payload: work.Seconds) -> None:
-    """Wait, with as many attempts as a job that kills its worker."""
+    """Wait. A job that kills its worker may cost one attempt, and has more itself."""
     await work.wait(run, payload)
 
 

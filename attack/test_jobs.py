@@ -170,10 +170,10 @@ def test_neighbors_of_a_killer_are_done_unless_they_run_with_it(
     url: str, settings: dict[str, str], without: str
 ) -> None:
     """In the control, which runs suspects together, they reach their limit of attempts as well."""
-    with working(settings | {"TEST_WITHOUT": without}, 2) as fleet:
-        sql(url, ENQUEUE, "neighbor", 2 * JOB_SECONDS, 10)
+    with working(settings | {"TEST_WITHOUT": without}, 1) as fleet:
+        sql(url, ENQUEUE, "neighbor", 2 * JOB_SECONDS, 3)
         sql(url, ENQUEUE, "kill", 0.0, 1)
-        sql(url, ENQUEUE, "neighbor", 2 * JOB_SECONDS, 10)
+        sql(url, ENQUEUE, "neighbor", 2 * JOB_SECONDS, 3)
 
         def has_ended() -> bool:
             fleet.replace_killed()
@@ -187,7 +187,7 @@ def test_neighbors_of_a_killer_are_done_unless_they_run_with_it(
         assert number(url, FAILED, "neighbor") > 0
     else:
         assert len(fleet.ended) == ATTEMPTS
-        assert effects(url) == [1] * 20
+        assert effects(url) == [1] * 6
 
 
 def test_job_that_blocks_its_worker_fails_and_takes_no_other_along(
