@@ -30,7 +30,7 @@ DEV = {
     "CKV_K8S_43": "an image that was never pushed has no digest",
 }
 #: Custom resources: Kubernetes has no schema for them.
-FOREIGN = {"HTTPRoute", "ScaledObject", "ServiceMonitor", "TriggerAuthentication"}
+FOREIGN = {"HTTPRoute", "PrometheusRule", "ScaledObject", "ServiceMonitor", "TriggerAuthentication"}
 YAMLLINT_RULES: dict[str, Any] = {
     # One space, as in the Makefile and in files that GitHub's own tools write.
     "comments": {"min-spaces-from-content": 1},
@@ -43,8 +43,10 @@ YAMLLINT_RULES: dict[str, Any] = {
     "truthy": {"check-keys": False},
 }
 YAMLLINT = {"extends": "default", "rules": YAMLLINT_RULES}
-#: In rendered manifests, images with their digests exceed the line length.
-YAMLLINT_RENDERED = {"extends": "default", "rules": YAMLLINT_RULES | {"line-length": "disable"}}
+#: In rendered manifests, images with their digests exceed the line length. So do queries of rules.
+YAMLLINT_LONG = {"extends": "default", "rules": YAMLLINT_RULES | {"line-length": "disable"}}
+#: The directories of such files.
+LONG = {"prometheusrule", "rendered", "rules", "tests"}
 #: A comment that suppresses a finding in place; the group is the explanation after it.
 SUPPRESSION = re.compile(
     r"(?:hadolint ignore=|shellcheck disable=|zizmor: ignore|yamllint disable|checkov:skip=)\S*(.*)"
@@ -120,11 +122,9 @@ def kubernetes_validate(directory: Path, *version: str) -> set[str]:
 def yamllint(directory: Path) -> set[str]:
     """Return yamllint's findings in the YAML below a directory, rendered or written."""
     found = set()
-    for is_rendered, rules in ((False, YAMLLINT), (True, YAMLLINT_RENDERED)):
+    for is_long, rules in ((False, YAMLLINT), (True, YAMLLINT_LONG)):
         files = [
-            path
-            for path in directory.rglob("*.y*ml")
-            if (path.parent.name == "rendered") is is_rendered
+            path for path in directory.rglob("*.y*ml") if (path.parent.name in LONG) is is_long
         ]
         options = ("--strict", "--format", "parsable", "-d", json.dumps(rules))
         done = audit("yamllint", *options, *files, directory=directory)
@@ -204,14 +204,15 @@ def overlays(project: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def audited(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with and without the example, and the scripts of this repository.
+    """A project with all parts, one with none, and the scripts of this repository.
 
     Each project has its rendered manifests in `rendered/`.
     """
     directory = tmp_path_factory.mktemp("audit")
     for answer in (True, False):
         output = directory / f"example-{answer}"
-        project = bake_to(template, output, project_slug="orders", include_example=answer)
+        parts = {"include_example": answer, "include_jobs": answer}
+        project = bake_to(template, output, project_slug="orders", **parts)
         (project / "rendered").mkdir()
         for name, text in overlays(project).items():
             (project / "rendered" / f"{name}.yaml").write_text(text)
