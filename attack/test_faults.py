@@ -112,7 +112,7 @@ def assert_quiet(service: Service) -> None:
 
 def sample(service: Service, name: str) -> list[float]:
     """Return the values of a metric; its name may include the beginning of its labels."""
-    line = rf"^{re.escape(name)}\S* (\S+)$"
+    line = rf"^{re.escape(name)}(?!\w)\S* (\S+)$"
     return [float(value) for value in re.findall(line, service.metrics(), re.MULTILINE)]
 
 
