@@ -91,7 +91,8 @@ def test_start_amid_four_failures_recovers_from_each(
             service.wait("/health/ready")
             assert service.get("/health/live").status_code == 200
             found = states(service)
-    beginnings = sorted(message.partition(":")[0] for message in found)
+    # The worker inherits the failed writes of the master, and reports their end as well.
+    beginnings = sorted({message.partition(":")[0] for message in found})
     assert beginnings == [
         "metrics are complete again",
         "metrics are incomplete",
