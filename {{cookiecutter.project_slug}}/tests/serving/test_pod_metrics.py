@@ -75,7 +75,8 @@ def test_configuration_is_exposed(service: Service) -> None:
     assert value(scrape, "db_server_connections_limit") == limit
     assert value(scrape, "dependency_required", dependency="postgres") == 1
     assert value(scrape, "dependency_required", dependency="redis") == 0
-    assert value(scrape, "target_info", service_name="service") == 1
+    name = Settings.model_fields["service_name"].default
+    assert value(scrape, "target_info", service_name=name) == 1
     assert value(scrape, "cgroup_memory_limit_bytes") > 1 << 20
 
 

@@ -117,7 +117,7 @@ def test_resource_names_the_service_and_the_process(traced: Service, receiver: R
     """OpenTelemetry: "Resource semantic conventions"; variables add to ours."""
     traced.get("/")
     server = receiver.wait_for("GET /")
-    assert server.resource["service.name"] == "service"
+    assert server.resource["service.name"] == Settings.model_fields["service_name"].default
     assert server.resource["service.version"] == "1.2.3"
     assert server.resource["deployment.environment.name"] == "production"
     assert server.resource["team"] == "checkout"
