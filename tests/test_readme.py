@@ -382,7 +382,7 @@ def broker(project: Path, dispatcher: str) -> Iterator[dict[str, str]]:
 @pytest.mark.parametrize("dispatcher", ["Postgres", "RabbitMQ"])
 def test_job_session_can_be_pasted(bake: Bake, dispatcher: str) -> None:
     """A job succeeds within the two seconds of its `sleep`, under `make dev`."""
-    project = bake()
+    project = bake(include_jobs=True)
     free = addresses()
     session = shell_block(project, "/conversations").replace("127.0.0.1:8000", free["BIND"])
     with (

@@ -43,7 +43,7 @@ def schemathesis(url: str, directory: Path) -> str:
 
 @pytest.mark.slow
 def test_schemathesis_finds_no_failure(bake: Bake) -> None:
-    project = bake()
+    project = bake(include_jobs=True)
     free = addresses()
     # The output goes to a file: a terminal that nobody reads would block the service.
     run = ["bash", "-ec", f"exec make --silent run TOOLS={tools()} > service.log"]
