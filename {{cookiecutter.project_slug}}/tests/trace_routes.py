@@ -18,7 +18,7 @@ app = create_app(load_settings())
 logger = logging.getLogger("tests")
 
 
-@app.get("/work/{number}")
+@app.get("/items/{number}")
 async def work(number: int, database: DatabaseDependency, redis: RedisDependency) -> int:
     """Make a query in a transaction, a command, a pipeline, and a span by OpenTelemetry's API."""
     async with database.acquire() as connection, connection.transaction():

@@ -193,10 +193,7 @@ class Inbox:
             return self.subscription.payload.model_validate_json(body)
         except ValidationError as error:
             problems = error.errors(include_url=False, include_input=False, include_context=False)
-            texts = [
-                f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg']}" for each in problems
-            ]
-            raise MisfitError("; ".join(texts)[:MAX_REASON]) from None
+            raise MisfitError("; ".join(map(_describe, problems))[:MAX_REASON]) from None
 
     def _key(self, message: AbstractIncomingMessage, payload: BaseModel) -> str:
         """Return what identifies the job, or one message delivered twice would be two jobs."""

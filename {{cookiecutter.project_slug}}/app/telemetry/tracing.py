@@ -44,7 +44,7 @@ current: "Tracing | None" = None
 
 
 class Sampling(NamedTuple):
-    """The decision of `OTEL_TRACES_SAMPLER`, which the SDK takes three times as long for."""
+    """The decision of `OTEL_TRACES_SAMPLER`, in a third of the time that the SDK needs."""
 
     #: Whether the flag of a caller decides, if there is one.
     follows_parent: bool

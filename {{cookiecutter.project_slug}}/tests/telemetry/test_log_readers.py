@@ -36,7 +36,7 @@ def run(urls: dict[str, str], **settings: str) -> list[Line]:
         variables = urls | {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url, "ACCESS_LOG_FLUSH_MS": "0"}
         with serving("tests.trace_routes:app", **variables, **settings) as service:
             service.wait()
-            service.get("/work/1")
+            service.get("/items/1")
             service.get("/bug")
             eventually(lambda: service.text.count('"access"') >= 2)
             return service.lines
@@ -139,11 +139,11 @@ def test_google_cloud_gets_its_special_fields(urls: dict[str, str]) -> None:
     access = next(line for line in lines if "httpRequest" in line)
     datetime.fromisoformat(access["time"])
     request = access["httpRequest"]
-    assert (request["requestMethod"], request["requestUrl"]) == ("GET", "/work/1")
+    assert (request["requestMethod"], request["requestUrl"]) == ("GET", "/items/1")
     assert request["status"] == 200
     assert re.fullmatch(r"\d+\.\d+s", request["latency"])
     assert request["responseSize"] == "1"
-    assert access["route"] == "/work/{number}"
+    assert access["route"] == "/items/{number}"
     assert re.fullmatch(r"projects/shop/traces/\w{32}", access["logging.googleapis.com/trace"])
     assert re.fullmatch(r"\w{16}", access["logging.googleapis.com/spanId"])
     assert access["logging.googleapis.com/trace_sampled"] is True

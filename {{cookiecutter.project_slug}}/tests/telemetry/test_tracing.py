@@ -71,14 +71,14 @@ def test_request_is_a_server_span_with_all_that_it_calls(
     traced: Service, receiver: Receiver
 ) -> None:
     """OpenTelemetry: "Semantic conventions for HTTP spans", "... for database client calls"."""
-    assert traced.get("/work/42?token=letmein").status_code == 200
-    server = receiver.wait_for("GET /work/{number}")
+    assert traced.get("/items/42?token=letmein").status_code == 200
+    server = receiver.wait_for("GET /items/{number}")
     assert (server.kind, server.parent, server.is_failed) == ("SERVER", "", False)
     assert server.attributes == {
         "http.request.method": "GET",
         "http.response.status_code": 200,
-        "http.route": "/work/{number}",
-        "url.path": "/work/42",
+        "http.route": "/items/{number}",
+        "url.path": "/items/42",
         "url.scheme": "http",
         "client.address": "127.0.0.1",
     }
@@ -104,7 +104,7 @@ def test_request_is_a_server_span_with_all_that_it_calls(
 
 
 def test_spans_carry_no_value_password_or_token(traced: Service, receiver: Receiver) -> None:
-    traced.get(f"/work/1?token={SECRET}", Authorization=f"Bearer {SECRET}", Cookie=SECRET)
+    traced.get(f"/items/1?token={SECRET}", Authorization=f"Bearer {SECRET}", Cookie=SECRET)
     for path in ("/failing-query", "/bug", "/unavailable"):
         traced.get(path)
     receiver.wait(lambda spans: len(requests_of(spans)) >= 4)
@@ -163,21 +163,21 @@ def test_caller_decides_by_its_flag(traced: Service, receiver: Receiver) -> None
     """W3C Trace Context, section 3.2.2.5: the flag `sampled`."""
     trace_id = uuid4().hex
     for _ in range(5):
-        traced.get("/work/1", traceparent=f"00-{trace_id}-00f067aa0ba902b7-01")
-        traced.get("/work/2", traceparent=f"00-{trace_id}-00f067aa0ba902b7-00")
+        traced.get("/items/1", traceparent=f"00-{trace_id}-00f067aa0ba902b7-01")
+        traced.get("/items/2", traceparent=f"00-{trace_id}-00f067aa0ba902b7-00")
 
     def found() -> list[Span]:
-        return [each for each in receiver.named("GET /work") if each.trace_id == trace_id]
+        return [each for each in receiver.named("GET /items") if each.trace_id == trace_id]
 
     eventually(lambda: len(found()) >= 5)
-    assert {span.attributes["url.path"] for span in found()} == {"/work/1"}
+    assert {span.attributes["url.path"] for span in found()} == {"/items/1"}
     assert {span.parent for span in found()} == {"00f067aa0ba902b7"}
 
 
 def test_log_lines_carry_the_active_span(traced: Service, receiver: Receiver) -> None:
     """OpenTelemetry, "Trace Context in non-OTLP Log Formats": trace_id and span_id."""
-    traced.get("/work/7", **{"X-Request-ID": "lines"})
-    server = receiver.wait_for("GET /work/{number}")
+    traced.get("/items/7", **{"X-Request-ID": "lines"})
+    server = receiver.wait_for("GET /items/{number}")
     lines = {line["message"]: line for line in traced.lines if line.get("request_id") == "lines"}
     own = receiver.named("own")[-1]
     for message, span in (("request", server), ("within the request", server)):
@@ -223,7 +223,7 @@ def test_span_of_a_websocket_is_its_handshake(traced: Service, receiver: Receive
 
 OPENMETRICS = {"Accept": "application/openmetrics-text; version=1.0.0"}
 _EXEMPLAR = re.compile(
-    r'^http_server_request_duration_seconds_bucket{.*http_route="/work/{number}".*le="([^"]+)".*} '
+    r'^http_server_request_duration_seconds_bucket{.*http_route="/items/{number}".*le="([^"]+)".*} '
     r'[1-9].* # {span_id="(\w{16})",trace_id="(\w{32})"} (\S+) (\S+)$',
     re.MULTILINE,
 )
@@ -235,7 +235,7 @@ def test_buckets_have_their_newest_trace_over_all_workers(
     """OpenMetrics, "Exemplars": a value within the bucket, and the time of the request."""
     start = time.time()
     for _ in range(20):
-        traced.get("/work/1")
+        traced.get("/items/1")
 
     def since_start(spans: list[Span]) -> list[Span]:
         return [span for span in requests_of(spans) if span.start > start]
@@ -266,7 +266,7 @@ def requests_of(spans: list[Span]) -> list[Span]:
 
 
 def test_rejected_request_has_a_span(traced: Service, receiver: Receiver) -> None:
-    response = traced.http.post("/work/1", content=bytes(2 << 20))
+    response = traced.http.post("/items/1", content=bytes(2 << 20))
     assert response.status_code == 413
     receiver.wait(
         lambda spans: 413 in [span.attributes.get("http.response.status_code") for span in spans]
