@@ -15,12 +15,16 @@ from redis import Redis as Client
 
 from app.settings import Settings
 from scripts import dev_services
+from scripts.fake_gateway import FakeGateway
 from tests.payments.test_consumer import STREAM, consuming, pay, wait_until_settled
 from tests.service_process import PROJECT, Service, eventually, serving
 from tests.storage.test_redis_failover import READONLY, new, old, proxy  # noqa: F401 - fixtures
 from tests.tcp_proxy import TcpProxy
 
 pytestmark = pytest.mark.process
+
+#: More than the second between heartbeats of a consumer; less than the time limit of a call.
+PENDING_SECONDS = 1.5
 
 
 def published(client: Any) -> str:
@@ -126,12 +130,17 @@ def test_documented_rights_suffice_and_others_are_named(
     old: Any,  # noqa: F811
     restricted_url: str,
     urls: dict[str, str],
+    gateway: FakeGateway,
 ) -> None:
     """The rights are those of https://redis.io/docs/latest/operate/oss_and_stack/management/security/acl/."""
     changed = urls | {"REDIS_URL": restricted_url, "READINESS_REQUIRED": "postgres,redis"}
     with serving(**changed) as service, consuming(**changed):
         service.wait()
         payment_id = pay(service)
+        # The heartbeat looks for the oldest event that is pending.
+        gateway.delay_seconds = PENDING_SECONDS
+        wait_until_settled(service, pay(service))
+        gateway.delay_seconds = 0.0
         wait_until_settled(service, payment_id)
         eventually(lambda: {b"cache", b"rate"} <= {key.split(b":")[1] for key in old.scan_iter()})
         denied = {entry["object"] for entry in old.acl_log()}
