@@ -11,15 +11,13 @@ from uuid import UUID
 
 from app import process
 from app.patterns import inbox
-from app.patterns.cache_aside import Cache
 from app.patterns.periodic import run_periodically
 from app.patterns.stream_consumer import StreamConsumer
 from app.patterns.stream_group import Message, StreamGroup
-from app.patterns.stream_handler import PoisonError, RetryLaterError, StreamHandler
+from app.patterns.stream_handler import PoisonError, StreamHandler
 from app.payments import repository
 from app.payments.events import CREATED, STREAM, parse_ids, republish_pending
 from app.payments.gateway import CardGateway, open_gateway, trust_authorities
-from app.payments.service import CACHE
 from app.settings import Settings, fail, load_settings
 from app.storage import Storage
 from app.storage.postgres import Database
@@ -42,11 +40,10 @@ class ChargeHandler(StreamHandler):
     def __init__(self, database: Database, redis: RedisClient, gateway: CardGateway) -> None:
         super().__init__(StreamGroup(redis, STREAM, GROUP))
         self.database = database
-        self.cache = Cache(redis, CACHE)
         self.gateway = gateway
 
     async def handle(self, message: Message) -> None:
-        """Charge the payment of an event, settle it, then delete it from the cache."""
+        """Charge the payment of an event and settle it."""
         event_id, payment_id = parse_ids(message)
         if message.fields.get(b"type") != CREATED.encode():
             return  # an event that requires no charge
@@ -60,8 +57,6 @@ class ChargeHandler(StreamHandler):
             # Outside a transaction, since it may take seconds.
             await self.gateway.charge(payment)
             await self._settle(event_id, payment_id)
-        if not await self.cache.delete(str(payment_id)):
-            raise RetryLaterError
 
     async def _settle(self, event_id: UUID, payment_id: UUID) -> None:
         """Settle the payment, unless another delivery of the event has done so."""

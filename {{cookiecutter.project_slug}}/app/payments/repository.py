@@ -4,7 +4,7 @@ from typing import Any
 from uuid import UUID
 
 from app.patterns.pagination import Cursor
-from app.payments.schemas import NewPayment, Payment
+from app.payments.schemas import NewPayment, Payment, Total, Totals
 from app.storage.postgres import Connection
 
 _COLUMNS = "payment_id, amount, currency, reference, status, created_at"
@@ -17,6 +17,11 @@ _LIST_PAGE = f"""
     select {_COLUMNS} from payments where (created_at, payment_id) < ($1, $2)
     order by created_at desc, payment_id desc limit $3
 """  # noqa: S608
+_TOTALS = """
+    select currency, status, count(*) as payments, sum(amount) as amount from payments
+    where created_at > now() - interval '1 day'
+    group by currency, status order by currency, status
+"""
 _SETTLE = "update payments set status = 'settled' where payment_id = $1"
 _CLAIM_DUE = f"""
     update payments
@@ -58,6 +63,12 @@ async def list_page(connection: Connection, limit: int, after: Cursor) -> list[P
     """Return up to `limit` payments after the cursor, newest first."""
     rows = await connection.fetch(_LIST_PAGE, after.created_at, after.row_id, limit)
     return [Payment(**row) for row in rows]
+
+
+async def totals(connection: Connection) -> Totals:
+    """Return the number and the sum of the last day's payments, by currency and status."""
+    rows = await connection.fetch(_TOTALS)
+    return Totals(items=[Total(**row) for row in rows])
 
 
 async def settle(connection: Connection, payment_id: UUID) -> None:

@@ -15,7 +15,7 @@ from app.patterns.idempotency import (
 )
 from app.patterns.pagination import PATTERN, Cursor
 from app.patterns.rate_limit import caller
-from app.payments.schemas import NewPayment, Page, Payment
+from app.payments.schemas import NewPayment, Page, Payment, Totals
 from app.payments.service import Payments, PaymentsDependency
 from app.web.principal import principal
 from app.web.problems import problem_responses
@@ -71,6 +71,14 @@ async def list_page(
     return await payments.list_page(limit, after)
 
 
+# Before the route of one payment, whose path matches this one as well.
+@router.get("/totals", response_model=Totals, responses=problem_responses(503))
+async def totals(payments: PaymentsDependency) -> Response:
+    """Count and sum the payments of the last 24 hours, as of at most 10 s ago."""
+    content = await payments.totals()
+    return Response(content, headers=NO_STORE, media_type="application/json")
+
+
 @router.get(
     "/{payment_id}",
     response_model=Payment,
@@ -80,5 +88,6 @@ async def get(payment_id: UUID, payments: PaymentsDependency) -> Response:
     """Look a payment up."""
     payment = await payments.get(payment_id)
     if payment is not None:
-        return Response(payment, headers=NO_STORE, media_type="application/json")
+        content = payment.model_dump_json()
+        return Response(content, headers=NO_STORE, media_type="application/json")
     raise NotFoundError("There is no such payment.")

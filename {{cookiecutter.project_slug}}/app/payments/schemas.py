@@ -65,6 +65,21 @@ class Payment(BaseModel):
     created_at: datetime
 
 
+class Total(BaseModel):
+    """Payments of one currency and status: their number, and their sum in the minor unit."""
+
+    currency: str
+    status: Literal["pending", "settled"]
+    payments: int
+    amount: int
+
+
+class Totals(BaseModel):
+    """The payments of the last 24 hours."""
+
+    items: list[Total]
+
+
 class Page(BaseModel):
     """Payments, newest first. `next_cursor` is null on the last page."""
 

@@ -1,8 +1,8 @@
-"""Payments: created once per idempotency key, with an event; read through a cache."""
+"""Payments: created once per idempotency key, with an event; totals are cached."""
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, cast
 from uuid import UUID
 
 from fastapi import Depends, Request
@@ -23,11 +23,8 @@ from app.storage.redis import RedisClient
 from app.tasks import background_task
 from app.telemetry.context import request_id
 
-#: The name of the cache, from which the consumer deletes payments that it has settled.
-CACHE = "payments"
-#: Seconds in the cache, by status. A pending payment is cached for a short time only: Redis may be
-#: unavailable when it is settled, and its deletion from the cache fail.
-CACHE_SECONDS = {"pending": 1.0, "settled": 30.0}
+#: Maximum age of the totals. Every payment changes them, so they expire, and nothing deletes them.
+TOTALS_SECONDS = 10.0
 #: Approximate length of the stream. An event that is trimmed unread is republished while its
 #: payment is pending.
 MAX_EVENTS = 100_000
@@ -40,7 +37,7 @@ class Payments:
 
     def __init__(self, settings: Settings, database: Database, redis: RedisClient) -> None:
         self.database = database
-        self.cache = Cache(redis, CACHE)
+        self.totals_cache = Cache(redis, "payment-totals")
         self.limit = RateLimit(redis, "payments", settings.rate_limit_per_minute)
 
     async def create(
@@ -66,19 +63,27 @@ class Payments:
         # Safe to retry after a lost connection, since the key is committed with the payment.
         return await self.database.retry(create_once)
 
-    async def get(self, payment_id: UUID) -> bytes | None:
-        """Return the payment as JSON, or None if it does not exist."""
+    async def get(self, payment_id: UUID) -> Payment | None:
+        """Return the payment, or None if it does not exist.
 
-        async def load() -> Loaded | None:
-            found = await self.database.retry(
-                lambda connection: repository.get(connection, payment_id)
-            )
-            if found is None:
-                return None
-            payment, _ = found
-            return payment.model_dump_json().encode(), CACHE_SECONDS[payment.status]
+        Not through a cache: Redis would cost the service more than this query does.
+        """
+        found = await self.database.retry(lambda connection: repository.get(connection, payment_id))
+        return found[0] if found else None
 
-        return await self.cache.get(str(payment_id), load)
+    async def totals(self) -> bytes:
+        """Return the totals of the last day as JSON, at most `TOTALS_SECONDS` old.
+
+        The query reads every payment of a day, which is dear enough to be cached.
+        """
+
+        async def load() -> Loaded:
+            totals = await self.database.retry(repository.totals)
+            return totals.model_dump_json().encode(), TOTALS_SECONDS
+
+        totals = await self.totals_cache.get("day", load)
+        # Never None, since `load` never returns it.
+        return cast("bytes", totals)
 
     async def list_page(self, limit: int, after: Cursor) -> Page:
         """Return up to `limit` payments after the cursor, newest first."""

@@ -1,14 +1,16 @@
 """Payments over HTTP: created, read and listed; invalid input is rejected without an echo."""
 
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
 
 from app.main import create_app
-from app.patterns import rate_limit
+from app.patterns import cache_aside, rate_limit
+from app.payments import repository
 from app.settings import Settings
 from app.storage import redis
+from app.storage.postgres import Connection, Database
 from tests.conftest import InProcess
 
 VALID = {"amount": 1250, "currency": "EUR", "reference": "order-1"}
@@ -181,6 +183,43 @@ async def test_extreme_cursors_are_valid(client: httpx.AsyncClient) -> None:
     assert oldest.json() == {"items": [], "next_cursor": None}
     newest = await client.get("/payments?cursor=" + "f" * 45)
     assert newest.status_code == 200
+
+
+async def test_totals_are_of_the_last_day_and_cached(
+    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The query is too dear for each request: see `cache_aside`, whose own tests are elsewhere."""
+    monkeypatch.setattr(cache_aside, "BUDGET_SECONDS", 10.0)
+    monkeypatch.setattr(redis, "TIMEOUT_SECONDS", 10.0)
+
+    async def read(client: httpx.AsyncClient) -> dict[str, int]:
+        response = await client.get("/payments/totals")
+        assert response.status_code == 200
+        items = response.json()["items"]
+        return {item["status"]: item["amount"] for item in items if item["currency"] == "XTS"}
+
+    def with_empty_cache() -> InProcess:
+        prefix = {"redis_key_prefix": uuid4().hex}
+        return InProcess(create_app(settings.model_copy(update=prefix)))
+
+    async with with_empty_cache() as client:
+        # Their sum is larger than a bigint.
+        old, settled, *_ = [await post(client, currency="XTS", amount=2**62) for _ in range(5)]
+        await database.retry(lambda connection: age(connection, old.json()["payment_id"]))
+        settled_id = UUID(settled.json()["payment_id"])
+        await database.retry(lambda connection: repository.settle(connection, settled_id))
+        totals = {"pending": 3 * 2**62, "settled": 2**62}
+        assert await read(client) == totals
+        await post(client, currency="XTS", amount=1)
+        assert await read(client) == totals
+    async with with_empty_cache() as client:
+        assert await read(client) == totals | {"pending": 3 * 2**62 + 1}
+
+
+async def age(connection: Connection, payment_id: str) -> None:
+    """Make a payment older than a day."""
+    older = "update payments set created_at = now() - interval '25 h' where payment_id = $1"
+    await connection.execute(older, payment_id)
 
 
 async def test_caller_over_the_rate_limit_gets_429(
