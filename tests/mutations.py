@@ -555,6 +555,21 @@ MUTATIONS = [
         pod("volumes.1.emptyDir.sizeLimit", "64Mi"),
     ),
     mutation(
+        "/dev/shm smaller than the metrics",
+        "need 12 MB of /dev/shm, which has 4 MB",
+        pod("volumes.1.emptyDir.sizeLimit", "4Mi"),
+    ),
+    mutation(
+        "METRICS_MAX_LABEL_SETS too high for /dev/shm",
+        "METRICS_MAX_LABEL_SETS=10000",
+        setting("METRICS_MAX_LABEL_SETS", "10000"),
+    ),
+    mutation(
+        "METRICS_BUCKETS without the bound of the objective",
+        "METRICS_BUCKETS=0.1,1 has no 0.5",
+        setting("METRICS_BUCKETS", "0.1,1"),
+    ),
+    mutation(
         "bodies larger than /tmp",
         "MAX_BUFFERED_BYTES=20000000",
         setting("MAX_BUFFERED_BYTES", "20000000"),

@@ -1,10 +1,12 @@
 """Validated types for settings. Each error describes a valid value."""
 
 import ipaddress
+import math
 import re
 import socket
 import zoneinfo  # jobs
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -283,6 +285,23 @@ MetricsPrefix = Annotated[
         "letters, digits and underscores, the last an underscore, for example orders_",
     ),
 ]
+
+
+def _parse_buckets(value: str | tuple[float, ...]) -> tuple[float, ...]:
+    """Return upper bounds of buckets. Raises `ValueError` for those that a histogram cannot use."""
+    texts = value.replace(",", " ").split() if isinstance(value, str) else value
+    try:
+        bounds = tuple(float(text) for text in texts)
+    except ValueError:
+        bounds = ()
+    is_ascending = all(low < high for low, high in pairwise((0, *bounds, math.inf)))
+    if not bounds or not is_ascending:
+        msg = "must be seconds above 0, comma-separated and ascending, for example 0.1,0.5,1"
+        raise ValueError(msg)
+    return bounds
+
+
+MetricsBuckets = Annotated[tuple[float, ...], NoDecode, BeforeValidator(_parse_buckets)]
 PathPrefix = Annotated[
     str, _matches(r"(/\S*[^/\s])?", "a path without a slash at its end, for example /api")
 ]

@@ -25,6 +25,7 @@ from app.setting_types import (
     LogFields,
     LogLevel,
     LowerCase,
+    MetricsBuckets,
     MetricsPrefix,
     NonNegative,
     Origins,
@@ -128,6 +129,8 @@ class Settings(BaseSettings):
     metrics_bind: HostPort = HostPort("127.0.0.1:9464")
     prometheus_multiproc_dir: Path | None = None
     metrics_prefix: MetricsPrefix = ""
+    metrics_buckets: MetricsBuckets = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+    metrics_max_label_sets: PositiveInt = 1_000
 
     # Limits of requests
     max_header_bytes: PositiveInt = 32_768

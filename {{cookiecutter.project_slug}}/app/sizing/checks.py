@@ -8,13 +8,15 @@ from urllib.parse import urlsplit
 from app.settings import Settings
 from app.sizing.plan import (
     BASE_MEMORY_MB,
+    EXITED_WORKERS,
     MIN_CONNECTIONS,
     OTHER_CONNECTIONS,
     USABLE_MEMORY,
+    metrics_bytes,
     pod_connections,
     workers_by_memory,
 )
-from app.sizing.resources import Resources
+from app.sizing.resources import MEGABYTE, Resources
 
 #: Maximum duration of a blocking step: a cold import on a throttled CPU, a large document.
 BLOCKING_STEP_SECONDS = 30
@@ -26,6 +28,8 @@ GRACE_MARGIN_SECONDS = 10
 #: the pods of two releases, and the surge.
 WORKERS_OF_A_RELEASE = 10
 SURGE = 1
+#: The bound of a slow request in deploy/observe/prometheus/rules/objectives.yaml.
+OBJECTIVE_SECONDS = 0.5
 #: The ports on which a collector accepts OTLP over gRPC, and over HTTP.
 GRPC_PORT = 4317
 HTTP_PORT = 4318
@@ -89,6 +93,36 @@ def workers_fit_the_memory(pod: Pod) -> str | None:
     return (
         f"{pod.workers} workers need {needed_mb} MB, more than {USABLE_MEMORY:.0%} of "
         f"{limit_mb} MB: raise the memory limit{fewer_workers}"
+    )
+
+
+@check
+def metrics_fit_into_the_shared_memory(pod: Pod) -> str | None:
+    """Keep the label sets that the workers may have in /dev/shm, where the metrics are."""
+    settings = pod.settings
+    available = pod.resources.shared_memory_bytes
+    needed = metrics_bytes(settings, pod.workers)
+    if available is None or settings.prometheus_multiproc_dir or needed <= available:
+        return None
+    fitting = settings.metrics_max_label_sets * available // needed
+    return (
+        f"METRICS_MAX_LABEL_SETS={settings.metrics_max_label_sets} for {pod.workers} workers and "
+        f"{EXITED_WORKERS} that have exited need {math.ceil(needed / MEGABYTE)} MB of /dev/shm, "
+        f"which has {available // MEGABYTE} MB, so metrics become incomplete: enlarge it, or set "
+        f"METRICS_MAX_LABEL_SETS={fitting}"
+    )
+
+
+@check
+def buckets_have_the_bound_of_the_objective(pod: Pod) -> str | None:
+    """Count the slow requests: the objective of latency reads the bucket of this bound."""
+    buckets = pod.settings.metrics_buckets
+    if OBJECTIVE_SECONDS in buckets:
+        return None
+    shown = ",".join(f"{bound:g}" for bound in buckets)
+    return (
+        f"METRICS_BUCKETS={shown} has no {OBJECTIVE_SECONDS:g}, so the alerts on latency never "
+        f"fire: add {OBJECTIVE_SECONDS:g}, or change the objective and its rules"
     )
 
 

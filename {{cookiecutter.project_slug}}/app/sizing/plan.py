@@ -19,6 +19,11 @@ MIN_CONNECTIONS = 2
 DEFAULT_CONNECTIONS = 8
 #: Three connections that Postgres reserves for its superuser, two of the migration.
 OTHER_CONNECTIONS = 5
+#: An upper bound for each value of a label set in the files of metrics: the sum, and one for each
+#: bucket. With a route of 40 characters they use 295 bytes on average.
+METRIC_VALUE_BYTES = 300
+#: Files of metrics as large as a worker's: those of a worker that has exited, and their archive.
+EXITED_WORKERS = 2
 #: The pods during the rollout of a release of one pod, the surge included.
 MIN_PODS = 3
 
@@ -57,6 +62,13 @@ def pod_connections(settings: Settings, workers: int) -> int:
         return settings.database_max_connections
     available = (settings.postgres_max_connections - OTHER_CONNECTIONS) // MIN_PODS
     return max(MIN_CONNECTIONS, min(DEFAULT_CONNECTIONS * workers, available))
+
+
+def metrics_bytes(settings: Settings, workers: int) -> int:
+    """Return the bytes of /dev/shm that the metrics of requests use at most."""
+    values = len(settings.metrics_buckets) + 2
+    per_worker = settings.metrics_max_label_sets * values * METRIC_VALUE_BYTES
+    return (workers + EXITED_WORKERS) * per_worker
 
 
 def workers_by_memory(settings: Settings, resources: Resources) -> int:

@@ -12,12 +12,16 @@ MEGABYTE = 1 << 20
 
 
 class Resources(NamedTuple):
-    """CPUs, fractions included, and memory in bytes; with the source of each."""
+    """CPUs, fractions included, and memory in bytes; with the source of each.
+
+    `shared_memory_bytes` is the size of /dev/shm, which holds the metrics; None without one.
+    """
 
     cpus: float
     memory_bytes: int
     cpu_source: str = "given"
     memory_source: str = "given"
+    shared_memory_bytes: int | None = None
 
     @property
     def megabytes(self) -> int:
@@ -42,7 +46,17 @@ def detect_resources(root: Path = Path("/")) -> Resources:
             memory_limits.append(memory_limit)
     cpus, cpu_source = min(cpu_limits)
     memory_bytes, memory_source = min(memory_limits)
-    return Resources(cpus, memory_bytes, cpu_source, memory_source)
+    shared_memory_bytes = _file_system_bytes(root / "dev/shm")
+    return Resources(cpus, memory_bytes, cpu_source, memory_source, shared_memory_bytes)
+
+
+def _file_system_bytes(directory: Path) -> int | None:
+    """Return the size of the file system of a directory, None if there is no directory."""
+    try:
+        system = os.statvfs(directory)
+    except OSError:
+        return None
+    return system.f_blocks * system.f_frsize
 
 
 def _host_cpus() -> int:

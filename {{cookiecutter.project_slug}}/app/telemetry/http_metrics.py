@@ -4,27 +4,56 @@ metrics_server.py adds up those of all workers.
 """
 
 import asyncio
+import logging
 from bisect import bisect_left
 from collections.abc import Mapping, Sized
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.utils import floatToGoString
 
+from app.settings import Settings
 from app.telemetry.exemplars import Exemplars
 from app.telemetry.process_metrics import dropped_log_lines
 from app.telemetry.stdout import LOG_LINES
 
-#: Seconds; OpenTelemetry's advice for `http.server.request.duration`.
-BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 #: Maximum age of counts that are not in the files yet; the metrics process waits for them.
 FLUSH_SECONDS = 0.1
 DURATION = "http_server_request_duration_seconds"
-#: The upper bounds as in the label `le`.
-_BOUNDS = tuple(floatToGoString(bound) for bound in (*BUCKETS, float("inf")))
 LABELS = ("http_request_method", "http_route", "http_response_status_code")
 #: Seconds to days: streams last.
 STREAM_BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 14_400, 86_400)
 STREAM_LABELS = ("kind", "http_route")
+#: The route of the requests beyond `METRICS_MAX_LABEL_SETS`.
+OTHER_ROUTE = "_OTHER"
+#: The routes that are always counted by name: few, and the alerts select them.
+_ALWAYS_NAMED = ("unmatched", "/health/")
+
+logger = logging.getLogger("app.metrics")
+
+
+class RouteCap:
+    """Admits the routes of new label sets, up to `METRICS_MAX_LABEL_SETS` of them.
+
+    Each label set takes 4 kB of /dev/shm in each worker, and 0.3 ms of each scrape.
+    """
+
+    def __init__(self, maximum: int) -> None:
+        self.maximum = maximum
+        self.admitted = 0
+        self.is_logged = False
+
+    def __call__(self, route: str) -> str:
+        """Return the route under which a new label set is counted: its own, or `_OTHER`."""
+        if route.startswith(_ALWAYS_NAMED):
+            return route
+        if self.admitted < self.maximum:
+            self.admitted += 1
+            return route
+        if not self.is_logged:
+            self.is_logged = True
+            text = "METRICS_MAX_LABEL_SETS=%d reached: further routes are counted as %s, from %s on"
+            logger.warning(text, self.maximum, OTHER_ROUTE, route)
+        return OTHER_ROUTE
 
 
 class HttpMetrics:
@@ -38,27 +67,25 @@ class HttpMetrics:
     """
 
     def __init__(
-        self, in_flight: Sized, max_in_flight: int, stream_counts: Mapping[str, int]
+        self, settings: Settings, in_flight: Sized, stream_counts: Mapping[str, int]
     ) -> None:
         """`in_flight`: the requests being served; its length is the gauge.
 
-        `max_in_flight`: the maximum of that. `stream_counts`: the number of open streams by kind.
+        `stream_counts`: the number of open streams by kind.
         """
         registry = CollectorRegistry()
+        self.buckets = settings.metrics_buckets
+        #: The upper bounds as in the label `le`.
+        self.bounds = tuple(floatToGoString(bound) for bound in (*self.buckets, float("inf")))
         text = "Duration of HTTP server requests."
-        self.duration = Histogram(DURATION, text, LABELS, buckets=BUCKETS, registry=registry)
+        self.duration = Histogram(DURATION, text, LABELS, buckets=self.buckets, registry=registry)
         self.exemplars = Exemplars()
         text = "Requests being served now."
         self.active = _sum_of_workers("http_server_active_requests", text, registry)
         text = "Requests that may be served at once; more are rejected with 503."
-        _sum_of_workers("http_server_active_requests_limit", text, registry).set(max_in_flight)
-        text = "Streams and WebSockets that are open now."
-        self.active_streams = _sum_of_workers("http_server_active_streams", text, registry, "kind")
-        name = "http_server_stream_duration_seconds"
-        text = "Duration of streams and WebSockets."
-        self.stream_duration = Histogram(
-            name, text, STREAM_LABELS, buckets=STREAM_BUCKETS, registry=registry
-        )
+        limit = _sum_of_workers("http_server_active_requests_limit", text, registry)
+        limit.set(settings.max_in_flight)
+        self._make_stream_metrics(registry)
         text = "Exceptions that nothing handled: bugs."
         self.unhandled = Counter("http_server_unhandled_exceptions", text, registry=registry)
         text = "Access lines dropped because stdout did not accept them."
@@ -68,7 +95,19 @@ class HttpMetrics:
         self.stream_counts = stream_counts
         #: By method, route and status: the requests in each bucket, then their seconds in total.
         self.counts: dict[tuple[str, str, int], list[float]] = {}
+        self.admit_route = RouteCap(settings.metrics_max_label_sets)
         self.is_flush_scheduled = False
+
+    def _make_stream_metrics(self, registry: CollectorRegistry) -> None:
+        text = "Streams and WebSockets that are open now."
+        self.active_streams = _sum_of_workers("http_server_active_streams", text, registry, "kind")
+        name = "http_server_stream_duration_seconds"
+        text = "Duration of streams and WebSockets."
+        self.stream_duration = Histogram(
+            name, text, STREAM_LABELS, buckets=STREAM_BUCKETS, registry=registry
+        )
+        #: By kind and route: the streams that have been counted.
+        self.streams: set[tuple[str, str]] = set()
 
     def schedule_flush(self) -> None:
         """Flush within `FLUSH_SECONDS`."""
@@ -78,11 +117,8 @@ class HttpMetrics:
 
     def record(self, labels: tuple[str, str, int], seconds: float) -> None:
         """Count a request by method, route and status."""
-        counts = self.counts.get(labels)
-        if counts is None:
-            counts = [0] * (len(BUCKETS) + 2)
-            self.counts[labels] = counts
-        counts[bisect_left(BUCKETS, seconds)] += 1
+        counts = self.counts.get(labels) or self._new_counts(labels)
+        counts[bisect_left(self.buckets, seconds)] += 1
         counts[-1] += seconds
         if not self.is_flush_scheduled:
             self.schedule_flush()
@@ -91,10 +127,15 @@ class HttpMetrics:
         self, labels: tuple[str, str, int], seconds: float, ids: Mapping[str, str]
     ) -> None:
         """Keep a request that is traced as the exemplar of its bucket, until the next one."""
-        self.exemplars.note(labels, _BOUNDS[bisect_left(BUCKETS, seconds)], seconds, ids)
+        if labels not in self.counts:
+            labels = (labels[0], OTHER_ROUTE, labels[2])
+        self.exemplars.note(labels, self.bounds[bisect_left(self.buckets, seconds)], seconds, ids)
 
     def record_stream(self, kind: str, route: str, seconds: float) -> None:
         """Count a stream that has ended."""
+        if (kind, route) not in self.streams:
+            route = self.admit_route(route)
+            self.streams.add((kind, route))
         self.stream_duration.labels(kind, route).observe(seconds)
         if not self.is_flush_scheduled:
             self.schedule_flush()
@@ -112,6 +153,12 @@ class HttpMetrics:
                 counts[:] = [0] * len(counts)
         if self.exemplars.is_changed:
             self.exemplars.write()
+
+    def _new_counts(self, labels: tuple[str, str, int]) -> list[float]:
+        """Return the counts of labels that are not counted by name yet."""
+        method, route, status = labels
+        admitted = (method, self.admit_route(route), status)
+        return self.counts.setdefault(admitted, [0] * (len(self.buckets) + 2))
 
     def _add(self, labels: tuple[str, str, int], counts: list[float]) -> None:
         """Add counts to the histogram: it has no public method to observe many at once."""

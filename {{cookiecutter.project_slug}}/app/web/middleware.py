@@ -103,9 +103,7 @@ class RequestMiddleware:
         self.cors = cors
         self.app_with_proxy_headers = with_proxy_headers(app, settings.forwarded_allow_ips)
         self.limits = Limits(settings, router.routes)
-        self.metrics = HttpMetrics(
-            self.limits, self.limits.max_in_flight, self.limits.stream_counts
-        )
+        self.metrics = HttpMetrics(settings, self.limits, self.limits.stream_counts)
         self.access_log = AccessLog(settings, self.metrics.dropped_lines.inc)
         self.request_ids = generate_request_ids()
 

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from app.settings import Settings
+from app.sizing.checks import OBJECTIVE_SECONDS
 from scripts import rules
 from tests.documented_metrics import documented
 from tests.service_process import PROJECT
@@ -51,6 +53,15 @@ def prefix() -> str:
     found = re.search(r"(\w*)worker_processes\{", text)
     assert found is not None
     return found[1]
+
+
+def test_rules_read_buckets_that_exist() -> None:
+    """A selector of a bound that no bucket has selects nothing, and its alert never fires."""
+    texts = [path.read_text() for path in RULES]
+    pattern = r'http_server_request_duration_seconds_bucket\{.*?le="([\d.]+)"'
+    bounds = {float(bound) for text in texts for bound in re.findall(pattern, text)}
+    assert bounds == {OBJECTIVE_SECONDS}
+    assert bounds <= set(Settings.model_fields["metrics_buckets"].default)
 
 
 def unknown_metrics(text: str) -> Iterator[str]:

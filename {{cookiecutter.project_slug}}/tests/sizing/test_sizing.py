@@ -1,5 +1,6 @@
 """The size of a pod: detected resources, the plan, conflicting settings."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,13 @@ def test_defaults_pass_every_check(cpus: float) -> None:
         ({"web_concurrency": 3}, "3 workers on 2 CPUs"),
         ({"worker_memory_mb": 900}, "2 workers need 1880 MB"),
         ({"worker_memory_mb": 2000, "web_concurrency": 1}, "raise the memory limit"),
+        (
+            {"metrics_max_label_sets": 2_000},
+            "METRICS_MAX_LABEL_SETS=2000 for 2 workers and 2 that have exited need 30 MB of "
+            "/dev/shm, which has 20 MB",
+        ),
+        ({"metrics_max_label_sets": 2_000}, "or set METRICS_MAX_LABEL_SETS=1344"),
+        ({"metrics_buckets": (0.1, 1)}, "METRICS_BUCKETS=0.1,1 has no 0.5"),
         ({"worker_timeout_seconds": 0}, "WORKER_TIMEOUT_SECONDS=0"),
         ({"worker_timeout_seconds": 29}, "WORKER_TIMEOUT_SECONDS=29"),
         (
@@ -190,11 +198,37 @@ def test_defaults_pass_every_check(cpus: float) -> None:
 )
 def test_each_conflict_is_reported(settings: dict[str, Any], words: str) -> None:
     conflicting = Settings(**settings)
-    resources = Resources(2, 2048 * MB)
+    resources = Resources(2, 2048 * MB, shared_memory_bytes=20 * MB)
     workers = conflicting.web_concurrency or 2
     replicas = default_replicas(workers)
     (problem,) = check_settings(conflicting, resources, workers, replicas)
     assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("workers", "shared_memory_mb", "settings"),
+    [
+        (2, 16, {}),
+        (15, 64, {}),
+        (4, None, {"metrics_max_label_sets": 100_000}),
+        (4, 16, {"prometheus_multiproc_dir": Path("/data/metrics")}),
+        (4, 16, {"metrics_max_label_sets": 500}),
+    ],
+)
+def test_metrics_that_fit_into_the_shared_memory_pass_every_check(
+    workers: int, shared_memory_mb: int | None, settings: dict[str, Any]
+) -> None:
+    """16 MB: deploy/k8s. 64 MB: the default of a container without Kubernetes."""
+    shared = shared_memory_mb * MB if shared_memory_mb else None
+    resources = Resources(workers, 8192 * MB, shared_memory_bytes=shared)
+    assert check_settings(Settings(**settings), resources, workers, replicas=1) == []
+
+
+def test_size_of_the_shared_memory_is_read(tmp_path: Path) -> None:
+    assert detect_resources(tmp_path).shared_memory_bytes is None
+    (tmp_path / "dev/shm").mkdir(parents=True)
+    size = shutil.disk_usage(tmp_path).total
+    assert detect_resources(tmp_path).shared_memory_bytes == size
 
 
 @pytest.mark.parametrize(

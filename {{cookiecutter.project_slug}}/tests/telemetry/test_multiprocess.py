@@ -28,8 +28,10 @@ print("done", flush=True)
 sys.stdin.read()
 """
 COUNT_ONE_REQUEST = """
+from app.settings import Settings
 from app.telemetry.http_metrics import HttpMetrics
-metrics = HttpMetrics(in_flight=["one request"], max_in_flight=9, stream_counts={"stream": 1})
+settings = Settings(max_in_flight=9)
+metrics = HttpMetrics(settings, in_flight=["one request"], stream_counts={"stream": 1})
 metrics.is_flush_scheduled = True  # there is no event loop
 metrics.record(("GET", "/", 200), 1)
 metrics.flush()

@@ -34,7 +34,11 @@ SHARED_MEMORY = "/dev/shm"
 @rule
 def settings_agree_with_each_other_and_the_limits(d: Deployed) -> Problems:
     """The rules of `make doctor`. Connections are counted below, where the surge is known."""
-    resources = api_resources(d)
+    document = d.one("Deployment")
+    mount = _mounts(d, document).get(SHARED_MEMORY)
+    shared_memory = _memory_limit(document, mount) if mount else None
+    shared_memory_bytes = None if shared_memory is None else int(shared_memory * MEGABYTE)
+    resources = api_resources(d)._replace(shared_memory_bytes=shared_memory_bytes)
     workers = plan_workers(d.settings, resources).workers
     for problem in check_settings(d.settings, resources, workers, replicas=0):
         yield f"ConfigMap: {problem}"
