@@ -1,7 +1,7 @@
 """Inbox: a redelivered message has its effect once.
 
 Brokers deliver at least once; no option of theirs changes that. The row and the effect are
-committed in one transaction: either both exist, or neither.
+committed in one transaction, or by one statement: either both exist, or neither.
 """
 
 from uuid import UUID
@@ -10,7 +10,9 @@ from app.storage.postgres import Connection, delete_older
 
 #: Rows expire after 30 days. A message must not be redelivered later than that.
 EXPIRY_HOURS = 30 * 24
-_CLAIM = "insert into inbox (message_id) values ($1) on conflict do nothing returning true"
+#: Records the message `$1`; returns a row unless it was recorded before. An effect of one statement
+#: depends on it as `with claimed as (CLAIM) update ... where ... and exists (select from claimed)`.
+CLAIM = "insert into inbox (message_id) values ($1) on conflict do nothing returning true"
 
 
 async def claim(connection: Connection, message_id: UUID) -> bool:
@@ -22,7 +24,7 @@ async def claim(connection: Connection, message_id: UUID) -> bool:
     if not connection.is_in_transaction():
         msg = "a message must be claimed in the transaction of its effect"
         raise RuntimeError(msg)
-    return await connection.fetchval(_CLAIM, message_id) is True
+    return await connection.fetchval(CLAIM, message_id) is True
 
 
 async def delete_expired(connection: Connection, batch: int) -> int:

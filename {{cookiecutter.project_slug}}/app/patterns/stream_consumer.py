@@ -17,6 +17,8 @@ from app.tasks import StateLog, background_task, describe, run_to_completion
 BEAT_SECONDS = 1.0
 #: Pause after a read that has found no message.
 POLL_SECONDS = 0.1
+#: Maximum wait of a free place for further ones, so that a read fetches several messages.
+GATHER_SECONDS = 0.002
 #: Pause after a read that has failed.
 PAUSE_SECONDS = 1.0
 #: Time limit for a cancelled message to end.
@@ -51,6 +53,8 @@ class StreamConsumer:
         self.is_stopping = False
         #: Messages in progress, by entry.
         self.in_progress: dict[bytes, asyncio.Task[None]] = {}
+        #: Set while at least half of the places are free.
+        self.is_half_free = asyncio.Event()
         self.sources = [self.group.read, self.group.reclaim]
 
     async def run(self, grace_seconds: float) -> None:
@@ -112,18 +116,33 @@ class StreamConsumer:
             task = asyncio.create_task(self.handler.serve(message))
             self.in_progress[message.entry] = task
             task.add_done_callback(partial(self._forget, message.entry))
+        self._note_places()
         return len(new)
 
     def _forget(self, entry: bytes, _: asyncio.Task[None]) -> None:
         del self.in_progress[entry]
+        self._note_places()
+
+    def _note_places(self) -> None:
+        if 2 * len(self.in_progress) <= self.concurrency:
+            self.is_half_free.set()
+        else:
+            self.is_half_free.clear()
 
     async def _pause(self, started: int) -> None:
-        """Wait for room if there is none, or for messages if none was found."""
+        """Wait for places if none is free, or for messages if none was found."""
         if len(self.in_progress) == self.concurrency:
             tasks = self.in_progress.values()
             await asyncio.wait(tasks, timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await self._gather_places()
         elif started == 0:
             await asyncio.sleep(POLL_SECONDS)
+
+    async def _gather_places(self) -> None:
+        """Wait until half of the places are free, but not long: one message may take seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GATHER_SECONDS):
+                await self.is_half_free.wait()
 
     async def _finish(self, grace_seconds: float) -> None:
         """Wait for the messages in progress, then cancel the rest and wait for these."""
@@ -133,6 +152,8 @@ class StreamConsumer:
                 _, unfinished = await asyncio.wait(tasks, timeout=seconds)
                 for task in unfinished:
                     task.cancel()
+        if self.group.acknowledging:
+            await self.group.acknowledging
 
     async def _heartbeat(self) -> None:
         """Keep the messages in progress alive, and count the others, until cancelled."""

@@ -6,6 +6,7 @@ one name: the names of dead ones would accumulate.
 """
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -69,6 +70,9 @@ class StreamGroup:
         self.group = redis.key(group)
         self.scan_cursor = _START
         self.next_scan_at = 0.0
+        #: Entries of handled messages, and the futures of the tasks that wait.
+        self.unacknowledged: list[tuple[bytes, asyncio.Future[None]]] = []
+        self.acknowledging: asyncio.Task[None] | None = None
 
     async def create(self) -> None:
         """Create the group at the beginning of the stream, unless it exists."""
@@ -132,8 +136,33 @@ class StreamGroup:
             )
 
     async def acknowledge(self, message: Message) -> None:
-        """Acknowledge a message: it is not delivered again."""
-        await self.redis.xack(self.stream, self.group, message.entry)
+        """Acknowledge a message: it is not delivered again.
+
+        Messages that end while a command is on its way are acknowledged together by the next one.
+        They stay in the stream, for the groups of other services; its length is limited.
+        """
+        acknowledged = asyncio.get_running_loop().create_future()
+        self.unacknowledged.append((message.entry, acknowledged))
+        if self.acknowledging is None:
+            # An empty context: its commands belong to no single message.
+            empty = contextvars.Context()
+            self.acknowledging = asyncio.create_task(self._acknowledge_all(), context=empty)
+        await acknowledged
+
+    async def _acknowledge_all(self) -> None:
+        """Acknowledge messages until none is left. An error is raised in all that wait for it."""
+        while self.unacknowledged:
+            batch = self.unacknowledged
+            self.unacknowledged = []
+            entries = [entry for entry, _ in batch]
+            error: Exception | None = None
+            try:
+                await self.redis.xack(self.stream, self.group, *entries)
+            except Exception as failure:  # noqa: BLE001 - raised by `acknowledge`
+                error = failure
+            for _, acknowledged in batch:
+                _conclude(acknowledged, error)
+        self.acknowledging = None
 
     async def dead_letter(self, message: Message, reason: str) -> None:
         """Move a message to the dead-letter stream, with the reason for operators.
@@ -169,6 +198,16 @@ class StreamGroup:
         after = b"(" + group.get("last-delivered-id", b"0-0")
         entries = await self.redis.xrange(self.stream, min=after, count=1)
         return bytes(entries[0][0]) if entries else None
+
+
+def _conclude(waiting: asyncio.Future[None], error: Exception | None) -> None:
+    """End the wait of a task, which may have been cancelled meanwhile."""
+    if waiting.done():
+        return
+    if error is None:
+        waiting.set_result(None)
+    else:
+        waiting.set_exception(error)
 
 
 def _milliseconds(entry: bytes) -> int:

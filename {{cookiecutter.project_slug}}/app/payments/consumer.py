@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from uuid import UUID
 
 from app import process
-from app.patterns import inbox
 from app.patterns.periodic import run_periodically
 from app.patterns.stream_consumer import StreamConsumer
 from app.patterns.stream_group import Message, StreamGroup
@@ -59,10 +58,10 @@ class ChargeHandler(StreamHandler):
             await self._settle(event_id, payment_id)
 
     async def _settle(self, event_id: UUID, payment_id: UUID) -> None:
-        """Settle the payment, unless another delivery of the event has done so."""
-        async with self.database.acquire() as connection, connection.transaction():
-            if await inbox.claim(connection, event_id):
-                await repository.settle(connection, payment_id)
+        """Settle the payment. Safe to retry after a lost connection."""
+        await self.database.retry(
+            lambda connection: repository.settle(connection, event_id, payment_id)
+        )
 
     async def on_group_missing(self) -> None:
         """Republish every pending payment, unless it was declined."""

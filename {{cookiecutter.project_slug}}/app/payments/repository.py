@@ -3,6 +3,7 @@
 from typing import Any
 from uuid import UUID
 
+from app.patterns import inbox
 from app.patterns.pagination import Cursor
 from app.payments.schemas import NewPayment, Payment, Total, Totals
 from app.storage.postgres import Connection
@@ -22,7 +23,10 @@ _TOTALS = """
     where created_at > now() - interval '1 day'
     group by currency, status order by currency, status
 """
-_SETTLE = "update payments set status = 'settled' where payment_id = $1"
+_SETTLE = f"""
+    with claimed as ({inbox.CLAIM})
+    update payments set status = 'settled' where payment_id = $2 and exists (select from claimed)
+"""  # noqa: S608
 _CLAIM_DUE = f"""
     update payments
     set announce_at = now() + least(greatest(now() - created_at, '1 minute'), '1 hour')
@@ -71,9 +75,12 @@ async def totals(connection: Connection) -> Totals:
     return Totals(items=[Total(**row) for row in rows])
 
 
-async def settle(connection: Connection, payment_id: UUID) -> None:
-    """Mark the payment as charged."""
-    await connection.execute(_SETTLE, payment_id)
+async def settle(connection: Connection, event_id: UUID, payment_id: UUID) -> None:
+    """Mark the payment as charged, unless another delivery of the event has done so.
+
+    One statement: the event is recorded if and only if the payment is settled.
+    """
+    await connection.execute(_SETTLE, event_id, payment_id)
 
 
 async def claim_due(connection: Connection, limit: int) -> list[Payment]:

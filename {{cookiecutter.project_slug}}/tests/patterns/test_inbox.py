@@ -32,6 +32,22 @@ async def test_claim_is_rolled_back_with_its_effect(database: Database) -> None:
             assert await inbox.claim(connection, message_id)
 
 
+async def test_statement_that_depends_on_the_claim_has_its_effect_once(database: Database) -> None:
+    """Without a transaction around it, and with concurrent deliveries."""
+    message_id = uuid4()
+    apply = f"""
+        with claimed as ({inbox.CLAIM})
+        insert into inbox (message_id) select $2 where exists (select from claimed) returning true
+    """
+
+    async def receive() -> bool | None:
+        async with database.acquire() as connection:
+            return await connection.fetchval(apply, message_id, uuid4())  # type: ignore[no-any-return]
+
+    effects = await asyncio.gather(*(receive() for _ in range(10)))
+    assert effects.count(True) == 1
+
+
 async def test_claim_outside_a_transaction_is_rejected(database: Database) -> None:
     async with database.acquire() as connection:
         with pytest.raises(RuntimeError, match="transaction"):

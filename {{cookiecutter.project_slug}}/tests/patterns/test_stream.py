@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from app.patterns import stream_consumer, stream_group
 from app.patterns.stream_consumer import StreamConsumer
@@ -390,3 +393,91 @@ async def test_dead_letters_are_in_the_metrics(client: RedisClient) -> None:
         await send(client, "poison")
         await eventually(lambda: waiting("dead_lettered") == 1)
         await eventually(lambda: lag() == 0)
+
+
+class CountedCommands:
+    """Counts the commands to Redis with a name, and the entries in them."""
+
+    def __init__(self, client: RedisClient, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = 0
+        self.original = getattr(client, name)
+        #: Raised by the next command.
+        self.error: Exception | None = None
+        monkeypatch.setattr(client, name, self.call)
+
+    async def call(self, *arguments: Any, **options: Any) -> Any:
+        self.calls += 1
+        if self.error:
+            error = self.error
+            self.error = None
+            raise error
+        return await self.original(*arguments, **options)
+
+
+async def test_messages_are_read_and_acknowledged_in_batches(
+    client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XACK accepts several entries: https://redis.io/docs/latest/commands/xack/."""
+
+    async def work(_: Message) -> None:
+        await asyncio.sleep(0.001 * random.random())
+
+    handler = Handler(client, work)
+    acknowledgements = CountedCommands(handler.group.redis, "xack", monkeypatch)
+    reads = CountedCommands(handler.group.reader, "xreadgroup", monkeypatch)
+    await handler.group.create()
+    await send(client, *map(str, range(400)))
+    async with consuming(handler, 20):
+        await eventually(lambda: len(handler.seen) == 400)
+    assert await pending(client) == 0
+    assert acknowledgements.calls < 400 / 2
+    # Half of the places are ten; the last reads find nothing.
+    assert reads.calls < 400 / 4
+
+
+async def test_free_place_is_used_while_other_messages_take_long(client: RedisClient) -> None:
+    """The wait for half of the places is a moment, not the time of the slowest message."""
+    is_done = asyncio.Event()
+
+    async def work(message: Message) -> None:
+        if message.fields[b"name"].startswith(b"long"):
+            await is_done.wait()
+
+    handler = Handler(client, work)
+    await send(client, *(f"long {number}" for number in range(7)), *map(str, range(50)))
+    async with consuming(handler, 8):
+        await eventually(lambda: len(handler.seen) == 57)
+        assert handler.running == 7
+        is_done.set()
+
+
+async def test_failed_acknowledgement_is_that_of_each_message_in_it(
+    client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them counts as done; each is redelivered, and found done."""
+    handler = Handler(client)
+    acknowledgements = CountedCommands(handler.group.redis, "xack", monkeypatch)
+    acknowledgements.error = RedisConnectionError("lost")
+    later = handled("later")
+    await handler.group.create()
+    await send(client, "a", "b", "c")
+    async with consuming(handler):
+        await eventually(lambda: len(handler.seen) == 3)
+        await eventually(lambda: handled("later") > later)
+    failed = int(handled("later") - later)
+    assert await pending(client) == failed
+
+
+async def test_cancelled_acknowledgement_does_not_delay_the_others(client: RedisClient) -> None:
+    group = StreamGroup(client, "events", "group")
+    await group.create()
+    await send(client, "a", "b")
+    async with group.reader:
+        first, second = await group.read(2)
+    cancelled = asyncio.create_task(group.acknowledge(first))
+    other = asyncio.create_task(group.acknowledge(second))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    await other
+    assert await pending(client) == 0
+    assert group.acknowledging is None or group.acknowledging.done()

@@ -1,5 +1,6 @@
 """Payments over HTTP: created, read and listed; invalid input is rejected without an echo."""
 
+import asyncio
 from uuid import UUID, uuid4
 
 import httpx
@@ -207,13 +208,36 @@ async def test_totals_are_of_the_last_day_and_cached(
         old, settled, *_ = [await post(client, currency="XTS", amount=2**62) for _ in range(5)]
         await database.retry(lambda connection: age(connection, old.json()["payment_id"]))
         settled_id = UUID(settled.json()["payment_id"])
-        await database.retry(lambda connection: repository.settle(connection, settled_id))
+        await database.retry(lambda connection: repository.settle(connection, uuid4(), settled_id))
         totals = {"pending": 3 * 2**62, "settled": 2**62}
         assert await read(client) == totals
         await post(client, currency="XTS", amount=1)
         assert await read(client) == totals
     async with with_empty_cache() as client:
         assert await read(client) == totals | {"pending": 3 * 2**62 + 1}
+
+
+async def test_delivered_event_settles_once_in_one_statement(
+    client: httpx.AsyncClient, database: Database
+) -> None:
+    """Concurrent deliveries too; a statement of its own is a transaction of its own."""
+    payment_id = UUID((await post(client)).json()["payment_id"])
+    event_id = uuid4()
+    deliveries = [
+        database.retry(lambda connection: repository.settle(connection, event_id, payment_id))
+        for _ in range(5)
+    ]
+    await asyncio.gather(*deliveries)
+    async with database.acquire() as connection:
+        read = "select status from payments where payment_id = $1"
+        assert await connection.fetchval(read, payment_id) == "settled"
+        count = "select count(*) from inbox where message_id = $1"
+        assert await connection.fetchval(count, event_id) == 1
+        # Whatever undid it: a later delivery of the same event has no effect.
+        undo = "update payments set status = 'pending' where payment_id = $1"
+        await connection.execute(undo, payment_id)
+        await repository.settle(connection, event_id, payment_id)
+        assert await connection.fetchval(read, payment_id) == "pending"
 
 
 async def age(connection: Connection, payment_id: str) -> None:
