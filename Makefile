@@ -54,6 +54,15 @@ $(AUDIT_READY): requirements-audit.txt | $(OWN_UV)
 demo: setup ## generate the default service and run it under gunicorn
 	@$(RUN) scripts.demo
 
+.PHONY: lab labs
+# Not in the template's directory of the service, which every generated project would copy.
+lab labs: export LABS_DIRECTORY := $(call under,$(CURDIR),.labs)
+lab: ## run a lab of the workshop: L=sigterm; without L, list them
+	@$(IN_SERVICE) lab L='$(L)'
+
+labs: ## run all labs of the workshop; ten minutes
+	@$(IN_SERVICE) labs
+
 lint: setup ## check style and types of the tools and of the template
 	@"$(BIN)/ruff" check . && "$(BIN)/ruff" format --check . && "$(BIN)/mypy"
 	@$(IN_SERVICE) lint types

@@ -35,6 +35,7 @@ _numbers = itertools.count(1)
 #: team's: those of its features, and those of its settings, migrations and manifests.
 FRAMEWORK = {
     "jobs",  # jobs
+    "labs",  # example
     "network",
     "patterns",
     "process_pool",
