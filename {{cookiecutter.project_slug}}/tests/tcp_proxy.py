@@ -25,6 +25,8 @@ class TcpProxy:
         self.connections = 0
         #: Bytes to the server, over all connections.
         self.sent = 0
+        #: Parts in which these came: the round trips of a client that waits for each response.
+        self.requests = 0
         self.lock = threading.Lock()
         self.sockets: list[socket.socket] = []
         self.threads: list[threading.Thread] = []
@@ -74,6 +76,7 @@ class TcpProxy:
     def throttle(self, number: int) -> None:
         with self.lock:
             self.sent += number
+            self.requests += 1
             if self.bytes_per_second:
                 time.sleep(number / self.bytes_per_second)
 

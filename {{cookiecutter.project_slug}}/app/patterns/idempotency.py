@@ -1,14 +1,18 @@
 """Idempotency-Key (IETF draft 06): replay the response to a repeated request.
 
 The request has its effects once. Key, response and effects are committed in one transaction: a
-crash leaves nothing behind, not even "in progress".
+crash leaves nothing behind, not even "in progress". The response is stored before the effects, so
+it must not depend on them: make IDs and times in Python. Work of several steps:
 
     async with connection.transaction():
-        stored = await idempotency.replay(connection, scope, key, content)
-        if stored is not None:
-            return stored
-        ...
-        return await idempotency.remember(connection, scope, key, content, response)
+        if await idempotency.claim(connection, claim):
+            ...
+            return claim.response
+    return await idempotency.replay(connection, claim)
+
+Work of one statement, which is one round trip without a transaction of its own:
+
+    with claimed as ({idempotency.CLAIM}), ... insert into ... select $7, ... from claimed
 """
 
 import hashlib
@@ -32,13 +36,17 @@ OPENAPI_PARAMETERS = {
         {"name": "Idempotency-Key", "in": "header", "required": True, "schema": _KEY_SCHEMA}
     ]
 }
-_LOCK = "select pg_try_advisory_xact_lock(hashtextextended($1 || chr(31) || $2, 0))"
+#: Stores the response and returns a row, if the key is new. Its parameters are `Claim.arguments()`.
+#: The row of a key that is new is unique, whatever a snapshot shows. The lock only spares requests
+#: with the same key the wait for the first one: they get no row at once.
+CLAIM = """
+    insert into idempotency_keys (scope, key, fingerprint, status, headers, body)
+    select $1, $2, $3, $4, $5, $6
+    where pg_try_advisory_xact_lock(hashtextextended($1 || chr(31) || $2, 0))
+    on conflict do nothing returning true
+"""
 _FIND = """
     select fingerprint, status, headers, body from idempotency_keys where (scope, key) = ($1, $2)
-"""
-_STORE = """
-    insert into idempotency_keys (scope, key, fingerprint, status, headers, body)
-    values ($1, $2, $3, $4, $5, $6)
 """
 
 
@@ -82,6 +90,27 @@ class StoredResponse(NamedTuple):
         return Response(self.body, self.status, self.headers, "application/json")
 
 
+class Claim(NamedTuple):
+    """A key, the request that uses it, and the response to store if the key is new.
+
+    `scope` is the route and the owner of the key; `content` identifies the request.
+    """
+
+    scope: str
+    key: str
+    content: bytes
+    response: StoredResponse
+
+    def fingerprint(self) -> bytes:
+        """Return a hash of the content."""
+        return hashlib.sha256(self.content).digest()
+
+    def arguments(self) -> tuple[str, str, bytes, int, str, bytes]:
+        """Return the arguments `$1` to `$6` of `CLAIM`."""
+        status, headers, body = self.response
+        return self.scope, self.key, self.fingerprint(), status, json.dumps(headers), body
+
+
 async def _key(request: Request) -> str:
     # Two headers become two lines, which do not match.
     text = "\n".join(request.headers.getlist("idempotency-key"))
@@ -97,59 +126,37 @@ async def _key(request: Request) -> str:
 IdempotencyKey = Annotated[str, Depends(_key)]
 
 
-async def replay(
-    connection: Connection, scope: str, key: str, content: bytes
-) -> StoredResponse | None:
-    """Return the stored response of a key, or None for a new key.
+async def claim(connection: Connection, claim: Claim) -> bool:
+    """Store the response of a new key; return whether the key is new.
 
-    The response has the header `Idempotent-Replayed: true`. A new key is locked until the
-    transaction ends: apply the effects on the same connection, then call `remember`. `scope` is the
-    route and the owner of the key; `content` identifies the request.
-
-    Raises `IdempotencyError`: 409 if another transaction has locked the key, 422 if the key was
-    used with different content. Raises `RuntimeError` outside a transaction.
+    If it is, apply the effects in the same transaction. If not, call `replay`. Raises
+    `RuntimeError` outside a transaction, which would store a response without its effects.
     """
-    _require_transaction(connection)
-    # A statement of its own: the next one then sees the commit of the last holder of the lock.
-    if not await connection.fetchval(_LOCK, scope, key):
-        raise KeyInUseError("A request with this Idempotency-Key is in progress.")
-    row = await connection.fetchrow(_FIND, scope, key)
+    if not connection.is_in_transaction():
+        msg = "an idempotency key must be claimed in the transaction of its effects"
+        raise RuntimeError(msg)
+    return bool(await connection.fetchval(CLAIM, *claim.arguments()))
+
+
+async def replay(connection: Connection, claim: Claim) -> StoredResponse:
+    """Return the stored response of a key that is not new.
+
+    The response has the header `Idempotent-Replayed: true`. A statement of its own, after the
+    claim: it then sees the commit of the first request.
+
+    Raises `IdempotencyError`: 409 if the first request is in progress, 422 if the key was used with
+    different content.
+    """
+    row = await connection.fetchrow(_FIND, claim.scope, claim.key)
     if row is None:
-        return None
-    if row["fingerprint"] != _fingerprint(content):
+        raise KeyInUseError("A request with this Idempotency-Key is in progress.")
+    if row["fingerprint"] != claim.fingerprint():
         message = "This Idempotency-Key was already used with a different request."
         raise KeyReusedError(message)
     headers = json.loads(row["headers"]) | {"Idempotent-Replayed": "true"}
     return StoredResponse(row["status"], headers, row["body"])
 
 
-async def remember(
-    connection: Connection, scope: str, key: str, content: bytes, response: StoredResponse
-) -> StoredResponse:
-    """Store the response to the first request with a key; return it.
-
-    Call `replay` before, in the same transaction: it locks the key. Raises `RuntimeError` outside a
-    transaction.
-    """
-    _require_transaction(connection)
-    fingerprint = _fingerprint(content)
-    headers = json.dumps(response.headers)
-    await connection.execute(
-        _STORE, scope, key, fingerprint, response.status, headers, response.body
-    )
-    return response
-
-
 async def delete_expired(connection: Connection, batch: int) -> int:
     """Delete up to `batch` expired keys; return how many. A periodic job."""
     return await delete_older(connection, "idempotency_keys", "created_at", EXPIRY_HOURS, batch)
-
-
-def _fingerprint(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
-
-
-def _require_transaction(connection: Connection) -> None:
-    if not connection.is_in_transaction():
-        msg = "an idempotency key must be used in the transaction of its effects"
-        raise RuntimeError(msg)

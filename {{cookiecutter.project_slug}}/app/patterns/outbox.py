@@ -14,7 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from prometheus_client import Gauge
@@ -47,10 +47,9 @@ MAX_DOUBLINGS = 10
 MAX_REMEMBERED = 10_000
 #: Codes of errors that the other events of the topic get as well.
 _TOPIC_CODES = ("WRONGTYPE", "NOPERM", "MOVED")
-_ADD = """
-    insert into outbox (topic, event_id, type, payload, traceparent) values ($1, $2, $3, $4, $5)
-    on conflict do nothing
-"""
+#: The columns of a new event, for a statement of your own that inserts `Event.values()`.
+COLUMNS = "topic, event_id, type, payload, traceparent"
+_ADD = f"insert into outbox ({COLUMNS}) values ($1, $2, $3, $4, $5) on conflict do nothing"
 #: The payloads that would make the batch too large are never read.
 _CLAIM = """
     with claimed as materialized (
@@ -81,6 +80,19 @@ _LAG = Gauge(
 logger = logging.getLogger("app.outbox")
 
 
+class Event(NamedTuple):
+    """An event. `payload` is JSON."""
+
+    topic: str
+    event_id: UUID
+    kind: str
+    payload: str
+
+    def values(self) -> tuple[str, UUID, str, str, str | None]:
+        """Return the values of `COLUMNS`: those of the event, and the active trace."""
+        return *self, tracing.traceparent()
+
+
 async def add(connection: Connection, topic: str, event_id: UUID, kind: str, payload: str) -> None:
     """Store an event, with the active trace, unless it is already waiting. `payload` is JSON.
 
@@ -89,7 +101,7 @@ async def add(connection: Connection, topic: str, event_id: UUID, kind: str, pay
     if not connection.is_in_transaction():
         msg = "an event must be added in the transaction of its change"
         raise RuntimeError(msg)
-    await connection.execute(_ADD, topic, event_id, kind, payload, tracing.traceparent())
+    await connection.execute(_ADD, *Event(topic, event_id, kind, payload).values())
 
 
 async def relay(database: Database, redis: RedisClient, max_length: int) -> None:

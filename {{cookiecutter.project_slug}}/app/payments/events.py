@@ -4,6 +4,7 @@ import json
 from uuid import UUID, uuid5
 
 from app.patterns import outbox
+from app.patterns.outbox import Event
 from app.patterns.stream_group import Message
 from app.patterns.stream_handler import PoisonError
 from app.payments import repository
@@ -14,10 +15,10 @@ STREAM = "payment-events"
 CREATED = "payment.created"
 
 
-async def publish_created(connection: Connection, payment: Payment) -> None:
-    """Add the event to the outbox. Every event of one payment has the same ID."""
+def created_event(payment: Payment) -> Event:
+    """Return the event of a payment. Every event of one payment has the same ID."""
     event_id = uuid5(payment.payment_id, CREATED)
-    await outbox.add(connection, STREAM, event_id, CREATED, payment.model_dump_json())
+    return Event(STREAM, event_id, CREATED, payment.model_dump_json())
 
 
 async def republish_pending(connection: Connection, limit: int) -> int:
@@ -27,7 +28,7 @@ async def republish_pending(connection: Connection, limit: int) -> int:
     """
     due = await repository.claim_due(connection, limit)
     for payment in due:
-        await publish_created(connection, payment)
+        await outbox.add(connection, *created_event(payment))
     return len(due)
 
 

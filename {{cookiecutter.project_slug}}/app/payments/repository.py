@@ -1,17 +1,26 @@
 """The SQL of payments. The caller passes the connection and owns the transaction."""
 
-from typing import Any
 from uuid import UUID
 
-from app.patterns import inbox
+from app.patterns import idempotency, inbox, outbox
+from app.patterns.idempotency import Claim
+from app.patterns.outbox import Event
 from app.patterns.pagination import Cursor
-from app.payments.schemas import NewPayment, Payment, Total, Totals
+from app.payments.schemas import Payment, Total, Totals
 from app.storage.postgres import Connection
 
 _COLUMNS = "payment_id, amount, currency, reference, status, created_at"
+#: One statement, so one round trip and one transaction: nothing is stored unless the key is new.
 _CREATE = f"""
-    insert into payments (amount, currency, reference, request_id) values ($1, $2, $3, $4)
-    returning {_COLUMNS}
+    with claimed as ({idempotency.CLAIM}),
+    created as (
+        insert into payments ({_COLUMNS}, request_id)
+        select $7, $8, $9, $10, $11, $12, $13 from claimed
+    ),
+    published as (
+        insert into outbox ({outbox.COLUMNS}) select $14, $15, $16, $17, $18 from claimed
+    )
+    select true from claimed
 """  # noqa: S608
 _GET = f"select {_COLUMNS}, request_id from payments where payment_id = $1"  # noqa: S608
 _LIST_PAGE = f"""
@@ -47,12 +56,15 @@ _MARK_DUE = """
 _STOP_REPUBLISHING = "update payments set announce_at = 'infinity' where payment_id = $1"
 
 
-async def create(connection: Connection, payment: NewPayment, request_id: str) -> Payment:
-    """Store a payment and return it."""
-    row: Any = await connection.fetchrow(
-        _CREATE, payment.amount, payment.currency, payment.reference, request_id
+async def create(
+    connection: Connection, claim: Claim, payment: Payment, request_id: str, event: Event
+) -> bool:
+    """Store a payment with its event if the idempotency key is new; return whether it is."""
+    row = payment.model_dump().values()
+    is_new = await connection.fetchval(
+        _CREATE, *claim.arguments(), *row, request_id, *event.values()
     )
-    return Payment(**row)
+    return bool(is_new)
 
 
 async def get(connection: Connection, payment_id: UUID) -> tuple[Payment, str] | None:

@@ -2,19 +2,20 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Annotated, cast
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from fastapi import Depends, Request
 
 from app.patterns import idempotency, inbox, outbox
 from app.patterns.cache_aside import Cache, Loaded
-from app.patterns.idempotency import StoredResponse
+from app.patterns.idempotency import Claim, StoredResponse
 from app.patterns.pagination import Cursor
 from app.patterns.periodic import run_periodically
 from app.patterns.rate_limit import RateLimit
 from app.payments import repository
-from app.payments.events import publish_created
+from app.payments.events import created_event
 from app.payments.schemas import NewPayment, Page, Payment
 from app.settings import Settings
 from app.storage import Storage
@@ -47,18 +48,17 @@ class Payments:
 
         Returns the response, which a repeated call returns again. Raises `IdempotencyError`.
         """
-        scope = f"POST /payments {principal}"
+        payment = Payment(
+            payment_id=uuid4(), status="pending", created_at=datetime.now(UTC), **new.model_dump()
+        )
+        event = created_event(payment)
         content = new.model_dump_json(exclude_unset=True).encode()
+        claim = Claim(f"POST /payments {principal}", key, content, _created(payment, root_path))
 
         async def create_once(connection: Connection) -> StoredResponse:
-            async with connection.transaction():
-                stored = await idempotency.replay(connection, scope, key, content)
-                if stored is not None:
-                    return stored
-                payment = await repository.create(connection, new, request_id())
-                await publish_created(connection, payment)
-                response = _created(payment, root_path)
-                return await idempotency.remember(connection, scope, key, content, response)
+            if await repository.create(connection, claim, payment, request_id(), event):
+                return claim.response
+            return await idempotency.replay(connection, claim)
 
         # Safe to retry after a lost connection, since the key is committed with the payment.
         return await self.database.retry(create_once)

@@ -3,8 +3,10 @@
 import asyncio
 import tempfile
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import asyncpg
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -12,42 +14,59 @@ from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as hypothesis_settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from app.errors import UnavailableError
 from app.patterns import idempotency
-from app.patterns.idempotency import IdempotencyError, IdempotencyKey, StoredResponse
+from app.patterns.idempotency import Claim, IdempotencyError, IdempotencyKey, StoredResponse
 from app.settings import Settings
-from app.storage.postgres import Connection, Database
+from app.storage.postgres import Database
 from app.web import problems
 
 # By default hypothesis makes a directory in the project.
 set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))
 
 
+#: An effect that fails for the name null.
+EFFECT = "insert into effects"
+#: Claim and effect in one statement.
+ONE_STATEMENT = f"""
+    with claimed as ({idempotency.CLAIM}), effect as ({EFFECT} select $7 from claimed)
+    select true from claimed
+"""  # noqa: S608
+
+
 class Effects:
     """Requests with an effect: a row in the database, and a response that is unique."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, has_steps: bool) -> None:
         self.database = database
-        self.attempts = 0
+        self.apply = self._apply_in_steps if has_steps else self._apply_at_once
+        self.requests = 0
 
     async def request(
         self, key: str, content: bytes = b"", fails: bool = False, scope: str = "test"
     ) -> httpx.Response:
-        async with self.database.acquire() as connection, connection.transaction():
-            response = await idempotency.replay(connection, scope, key, content)
-            if response is None:
-                response = await self._apply(connection, f"{scope} {key}", fails)
-                await idempotency.remember(connection, scope, key, content, response)
-        rendered = response.render()
+        self.requests += 1
+        new = StoredResponse(201, {"Location": f"/{self.requests}"}, b"%d" % self.requests)
+        name = None if fails else f"{scope} {key}"
+        stored = await self.apply(Claim(scope, key, content, new), name)
+        rendered = stored.render()
         headers = dict(rendered.headers)
         return httpx.Response(rendered.status_code, headers=headers, content=bytes(rendered.body))
 
-    async def _apply(self, connection: Connection, name: str, fails: bool) -> StoredResponse:
-        self.attempts += 1
-        await connection.execute("insert into effects values ($1)", name)
-        await asyncio.sleep(0)
-        if fails:
-            raise KeyError(name)
-        return StoredResponse(201, {"Location": f"/{self.attempts}"}, b"%d" % self.attempts)
+    async def _apply_in_steps(self, claim: Claim, name: str | None) -> StoredResponse:
+        async with self.database.acquire() as connection:
+            async with connection.transaction():
+                if await idempotency.claim(connection, claim):
+                    await asyncio.sleep(0)
+                    await connection.execute(f"{EFFECT} values ($1)", name)
+                    return claim.response
+            return await idempotency.replay(connection, claim)
+
+    async def _apply_at_once(self, claim: Claim, name: str | None) -> StoredResponse:
+        async with self.database.acquire() as connection:
+            if await connection.fetchval(ONE_STATEMENT, *claim.arguments(), name):
+                return claim.response
+            return await idempotency.replay(connection, claim)
 
     async def count(self) -> Counter[str]:
         async with self.database.acquire() as connection:
@@ -56,13 +75,19 @@ class Effects:
 
     async def clear(self) -> None:
         async with self.database.acquire() as connection:
-            await connection.execute("create table if not exists effects (name text)")
+            await connection.execute("create table if not exists effects (name text not null)")
             await connection.execute("truncate idempotency_keys, effects")
 
 
+@pytest.fixture(params=[True, False], ids=["steps", "one statement"])
+def has_steps(request: pytest.FixtureRequest) -> bool:
+    """Whether the claim is a statement before those of the effects, or a part of theirs."""
+    return bool(request.param)
+
+
 @pytest.fixture
-async def effects(database: Database) -> Effects:
-    effects = Effects(database)
+async def effects(database: Database, has_steps: bool) -> Effects:
+    effects = Effects(database, has_steps)
     await effects.clear()
     return effects
 
@@ -94,20 +119,18 @@ async def test_key_is_unique_within_its_scope_only(effects: Effects) -> None:
 
 
 async def test_failed_request_stores_nothing(effects: Effects) -> None:
-    with pytest.raises(KeyError):
+    with pytest.raises(asyncpg.NotNullViolationError):
         await effects.request("a", fails=True)
     assert await effects.count() == {}
     assert (await effects.request("a")).status_code == 201
     assert await effects.count() == {"test a": 1}
 
 
-async def test_keys_outside_a_transaction_are_rejected(database: Database) -> None:
-    response = StoredResponse(201, {}, b"")
+async def test_claim_outside_a_transaction_is_rejected(database: Database) -> None:
+    claim = Claim("test", "a", b"", StoredResponse(201, {}, b""))
     async with database.acquire() as connection:
         with pytest.raises(RuntimeError, match="transaction"):
-            await idempotency.replay(connection, "test", "a", b"")
-        with pytest.raises(RuntimeError, match="transaction"):
-            await idempotency.remember(connection, "test", "a", b"", response)
+            await idempotency.claim(connection, claim)
 
 
 async def test_concurrent_requests_with_one_key_run_once(effects: Effects) -> None:
@@ -123,7 +146,6 @@ async def test_concurrent_requests_with_one_key_run_once(effects: Effects) -> No
     assert set(statuses) <= {201, 409}
     errors = [result for result in results if isinstance(result, IdempotencyError)]
     assert all(error.headers == {"Retry-After": "1"} for error in errors)
-    assert effects.attempts == 1
     assert await effects.count() == {"test a": 1}
 
 
@@ -137,21 +159,23 @@ WAVE = strategies.lists(REQUEST, max_size=24)
 
 @given(waves=strategies.lists(WAVE, max_size=3))
 @hypothesis_settings(
-    max_examples=40,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_any_mix_of_requests_has_one_effect_per_key(
-    settings: Settings, waves: list[list[tuple[str, bytes, bool]]]
+    settings: Settings, has_steps: bool, waves: list[list[tuple[str, bytes, bool]]]
 ) -> None:
     """Each response is that of the effect; each error has a cause in the requests."""
-    asyncio.run(run_waves(settings, waves))
+    asyncio.run(run_waves(settings, has_steps, waves))
 
 
-async def run_waves(settings: Settings, waves: list[list[tuple[str, bytes, bool]]]) -> None:
+async def run_waves(
+    settings: Settings, has_steps: bool, waves: list[list[tuple[str, bytes, bool]]]
+) -> None:
     async with Database(settings, 11) as database:
-        effects = Effects(database)
+        effects = Effects(database, has_steps)
         await effects.clear()
         done: dict[str, tuple[bytes, bytes]] = {}
         for wave in waves:
@@ -180,8 +204,60 @@ def check_wave(
             assert result.status_code in {409, 422}
             assert result.status_code == 409 or is_of_another_request
         elif isinstance(result, BaseException):
-            assert isinstance(result, KeyError)
+            assert isinstance(result, asyncpg.NotNullViolationError)
             assert fails
+
+
+def claim_of(scope: str, key: str) -> Claim:
+    return Claim(scope, key, b"", StoredResponse(201, {}, b""))
+
+
+async def a_known_key_is_not_claimed(database: Database) -> None:
+    async with database.acquire() as connection:
+        for is_new in (True, False):
+            async with connection.transaction():
+                assert await idempotency.claim(connection, claim_of("test", "a")) is is_new
+
+
+async def a_key_in_use_delays_no_request(database: Database) -> None:
+    async with database.acquire() as first, first.transaction():
+        assert await idempotency.claim(first, claim_of("test", "a"))
+        async with database.acquire() as second, second.transaction():
+            await second.execute("set local lock_timeout = 500")
+            assert not await idempotency.claim(second, claim_of("test", "a"))
+
+
+async def another_scope_is_not_in_use(database: Database) -> None:
+    async with database.acquire() as first, first.transaction():
+        assert await idempotency.claim(first, claim_of("tes", "ta"))
+        async with database.acquire() as second, second.transaction():
+            assert await idempotency.claim(second, claim_of("test", "a"))
+
+
+Scenario = Callable[[Database], Awaitable[None]]
+
+
+@pytest.mark.parametrize(
+    ("guard", "replacement", "scenario"),
+    [
+        ("on conflict do nothing", "", a_known_key_is_not_claimed),
+        ("where pg_try_advisory_xact_lock(", "where 0 <> (", a_key_in_use_delays_no_request),
+        (" || chr(31) || ", " || ", another_scope_is_not_in_use),
+    ],
+)
+async def test_each_guard_of_the_claim_is_necessary(
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    guard: str,
+    replacement: str,
+    scenario: Scenario,
+) -> None:
+    await scenario(database)
+    assert idempotency.CLAIM.count(guard) == 1
+    monkeypatch.setattr(idempotency, "CLAIM", idempotency.CLAIM.replace(guard, replacement))
+    await database.pool.execute("truncate idempotency_keys")
+    with pytest.raises((AssertionError, asyncpg.PostgresError, UnavailableError)):
+        await scenario(database)
 
 
 async def test_expired_keys_are_deleted_in_batches(effects: Effects, database: Database) -> None:

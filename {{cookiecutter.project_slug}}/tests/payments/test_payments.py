@@ -1,21 +1,40 @@
 """Payments over HTTP: created, read and listed; invalid input is rejected without an echo."""
 
 import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Awaitable
+from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
+from app.errors import UnavailableError
 from app.main import create_app
 from app.patterns import cache_aside, rate_limit
+from app.patterns.idempotency import KeyInUseError
 from app.payments import repository
+from app.payments.schemas import NewPayment
+from app.payments.service import Payments
 from app.settings import Settings
 from app.storage import redis
 from app.storage.postgres import Connection, Database
+from app.storage.redis import RedisClient, create_redis
 from tests.conftest import InProcess
+from tests.tcp_proxy import proxying
 
 VALID = {"amount": 1250, "currency": "EUR", "reference": "order-1"}
+#: Of one key, after the faults.
+MAX_ATTEMPTS = 50
 PROBLEM = "application/problem+json"
+
+
+@pytest.fixture
+async def redis_client(settings: Settings) -> AsyncIterator[RedisClient]:
+    async with create_redis(settings) as client:
+        yield client
 
 
 async def post(
@@ -125,6 +144,83 @@ async def test_repeated_request_gets_the_same_payment(client: httpx.AsyncClient)
     assert other.headers["content-type"] == PROBLEM
     without_key = await client.post("/payments", json=VALID)
     assert without_key.status_code == 400
+
+
+async def test_payment_is_one_round_trip_and_its_replay_two(
+    settings: Settings, redis_client: RedisClient
+) -> None:
+    """Counted between the service and Postgres."""
+    url = urlsplit(settings.database_url.get_secret_value())
+    with proxying(url.port or 5432) as proxy:
+        server = url.netloc.rpartition("@")[0] + f"@127.0.0.1:{proxy.port}"
+        through_proxy = SecretStr(url._replace(netloc=server).geturl())
+        changed = settings.model_copy(update={"database_url": through_proxy})
+        async with Database(changed, 2, "test") as database:
+            payments = Payments(changed, database, redis_client)
+
+            async def count(work: Awaitable[object]) -> int:
+                before = proxy.requests
+                await work
+                return proxy.requests - before
+
+            def create(key: str) -> Awaitable[object]:
+                return payments.create(NewPayment.model_validate(VALID), key, "", "")
+
+            # Connects, and prepares the statements.
+            for work in (create("first"), create("first"), payments.get(uuid4())):
+                await work
+            one = await count(payments.get(uuid4()))
+            second = str(uuid4())
+            assert await count(create(second)) == one
+            assert await count(create(second)) == one + 1
+
+
+def test_each_key_pays_once_when_clients_leave_and_connections_are_lost(
+    settings: Settings, clean_database: str
+) -> None:
+    """One payment, one event and one response, from two workers without a relay.
+
+    By `asyncio.run`: asyncpg leaves futures with errors of lost connections, which fail a test on
+    the loop of the session.
+    """
+    responses = asyncio.run(pay_under_faults(settings, [f"key-{number}" for number in range(40)]))
+    assert {len(bodies) for bodies in responses.values()} == {1}
+
+
+async def pay_under_faults(settings: Settings, keys: list[str]) -> dict[str, set[bytes]]:
+    """Send 8 requests for each key; return the different responses."""
+    responses: dict[str, set[bytes]] = {key: set() for key in keys}
+    choices = random.Random(1)
+    end_connections = """
+        select pg_terminate_backend(pid) from pg_stat_activity
+        where datname = current_database() and pid <> pg_backend_pid()
+    """
+    async with (
+        create_redis(settings) as redis_client,
+        Database(settings, 8, "one") as one,
+        Database(settings, 8, "other") as other,
+        Database(settings, 2, "admin") as admin,
+    ):
+        workers = [Payments(settings, each, redis_client) for each in (one, other)]
+
+        async def pay(key: str, patience_seconds: float | None = None) -> None:
+            new = NewPayment.model_validate(VALID)
+            with contextlib.suppress(KeyInUseError, UnavailableError, TimeoutError):
+                async with asyncio.timeout(patience_seconds):
+                    stored = await choices.choice(workers).create(new, key, "", "")
+                responses[key].add(stored.body)
+
+        for key in keys:
+            requests = [pay(key, choices.choice((None, 0.001, 0.005))) for _ in range(8)]
+            await asyncio.gather(*requests, admin.pool.execute(end_connections))
+        attempts = 0
+        while set() in responses.values() and attempts < MAX_ATTEMPTS:
+            attempts += 1
+            await asyncio.gather(*[pay(key) for key in keys])
+        for table in ("payments", "outbox", "idempotency_keys"):
+            count = f"select count(*) from {table}"
+            assert await admin.pool.fetchval(count) == len(keys)
+    return responses
 
 
 async def test_equal_json_in_another_notation_is_the_same_request(
