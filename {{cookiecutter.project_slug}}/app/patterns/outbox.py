@@ -49,7 +49,7 @@ MAX_REMEMBERED = 10_000
 _TOPIC_CODES = ("WRONGTYPE", "NOPERM", "MOVED")
 #: The columns of a new event, for a statement of your own that inserts `Event.values()`.
 COLUMNS = "topic, event_id, type, payload, traceparent"
-_ADD = f"insert into outbox ({COLUMNS}) values ($1, $2, $3, $4, $5) on conflict do nothing"
+_ADD = f"insert into outbox ({COLUMNS}) values ($1, $2, $3, $4, $5) on conflict do nothing"  # noqa: S608
 #: The payloads that would make the batch too large are never read.
 _CLAIM = """
     with claimed as materialized (

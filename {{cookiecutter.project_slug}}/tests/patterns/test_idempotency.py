@@ -31,7 +31,7 @@ EFFECT = "insert into effects"
 ONE_STATEMENT = f"""
     with claimed as ({idempotency.CLAIM}), effect as ({EFFECT} select $7 from claimed)
     select true from claimed
-"""  # noqa: S608
+"""
 
 
 class Effects:

@@ -142,6 +142,7 @@ def test_documented_rights_suffice_and_others_are_named(
         wait_until_settled(service, pay(service))
         gateway.delay_seconds = 0.0
         wait_until_settled(service, payment_id)
+        assert service.get("/payments/totals").status_code == 200
         eventually(lambda: {b"cache", b"rate"} <= {key.split(b":")[1] for key in old.scan_iter()})
         denied = {entry["object"] for entry in old.acl_log()}
         assert denied <= {"client|setinfo", "client|maint_notifications"}
