@@ -17,7 +17,7 @@ class TracedPipeline(Pipeline):
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
         """Send the commands; return the responses."""
-        with _span(self.connection_pool, "PIPELINE", len(self.command_stack)):
+        with command_span(self.connection_pool, "PIPELINE", len(self.command_stack)):
             return await super().execute(raise_on_error)
 
 
@@ -29,7 +29,7 @@ class TracedCommands:
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Send a command; return the response."""
-        with _span(self.connection_pool, str(args[0])):
+        with command_span(self.connection_pool, str(args[0])):
             return await super().execute_command(*args, **options)  # type: ignore[misc]
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
@@ -39,7 +39,10 @@ class TracedCommands:
         )
 
 
-def _span(pool: ConnectionPool, name: str, commands: int = 0) -> AbstractContextManager[None]:
+def command_span(
+    pool: ConnectionPool, name: str, commands: int = 0
+) -> AbstractContextManager[None]:
+    """Return a span for a command or a pipeline, if the active one is recorded."""
     if not tracing.is_recording():
         return _NO_SPAN
     attributes: dict[str, Any] = {"db.system.name": "redis", "db.operation.name": name}

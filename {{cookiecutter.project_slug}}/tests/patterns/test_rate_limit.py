@@ -63,8 +63,52 @@ async def test_caller_over_the_limit_is_rejected_without_redis(client: RedisClie
     await limit.check("other")
 
 
+async def test_concurrent_requests_share_calls_and_are_counted_each(
+    client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call for the first, and one for those that come meanwhile; some leave before it ends."""
+    limit = RateLimit(client, "test", 20)
+    count = limit.script
+    calls: list[list[str]] = []
+    is_called = asyncio.Event()
+
+    async def counted(keys: list[str], args: list[int]) -> object:
+        calls.append(keys)
+        is_called.set()
+        return await count(keys=keys, args=args)
+
+    monkeypatch.setattr(limit, "script", counted)
+    first = asyncio.create_task(limit.check("one"))
+    await is_called.wait()
+    callers = ["one"] * 40 + ["other"] * 10
+    requests = [asyncio.create_task(limit.check(caller)) for caller in callers]
+    await asyncio.sleep(0)
+    for leaving in (first, *requests[-5:]):
+        leaving.cancel()
+    results = await asyncio.gather(*requests, return_exceptions=True)
+    assert [len(keys) for keys in calls] == [1, 50]
+    assert results[:19] == [None] * 19
+    assert {type(result) for result in results[19:40]} == {TooManyRequestsError}
+    assert results[40:45] == [None] * 5
+    assert await client.get(client.key("rate:{test}:other")) == b"10"
+
+
+async def test_error_of_a_call_reaches_each_of_its_requests(
+    client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug, for example: no request waits forever, and the next ones are counted."""
+    limit = RateLimit(client, "test", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(limit, "script", None)
+        requests = [limit.check("one") for _ in range(3)]
+        results = await asyncio.gather(*requests, return_exceptions=True)
+    assert [type(result) for result in results] == [TypeError] * 3
+    await limit.check("one")
+    assert await client.get(client.key("rate:{test}:one")) == b"1"
+
+
 async def test_counter_without_expiry_is_reset(client: RedisClient) -> None:
-    key = client.key("rate:test:one")
+    key = client.key("rate:{test}:one")
     await client.set(key, 5)
     await RateLimit(client, "test", 2).check("one")
     assert await client.get(key) == b"1"
