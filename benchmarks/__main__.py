@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from benchmarks import BenchError, load, report
+from benchmarks import BenchError, instructions, load, report
 from benchmarks.collector import run_collector
 from benchmarks.peer import PACKAGE, PINS, VERSION, Peer
 from benchmarks.servers import Server, fetch
@@ -90,7 +90,13 @@ def print_progress(text: str) -> None:
     sys.stdout.flush()
 
 
-def alternate(title: str, servers: dict[str, Server], size: Size) -> Figures:
+def alternate(
+    title: str,
+    servers: dict[str, Server],
+    size: Size,
+    connections: int = load.CONNECTIONS,
+    script: str = "wrk.lua",
+) -> Figures:
     """Load each server in turn, several times; print the medians, return the counted runs."""
     runs: dict[str, list[load.Run]] = {name: [] for name in servers}
     rounds = size.warm_up_rounds + size.rounds
@@ -98,7 +104,7 @@ def alternate(title: str, servers: dict[str, Server], size: Size) -> Figures:
     print_progress(f"{title}: {plan} ...")
     for number in range(rounds):
         for name, server in servers.items():
-            run = load.measure(server, size.seconds)
+            run = load.measure(server, size.seconds, connections, script)
             if number >= size.warm_up_rounds:
                 runs[name].append(run)
     figures = {}
@@ -171,6 +177,41 @@ def measure_query(testbed: Testbed, payment: str, size: Size) -> Figures:
     with testbed.bare("bare_postgres", payment) as bare, testbed.service(payment) as service:
         require_same_response(bare, service)
         return alternate("one query", {"bare": bare, "service": service}, size)
+
+
+def measure_post(testbed: Testbed, size: Size) -> Figures:
+    """Measure creating a payment, with the same statement, on one worker each."""
+    limit = {"RATE_LIMIT_PER_MINUTE": "10000000"}
+    with (
+        testbed.bare("bare_post", "/payments") as bare,
+        testbed.service("/payments", 1, **limit) as service,
+    ):
+        servers = {"bare": bare, "service": service}
+        return alternate("POST", servers, size, load.POST_CONNECTIONS, "wrk_post.lua")
+
+
+def measure_instructions(testbed: Testbed, peer: Peer | None) -> Figures:
+    """Count the instructions of each route, of one client; return nothing without valgrind."""
+    try:
+        instructions.require_valgrind()
+    except BenchError as error:
+        print_progress(f"instructions: skipped: {error}")
+        return {}
+    print_progress("instructions per request, by cachegrind ...")
+    targets = instructions.targets(testbed) + (peer_targets(peer) if peer else [])
+    counts = instructions.measure(targets, testbed.directory / "apps")
+    for name, routes in counts.items():
+        shown = ", ".join(f"{route} {count:.0f}" for route, count in routes.items())
+        print_progress(f"  {name}, in thousands: {shown}")
+    return counts
+
+
+def peer_targets(peer: Peer) -> list[instructions.Target]:
+    """Return the peer as `instructions` counts it."""
+    server = peer.server()
+    routes = {"small": "peer.web.application/get_app:describe"}
+    python = peer.pythons["peer"]
+    return [instructions.Target("peer", python, peer.project, routes, server.settings)]
 
 
 def measure_idle(testbed: Testbed, peer: Peer | None, size: Size) -> Figures:
@@ -253,7 +294,8 @@ def machine(testbed: Testbed, peer: Peer | None, size: Size) -> Figures:
         "cpus": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
         "wrk": wrk.stdout.split(" [")[0],
-        "size": size.__dict__ | {"connections": load.CONNECTIONS},
+        "size": size.__dict__
+        | {"connections": load.CONNECTIONS, "post_connections": load.POST_CONNECTIONS},
         "versions": testbed.versions(),
         "peer": describe_peer(peer) if peer else {},
         "ramp": {
@@ -297,6 +339,8 @@ def measure(testbed: Testbed, size: Size) -> Figures:
         "small": measure_small(testbed, peer, size),
         "traces": measure_traces(testbed, size),
         "query": measure_query(testbed, payment, size),
+        "post": measure_post(testbed, size),
+        "instructions": measure_instructions(testbed, peer),
         "idle": measure_idle(testbed, peer, size),
         "workers": measure_workers(testbed, payment, size),
         "ramp": measure_ramp(testbed, payment, size),

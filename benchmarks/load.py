@@ -16,7 +16,9 @@ from benchmarks import BenchError
 from benchmarks.servers import Server
 
 CONNECTIONS = 16
-SCRIPT = Path(__file__).with_name("wrk.lua")
+#: Connections that create payments: more than the pool has, so that requests wait for each other.
+POST_CONNECTIONS = 64
+HERE = Path(__file__).parent
 #: The status under which `Clients` counts the requests that were given up.
 GIVEN_UP = 0
 
@@ -35,14 +37,16 @@ class Run(NamedTuple):
     p99_ms: float
 
 
-def measure(server: Server, seconds: float) -> Run:
+def measure(
+    server: Server, seconds: float, connections: int = CONNECTIONS, script: str = "wrk.lua"
+) -> Run:
     """Load a server with wrk, for whole seconds; return the CPU per request and wrk's figures.
 
     Raises `BenchError` if the server exits, or if any response is not a 2xx.
     """
-    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds:.0f}s", "-s", str(SCRIPT), server.url]
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "-s", script, server.url]
     before = server.cpu_seconds()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     server.check()
     cpu_seconds = server.cpu_seconds() - before
     try:

@@ -54,13 +54,17 @@ def summary(figures: Figures) -> str:
     rows = [
         *load_rows(figures, "small", "small JSON", list(names)),
         *load_rows(figures, "query", "one Postgres query", list(names)),
+        *load_rows(figures, "post", "POST of a payment", list(names)),
+        *route_rows(figures, list(names)),
         *idle_rows([figures["idle"][name] for name in names]),
     ]
     return table(["", *names.values()], rows)
 
 
 def load_rows(figures: Figures, part: str, title: str, names: list[str]) -> list[list[str]]:
-    """Return the rows of one route under load."""
+    """Return the rows of one route under load, none if it was not measured."""
+    if part not in figures:
+        return []
     runs = [figures[part].get(name) for name in names]
     cpu = [shown(middle(run, "cpu_us"), 0, "µs") for run in runs]
     relative = [shown(efficiency(figures, part, name), 2) for name in names]
@@ -69,9 +73,41 @@ def load_rows(figures: Figures, part: str, title: str, names: list[str]) -> list
     return [
         [f"{title}: CPU per request", *cpu],
         [f"{title}: efficiency, bare = 1", *relative],
+        *instruction_rows(figures, part, title, names),
         [f"{title}: requests/s, one worker", *rates],
         [f"{title}: p99", *p99],
     ]
+
+
+def instruction_rows(figures: Figures, route: str, title: str, names: list[str]) -> list[list[str]]:
+    """Return the rows of the instructions of one route, none if they were not counted."""
+    if not figures.get("instructions"):
+        return []
+    counts = [instructions(figures, name, route) for name in names]
+    bare = instructions(figures, "bare", route) or 1.0
+    relative = [None if count is None else count / bare for count in counts]
+    return [
+        [f"{title}: instructions per request", *(shown(count, 0, "k") for count in counts)],
+        [f"{title}: instructions, bare = 1", *(shown(value, 2) for value in relative)],
+    ]
+
+
+def route_rows(figures: Figures, names: list[str]) -> list[list[str]]:
+    """Return the row of an application with many routes."""
+    if not figures.get("instructions"):
+        return []
+    cells = []
+    for name in names:
+        first = instructions(figures, name, "first_route")
+        last = instructions(figures, name, "last_route")
+        cells.append(shown(last / first if first and last else None, 2))
+    return [["the last of 100 routes: instructions, the first = 1", *cells]]
+
+
+def instructions(figures: Figures, name: str, route: str) -> float | None:
+    """Return the instructions of one server's route in thousands, None if it has no such route."""
+    count: float | None = figures["instructions"].get(name, {}).get(route)
+    return count
 
 
 def idle_rows(idle: list[Figures]) -> list[list[str]]:
@@ -190,11 +226,26 @@ def comparison(figures: Figures) -> str:
         "## Compared with bare FastAPI\n\n"
         f"{summary(figures)}\n"
         "- CPU is user and system time of all processes of a server, including exited ones.\n"
+        f"{instructions_note(figures)}"
         "- Bare FastAPI runs on the stock gunicorn and uvicorn worker, without access log and "
         f"metrics. It returns the same response, and its pool has the same size ({pool_size}).\n"
         "- This template runs with its defaults: JSON access lines into a pipe that "
         "is read, metrics, request IDs, all limits, and recycling of workers.\n"
         "- RSS counts shared memory once for each process, PSS once in total.\n"
+    )
+
+
+def instructions_note(figures: Figures) -> str:
+    """Return the lines about what the newer figures are."""
+    if not figures.get("instructions"):
+        return ""
+    connections = figures["machine"]["size"]["post_connections"]
+    return (
+        "- Instructions are those in user space, in thousands, of one client without sockets "
+        "(cachegrind). They differ by less than 1 % from run to run, so CI requires their ratios. "
+        "The kernel's are not in them.\n"
+        f"- A POST stores a payment with key and event, from {connections} connections. Bare "
+        "FastAPI runs the same statement, and has no rate limit and no relay of events.\n"
     )
 
 

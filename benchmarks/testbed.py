@@ -113,7 +113,7 @@ class Testbed:
         # The service's keep-alive; and no control socket, which is a file in the home directory.
         command += ["--keep-alive", "75", "--no-control-socket"]
         settings = {"DATABASE_URL": self.database.geturl(), "POOL_SIZE": str(POOL_SIZE)}
-        name = "bare FastAPI" + (" + asyncpg" if app == "bare_postgres" else "")
+        name = "bare FastAPI" + (" + asyncpg" if app != "bare" else "")
         return Server(name, command, self.directory / "apps", port, path, settings)
 
     def service(self, path: str = "/", workers: int = 1, **settings: str) -> Server:
@@ -175,9 +175,15 @@ def open_testbed(directory: Path, *answers: str) -> Iterator[Testbed]:
     subprocess.run(generate, check=True, stdout=subprocess.DEVNULL)
     project = directory / "my-service"
     demo.set_up(project, PYTHON=python())
+    with start_services(directory, project, project / ".venv/bin/python") as testbed:
+        yield testbed
+
+
+@contextlib.contextmanager
+def start_services(directory: Path, project: Path, executable: Path) -> Iterator[Testbed]:
+    """Start Postgres, with the tables of a service, and Redis. Both stop with the block."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(HERE / "apps", directory / "apps", ignore=ignored)
-    executable = project / ".venv/bin/python"
     services = subprocess.Popen(
         [executable, "-m", "scripts.dev_environment", "sh", "-c", HOLD],
         cwd=project,

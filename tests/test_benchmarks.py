@@ -47,8 +47,10 @@ def server(then: str) -> Server:
 
 
 def require_wrk() -> None:
-    if not shutil.which("wrk"):
-        missing("wrk")
+    """Require the tools of a whole run, valgrind among them."""
+    for tool in ("wrk", "valgrind"):
+        if not shutil.which(tool):
+            missing(tool)
 
 
 def test_readme_and_results_show_the_figures_of_one_run() -> None:
@@ -108,7 +110,7 @@ def test_a_quick_run_measures_everything_and_overwrites_nothing() -> None:
     try:
         figures = json.loads((directory / "results.json").read_text())
         assert report.document(figures) == (directory / "results.md").read_text()
-        for part in ("small", "query", "ramp"):
+        for part in ("small", "query", "post", "instructions", "ramp"):
             assert set(figures[part]) == {"bare", "service"}
         assert set(figures["traces"]) == {"off", "10", "100"}
         assert {"results.svg", "results.png"} <= {path.name for path in directory.iterdir()}

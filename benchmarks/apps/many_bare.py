@@ -1,0 +1,7 @@
+"""Bare FastAPI with a hundred routes."""
+
+from fastapi import FastAPI
+from many_routes import add_routes
+
+app = FastAPI()
+add_routes(app)
