@@ -14,7 +14,7 @@ from types import FrameType
 from app.settings import Settings, load_settings
 from app.telemetry import metrics_directory
 from app.telemetry.logs import redact
-from scripts import addresses, dev_environment, dev_reload, dev_server, dev_traces
+from scripts import addresses, dev_environment, dev_reload, dev_server, dev_traces, dev_watch
 from scripts.dev_consumer import consuming  # example
 from scripts.dev_worker import working  # jobs
 from scripts.parent import Parent
@@ -91,6 +91,7 @@ def _listening(started: set[str]) -> Iterator[socket.socket]:
         settings = load_settings()
         listener = stack.enter_context(addresses.listen(settings.bind))
         _print_guide(settings, started, traces)
+        stack.enter_context(dev_watch.watching(settings))
         stack.enter_context(consuming())  # example
         stack.enter_context(working(is_reloading="--no-reload" not in sys.argv))  # jobs
         yield listener

@@ -1,0 +1,27 @@
+"""The live view for `make dev WATCH=1`."""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+
+from app.settings import Settings
+from scripts import dev_child
+
+
+@contextlib.contextmanager
+def watching(settings: Settings) -> Iterator[None]:
+    """Serve the view of the service during the block, if `WATCH` is set."""
+    if os.environ.get("WATCH", "0") in {"", "0"}:
+        yield
+        return
+    addresses = {
+        "SERVICE": f"http://{settings.bind}{settings.root_path}",
+        "METRICS": f"http://{settings.metrics_bind}/metrics",
+    }
+    # Not this command's stdin, which is that of a debugger.
+    child = dev_child.start("scripts.watch", env=os.environ | addresses, stdin=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        dev_child.stop(child)
