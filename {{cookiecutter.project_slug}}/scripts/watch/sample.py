@@ -15,8 +15,11 @@ WAITING = (
     ("jobs", "jobs", "status"),
 )
 #: The age of the oldest of it.
-AGES = (("outbox_lag_seconds", "outbox"), ("stream_lag_seconds", "stream"))
-AGES += (("jobs_oldest_seconds", "jobs"),)
+AGES = (
+    ("outbox_lag_seconds", "outbox"),
+    ("stream_lag_seconds", "stream"),
+    ("jobs_oldest_seconds", "jobs"),
+)
 
 Sample = dict[str, Any]
 
