@@ -10,11 +10,18 @@ import pytest
 from tests.conftest import ROOT, SOURCE, tracked
 
 MAX_WORDS = 35
-DIRECTORIES = (f"{SOURCE}/app/", f"{SOURCE}/scripts/", "hooks/", "scripts/", "benchmarks/")
+DIRECTORIES = (
+    f"{SOURCE}/app/",
+    f"{SOURCE}/scripts/",
+    f"{SOURCE}/labs/",
+    "hooks/",
+    "scripts/",
+    "benchmarks/",
+)
 DOCUMENTS = [
     name
     for name in tracked()
-    if re.fullmatch(r"((docs|benchmarks)/)?\w+\.md", name.removeprefix(f"{SOURCE}/"))
+    if re.fullmatch(r"((docs|benchmarks)/(workshop/)?)?[\w-]+\.md", name.removeprefix(f"{SOURCE}/"))
 ]
 CODE = [
     *(name for name in tracked() if name.startswith(DIRECTORIES) and name.endswith(".py")),
@@ -53,7 +60,8 @@ TERMS = {
 MESSAGE_TERMS = {r"(?<=: )takes": "must be"}
 #: Only the service: cookiecutter's questions have answers, and teams have people.
 SERVICE_TERMS = {r"answer(s|ed|ing)?": "response", r"who": "that"}
-HEADING = re.compile(r"\"\"\"(What|Who)\b|#+ (What|Who)\b")
+#: The pages of the workshop have one heading that is a question.
+HEADING = re.compile(r"\"\"\"(What|Who)\b|#+ (?!What the template does$)(What|Who)\b")
 
 
 def prose(name: str, text: str) -> Iterator[tuple[int, str]]:

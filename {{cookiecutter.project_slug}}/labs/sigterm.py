@@ -1,4 +1,4 @@
-"""Lab 2: one of two instances is replaced under load. Who loses requests?"""
+"""Lab 2: one of two instances is replaced under load. Which requests are lost?"""
 
 import asyncio
 import itertools
@@ -44,10 +44,8 @@ class Replaced(NamedTuple):
 
 def run(stage: Stage) -> None:
     """Replace an instance of both kinds, and compare."""
-    stage.say(
-        f"{REQUESTS_PER_SECOND} payments/s to two instances. The first one gets SIGTERM, exits, and"
-    )
-    stage.say("starts again.\n")
+    stage.say(f"{REQUESTS_PER_SECOND} payments/s to two instances.")
+    stage.say("The first one gets SIGTERM, exits, and starts again.\n")
     usual_worker = replace(stage, "the usual uvicorn worker", is_usual=True)
     report(stage, usual_worker)
     this_worker = replace(stage, "this template's worker", is_usual=False)

@@ -152,7 +152,7 @@ def wait_until(condition: Callable[[], object], name: str, seconds: float = STAR
 
 
 class Stage:
-    """What a lab uses: processes that end with it, claims, pictures, and text."""
+    """The means of a lab: processes that end with it, claims, pictures, and text."""
 
     def __init__(self, stack: contextlib.ExitStack, say: Callable[[str], None]) -> None:
         self.claims = Claims()
