@@ -34,9 +34,10 @@ STYLE: Any = {
 def cpu(axes: Axes, figures: dict[str, Any]) -> None:
     """Draw CPU per request, one bar for each server and route."""
     bars = []
-    for part, route in {"small": "small JSON", "query": "one query"}.items():
+    routes = {"small": "small JSON", "query": "one query", "post": "POST"}
+    for part, route in routes.items():
         for name, (label, color) in SERVERS.items():
-            if name in figures[part]:
+            if name in figures.get(part, {}):
                 bars.append((f"{label}, {route}", median(figures[part][name]["cpu_us"]), color))
     labels, values, colors = zip(*reversed(bars), strict=True)
     drawn = axes.barh(labels, values, color=colors, height=0.7)

@@ -7,7 +7,7 @@ import sys
 
 from app.settings import load_settings
 from app.sizing.checks import WORKERS_OF_A_RELEASE, check_settings, default_replicas
-from app.sizing.plan import plan_workers
+from app.sizing.plan import metrics_bytes, plan_workers
 from app.sizing.resources import MEGABYTE, Resources, detect_resources
 
 DESCRIPTION = (
@@ -48,6 +48,10 @@ def main() -> int:
         f"connections  {plan.connections_per_pod} per pod, {per_worker} per worker: "
         f"{per_worker - 1} for requests, 1 for the readiness probe",
     ]
+    if resources.shared_memory_bytes is not None:
+        needed = math.ceil(metrics_bytes(settings, plan.workers) / MEGABYTE)
+        available = resources.shared_memory_bytes // MEGABYTE
+        lines.append(f"metrics      up to {needed} MB of /dev/shm, which has {available} MB")
     lines += [f"WARNING      {problem}" for problem in problems]
     if not problems:
         lines.append("no warnings: the settings agree with each other")

@@ -260,6 +260,8 @@ def test_doctor_explains_the_plan() -> None:
     assert "workers      2: 2 CPUs (given) x WORKERS_PER_CORE=1" in text
     connections = "16 per pod, 8 per worker: 7 for requests, 1 for the readiness probe"
     assert f"connections  {connections}" in text
+    if Path("/dev/shm").exists():
+        assert "metrics      up to 15 MB of /dev/shm" in text
     assert "no warnings" in text
 
 
