@@ -30,6 +30,7 @@ process_pool/        CPU-heavy work in other processes
 web/                 around every request
     application.py  middleware.py  limits.py  headers.py  proxies.py  threads.py
     problems.py  health.py  principal.py  routes.py  cors.py  head.py  sse.py  body_limit.py
+    directory.py  quick_route.py
 storage/             Postgres and Redis
     postgres.py  postgres_errors.py  query_log.py  redis.py  traced_postgres.py  traced_redis.py
 telemetry/           logs, metrics, traces

@@ -15,6 +15,7 @@ from app.payments.router import router as payments_router  # example
 from app.settings import Settings, load_settings
 from app.web import health, problems
 from app.web.application import TELEMETRY, Service
+from app.web.quick_route import QuickRoute
 
 #: The responses that any route may have, see app/web/limits.py.
 COMMON_RESPONSES = problems.problem_responses(408, 413, 431, 500, 503, 504)
@@ -41,11 +42,11 @@ def create_app(
     app.state.lifecycle = lifecycle.PROCESS
     problems.install_handlers(app)
 
-    @app.get("/", tags=["service"])
     async def describe() -> dict[str, str]:
         """Return the name and version of the service."""
         return {"service": settings.service_name, "version": settings.service_version}
 
+    app.router.add_api_route("/", describe, tags=["service"], route_class_override=QuickRoute)
     app.include_router(health.router)
     app.include_router(payments_router)  # example
     app.include_router(jobs_router)  # jobs

@@ -11,9 +11,10 @@ from app.errors import InvalidRequestError
 from app.jobs.router import ACCEPTED, Accepted, accepted
 from app.storage.postgres import DatabaseDependency
 from app.web.problems import problem_responses
+from app.web.quick_route import QuickRoute
 
 NO_STORE = {"Cache-Control": "no-store"}
-router = APIRouter(prefix="/conversations", tags=["conversations"])
+router = APIRouter(prefix="/conversations", tags=["conversations"], route_class=QuickRoute)
 
 
 @router.post("", status_code=201, responses=problem_responses(400, InvalidRequestError, 503))

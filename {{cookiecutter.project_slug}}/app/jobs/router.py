@@ -16,12 +16,13 @@ from app.errors import ConflictError, InvalidRequestError, NotFoundError
 from app.jobs import table
 from app.storage.postgres import Database, DatabaseDependency
 from app.web.problems import problem_responses
+from app.web.quick_route import QuickRoute
 
 NO_STORE = {"Cache-Control": "no-store"}
 #: Seconds until a client should look again.
 RETRY_AFTER = {"Retry-After": "1"}
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-router = APIRouter(prefix="/jobs", tags=["jobs"])
+router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=QuickRoute)
 
 
 class JobStatus(BaseModel):

@@ -19,9 +19,10 @@ from app.payments.schemas import NewPayment, Page, Payment, Totals
 from app.payments.service import Payments, PaymentsDependency
 from app.web.principal import principal
 from app.web.problems import problem_responses
+from app.web.quick_route import QuickRoute
 
 NO_STORE = {"Cache-Control": "no-store"}
-router = APIRouter(prefix="/payments", tags=["payments"])
+router = APIRouter(prefix="/payments", tags=["payments"], route_class=QuickRoute)
 
 
 async def _rate_limited(request: Request, payments: PaymentsDependency) -> Payments:

@@ -12,6 +12,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.web import cors, problems
+from app.web.directory import Directory
 from app.web.middleware import RequestMiddleware
 
 #: FastAPI's own telemetry. What is enabled is looked up per request.
@@ -28,6 +29,8 @@ class Service(FastAPI):
     def __init__(self, *, mandatory_dependencies: Sequence[Depends] = (), **options: Any) -> None:
         """Routes that are added after the first router have the mandatory dependencies."""
         super().__init__(**options)
+        # The router calls this in place of its own search.
+        self.router.middleware_stack = Directory(self.router)
         self.mandatory_dependencies = list(mandatory_dependencies)
 
     def include_router(self, router: APIRouter, **options: Any) -> None:

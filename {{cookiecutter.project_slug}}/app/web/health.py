@@ -20,6 +20,7 @@ from app.lifecycle import Lifecycle
 from app.settings import Settings
 from app.tasks import StateLog, describe
 from app.web.problems import recent_causes
+from app.web.quick_route import QuickRoute
 
 #: For how long a result is reused, so that many kubelets and balancers cost one check.
 CACHE_SECONDS = 1.0
@@ -128,7 +129,7 @@ class Health:
             logger.warning("%s still unavailable: %s", name, cause, extra=extra)
 
 
-router = APIRouter(prefix="/health", tags=["health"])
+router = APIRouter(prefix="/health", tags=["health"], route_class=QuickRoute)
 
 
 def _respond(status: int, body: Mapping[str, Any]) -> Response:

