@@ -28,8 +28,13 @@ class Outcome(NamedTuple):
 
     @property
     def is_lost(self) -> bool:
-        """Whether the client got no response, or one of a broken server."""
-        return self.status == 0 or self.status >= 500
+        """Whether the client got no response: the connection was refused or closed."""
+        return self.status == 0
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether the response is a 503: the machine is too busy for this lab."""
+        return self.status >= 500
 
 
 class Target:

@@ -7,15 +7,15 @@ from collections import Counter
 from typing import NamedTuple
 
 from labs.balancer import Balancer, Outcome
-from labs.picture import BAD, GOOD, GRAY, GREEN, Axes, Picture
+from labs.picture import BAD, GOOD, GRAY, GREEN, ORANGE, Axes, Picture
 from labs.stage import Instance, Stage
 
 NUMBER = 2
 TITLE = "which worker loses requests at SIGTERM?"
 #: Longer than the balancer needs to notice: two probes, and the time limit of one.
-DRAIN_SECONDS = "4"
+DRAIN_SECONDS = "5"
 PROBE_SECONDS = "1"
-REQUESTS_PER_SECOND = 60
+REQUESTS_PER_SECOND = 40
 STEADY_SECONDS = 2.0
 COLUMN_SECONDS = 0.25
 
@@ -110,8 +110,11 @@ def report(stage: Stage, replaced: Replaced) -> None:
     """Print what happened."""
     lost = replaced.lost
     stage.say(f"{replaced.name}: {len(replaced.outcomes)} requests, {len(lost)} lost")
-    for error, number in Counter(each.error or str(each.status) for each in lost).items():
+    rejected = [each for each in replaced.outcomes if each.is_rejected]
+    for error, number in Counter(each.error for each in lost).items():
         stage.say(f"    {number} x {error}")
+    if rejected:
+        stage.say(f"    {len(rejected)} x 503: this machine is busy with something else")
     stage.say(f"    exit {replaced.exited - replaced.signaled:.1f} s after SIGTERM")
     out = [at for at, is_ready in replaced.changes if not is_ready and at > replaced.signaled]
     if out:
@@ -122,7 +125,10 @@ def draw(runs: list[Replaced]) -> Picture:
     """Draw requests over time: a panel for each kind of worker."""
     picture = Picture(900, 640, "SIGTERM to one of two instances, seen from the balancer")
     entries = [(GOOD, "served"), (BAD, "lost"), (GREEN, "the balancer uses the instance")]
-    picture.legend(16, 56, [*entries, (GRAY, "it does not")])
+    entries.append((GRAY, "it does not"))
+    if any(each.is_rejected for replaced in runs for each in replaced.outcomes):
+        entries.append((ORANGE, "503, machine busy"))
+    picture.legend(16, 56, entries)
     end = max(each.end for each in runs)
     for number, replaced in enumerate(runs):
         title = f"{replaced.name}: {len(replaced.lost)} of {len(replaced.outcomes)} requests lost"
@@ -145,16 +151,20 @@ def draw(runs: list[Replaced]) -> Picture:
 
 def draw_columns(axes: Axes, replaced: Replaced) -> None:
     """Draw requests per second, the lost ones on top, for each whole column."""
-    columns: dict[int, list[bool]] = {}
+    columns: dict[int, list[Outcome]] = {}
     whole = [each for each in replaced.outcomes if each.at < replaced.last_column]
     for outcome in whole:
-        columns.setdefault(int(outcome.at / COLUMN_SECONDS), []).append(outcome.is_lost)
-    for number, losses in columns.items():
+        columns.setdefault(int(outcome.at / COLUMN_SECONDS), []).append(outcome)
+    for number, outcomes in columns.items():
         start = number * COLUMN_SECONDS
         end = start + COLUMN_SECONDS * 0.9
-        served = losses.count(False) / COLUMN_SECONDS
+        total = len(outcomes) / COLUMN_SECONDS
+        lost = sum(each.is_lost for each in outcomes) / COLUMN_SECONDS
+        rejected = sum(each.is_rejected for each in outcomes) / COLUMN_SECONDS
+        served = total - lost - rejected
         axes.column(start, end, 0, served, GOOD)
-        axes.column(start, end, served, len(losses) / COLUMN_SECONDS, BAD)
+        axes.column(start, end, served, served + rejected, ORANGE)
+        axes.column(start, end, served + rejected, total, BAD)
 
 
 def draw_rotation(axes: Axes, replaced: Replaced, top: float) -> None:
