@@ -81,7 +81,11 @@ PATTERNS = {
         "call another service, with retries and deadlines",
         along=("circuit_breaker",),
         script="quiet_http",
-        packages={"httpx>=0.28,<1": "project", "stamina>=26,<27": "project"},
+        packages={
+            "aiohttp>=3.14.5,<4": "project",
+            "certifi>=2026.7": "project",
+            "stamina>=26,<27": "project",
+        },
         todo="open one `UpstreamClient` in the lifespan",
     ),
     "idempotency": Pattern(

@@ -6,13 +6,13 @@ environment: either could send a request, and its secrets, elsewhere.
 
 import asyncio
 import contextlib
-import logging
 import ssl
 import time
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple
 
-import httpx
+import aiohttp
+import certifi
+import orjson
 import stamina
 from prometheus_client import Histogram
 
@@ -28,13 +28,21 @@ ATTEMPT_SECONDS = 2.0
 DEADLINE_SECONDS = 5.0
 #: Maximum random addition to the pause between attempts.
 JITTER_SECONDS = 0.1
+#: Idle time after which a connection is closed: sooner than most servers do it.
+KEEP_ALIVE_SECONDS = 5.0
 #: The idempotent methods, which are safe to retry (RFC 9110, section 9.2.2).
 _IDEMPOTENT_METHODS = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}
 _SECONDS = Histogram(
     "http_client_request_duration_seconds", "Each attempt, by its outcome.", ["upstream", "outcome"]
 )
-# By default httpx logs a line for each request.
-logging.getLogger("httpx").setLevel(logging.WARNING)
+#: Outcomes in the metrics, by the class of the error; any other error has the name of its class.
+_OUTCOMES = {
+    aiohttp.ClientConnectorError: "ConnectError",
+    aiohttp.ServerDisconnectedError: "RemoteProtocolError",
+    aiohttp.ClientPayloadError: "RemoteProtocolError",
+    aiohttp.ClientResponseError: "RemoteProtocolError",
+    aiohttp.ClientOSError: "ReadError",
+}
 
 
 class UpstreamError(Exception):
@@ -53,7 +61,7 @@ class UpstreamResponse(NamedTuple):
 
 
 class UpstreamClient:
-    """A pool of connections to one upstream. Close it with `http.aclose()`."""
+    """A pool of connections to one upstream. Create it in a running event loop; close it."""
 
     def __init__(
         self,
@@ -63,32 +71,44 @@ class UpstreamClient:
         connections: int = 20,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`tls` trusts other authorities than the public ones of httpx, or has a certificate.
+        """`tls` trusts other authorities than the public ones of certifi, or has a certificate.
 
         The variables SSL_CERT_FILE and SSL_CERT_DIR have no effect.
         """
         self.upstream = upstream
+        self.url = url.rstrip("/")
         self.breaker = breaker
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self.http = httpx.AsyncClient(
-            base_url=url,
-            timeout=ATTEMPT_SECONDS,
-            limits=limits,
-            trust_env=False,
-            verify=tls or True,
+        connector = aiohttp.TCPConnector(
+            limit=connections,
+            keepalive_timeout=KEEP_ALIVE_SECONDS,
+            # A name that leads elsewhere after a fail-over is followed by each new connection.
+            use_dns_cache=False,
+            ssl=tls or ssl.create_default_context(cafile=certifi.where()),
         )
-        no_cookies = DefaultCookiePolicy(allowed_domains=[])
-        self.http.cookies.jar.set_policy(no_cookies)
-        # A compressed body within the size limit may be large when it is decompressed.
-        self.http.headers["Accept-Encoding"] = "identity"
+        self.http = aiohttp.ClientSession(
+            connector=connector,
+            # A compressed body within the size limit may be large when it is decompressed.
+            headers={"Accept-Encoding": "identity"},
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            json_serialize=_to_json,
+            # Each attempt has its own time limit, ATTEMPT_SECONDS.
+            timeout=aiohttp.ClientTimeout(),
+            trust_env=False,
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self.http.close()
 
     async def request(
         self, method: str, path: str, headers: dict[str, str], **content: Any
     ) -> UpstreamResponse:
         """Send a request with the current request ID, within `DEADLINE_SECONDS`.
 
-        `content` is passed to httpx. A method that is not idempotent is retried only with an
-        `Idempotency-Key`. Raises `UpstreamError`, or `CircuitOpenError` of the breaker.
+        `content` is passed to aiohttp: `data`, `json` or `params`. A method that is not idempotent
+        is retried only with an `Idempotency-Key`. Raises `UpstreamError`, or `CircuitOpenError` of
+        the breaker.
         """
         all_headers = headers | {"X-Request-ID": request_id()}
         with contextlib.suppress(TimeoutError):
@@ -117,17 +137,18 @@ class UpstreamClient:
         """Make one attempt, with a span; observe its duration. Raises `UpstreamError`."""
         start = time.perf_counter()
         outcome = "Cancelled"
-        call = tracing.HttpCall(method, str(self.http.base_url.join(path)))
+        url = f"{self.url}/{path.lstrip('/')}"
+        call = tracing.HttpCall(method, url)
         try:
             async with asyncio.timeout(ATTEMPT_SECONDS):
                 all_headers = headers | call.headers
-                response = await self._send(method, path, headers=all_headers, **content)
+                response = await self._send(method, url, headers=all_headers, **content)
             outcome = str(response.status)
         except _TooLargeError as error:
             outcome = "TooLarge"
             raise UpstreamError(self.upstream, outcome) from error
-        except (httpx.HTTPError, TimeoutError) as error:
-            outcome = type(error).__name__
+        except (aiohttp.ClientError, TimeoutError) as error:
+            outcome = _outcome(error)
             raise UpstreamError(self.upstream, outcome) from error
         finally:
             call.end(outcome)
@@ -136,12 +157,22 @@ class UpstreamClient:
             raise UpstreamError(self.upstream, outcome)
         return response
 
-    async def _send(self, method: str, path: str, **options: Any) -> UpstreamResponse:
+    async def _send(self, method: str, url: str, **options: Any) -> UpstreamResponse:
         """Send the request; read the response in chunks, up to the size limit."""
         body = b""
-        async with self.http.stream(method, path, **options) as response:
-            async for chunk in response.aiter_raw():
+        async with self.http.request(method, url, allow_redirects=False, **options) as response:
+            async for chunk in response.content.iter_any():
                 body += chunk
                 if len(body) > MAX_RESPONSE_BYTES:
                     raise _TooLargeError
-        return UpstreamResponse(response.status_code, body)
+        return UpstreamResponse(response.status, body)
+
+
+def _to_json(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _outcome(error: Exception) -> str:
+    """Return the name of an error in the metrics and in `UpstreamError`."""
+    names = [name for kind, name in _OUTCOMES.items() if isinstance(error, kind)]
+    return names[0] if names else type(error).__name__

@@ -10,6 +10,7 @@ or that breaks the connection, is retried later, and the others pass it.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -35,9 +36,12 @@ WINDOW_BYTES = 1 << 16
 #: Time limit for each response: a constant, and the time that a slow link needs for a window.
 RESPONSE_SECONDS = 1.0
 LINK_BYTES_PER_SECOND = 1 << 16
-#: Pause of a relay that has found less than a whole batch.
-POLL_SECONDS = 0.2
-#: The pause after an error starts at `POLL_SECONDS` and doubles up to this.
+#: Interval at which a relay looks for events of other processes.
+POLL_SECONDS = 0.5
+#: Minimum pause after a batch that was not whole, so that many commits share the next one.
+GATHER_SECONDS = 0.05
+#: The pause after an error starts at this, and doubles up to the maximum.
+MIN_PAUSE_SECONDS = 0.2
 MAX_PAUSE_SECONDS = 5.0
 #: An event that fails is passed by the others for a second, then for twice the time, up to this.
 MAX_POSTPONED_SECONDS = 60.0
@@ -63,6 +67,7 @@ _CLAIM = """
     select id, topic, event_id, type, payload, created_at, traceparent, bytes from measured
     where total - bytes < $2 order by id
 """
+_EXISTS = "select exists (select from outbox)"
 _BACKLOG = """
     select count(*) as events,
         coalesce(extract(epoch from now() - min(created_at)), 0)::float as lag_seconds
@@ -104,29 +109,58 @@ async def add(connection: Connection, topic: str, event_id: UUID, kind: str, pay
     await connection.execute(_ADD, *Event(topic, event_id, kind, payload).values())
 
 
-async def relay(database: Database, redis: RedisClient, max_length: int) -> None:
+async def relay(
+    database: Database, redis: RedisClient, max_length: int, committed: asyncio.Event | None = None
+) -> None:
     """Publish events until cancelled. Outages only delay them.
 
-    Any number of relays may run. Streams keep about `max_length` events.
+    Set `committed` after each commit of an event in this process: the relay publishes it at once,
+    or within `GATHER_SECONDS` of the last batch. Those of other processes wait for up to
+    `POLL_SECONDS`. Any number of relays may run. Streams keep about `max_length` events.
     """
     state = StateLog(logger, "outbox publishing paused", "outbox publishing resumed")
-    backoff_seconds = POLL_SECONDS
+    backoff_seconds = MIN_PAUSE_SECONDS
+    committed = committed or asyncio.Event()
     async with redis.unhurried() as unhurried:
         publisher = Publisher(database, unhurried, max_length)
         while True:
+            # Before the outbox is read: an event that is committed meanwhile is not missed.
+            committed.clear()
+            has_failed = backoff_seconds > MIN_PAUSE_SECONDS
             try:
-                # First, so that no database connection waits for a Redis that is unavailable.
-                await run_to_completion(redis.ping())
-                await run_to_completion(publisher.publish())
+                if has_failed:
+                    # A Redis that is unavailable uses no database connection.
+                    await run_to_completion(redis.ping())
+                published = await run_to_completion(_publish_waiting(publisher, redis))
             except Exception as error:  # noqa: BLE001 - the relay outlives every error
                 state.failed(describe(error))
-                pause_seconds = backoff_seconds
+                await asyncio.sleep(backoff_seconds)
                 backoff_seconds = min(2 * backoff_seconds, MAX_PAUSE_SECONDS)
             else:
                 state.succeeded()
-                pause_seconds = 0 if publisher.has_more else POLL_SECONDS
-                backoff_seconds = POLL_SECONDS
-            await asyncio.sleep(pause_seconds)
+                backoff_seconds = MIN_PAUSE_SECONDS
+                if not publisher.has_more:
+                    await _pause(published, committed)
+
+
+async def _publish_waiting(publisher: "Publisher", redis: RedisClient) -> int:
+    """Publish a batch if there are events; return their number. Idle relays send one query."""
+    async with publisher.database.acquire() as connection:
+        if not await connection.fetchval(_EXISTS):
+            publisher.has_more = False
+            return 0
+    # First, so that no database connection waits for a Redis that is unavailable.
+    await redis.ping()
+    return await publisher.publish()
+
+
+async def _pause(published: int, committed: asyncio.Event) -> None:
+    """Wait for the next commit in this process, or for the time to look for other events."""
+    if published:
+        await asyncio.sleep(GATHER_SECONDS)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(POLL_SECONDS):
+            await committed.wait()
 
 
 class Publisher:

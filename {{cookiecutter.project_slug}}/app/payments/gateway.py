@@ -83,8 +83,8 @@ class CardGateway:
     async def _call(self, payment: Payment) -> None:
         key = str(payment.payment_id)
         headers = {"Idempotency-Key": key, "Content-Type": "application/json"}
-        content = payment.model_dump_json()
-        response = await self.client.request("POST", "charges", headers, content=content)
+        body = payment.model_dump_json().encode()
+        response = await self.client.request("POST", "charges", headers, data=body)
         if response.status in DECLINED_STATUSES:
             msg = f"declined by the gateway: {response.status}"
             raise PoisonError(msg)
@@ -124,5 +124,5 @@ async def open_gateway(
     """Yield a gateway for `concurrency` charges at once, then close its connections."""
     breaker = CircuitBreaker("gateway", max(MIN_FAILURES, concurrency))
     client = UpstreamClient("gateway", url, breaker, concurrency, tls)
-    async with contextlib.aclosing(client.http):
+    async with contextlib.aclosing(client):
         yield CardGateway(client)

@@ -1,5 +1,6 @@
 """Payments: created once per idempotency key, with an event; totals are cached."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -39,6 +40,8 @@ class Payments:
     def __init__(self, settings: Settings, database: Database, redis: RedisClient) -> None:
         self.database = database
         self.totals_cache = Cache(redis, "payment-totals")
+        #: Set after each commit of an event, for the relay.
+        self.committed = asyncio.Event()
         self.limit = RateLimit(redis, "payments", settings.rate_limit_per_minute)
 
     async def create(
@@ -61,7 +64,9 @@ class Payments:
             return await idempotency.replay(connection, claim)
 
         # Safe to retry after a lost connection, since the key is committed with the payment.
-        return await self.database.retry(create_once)
+        response = await self.database.retry(create_once)
+        self.committed.set()
+        return response
 
     async def get(self, payment_id: UUID) -> Payment | None:
         """Return the payment, or None if it does not exist.
@@ -109,7 +114,8 @@ def _created(payment: Payment, root_path: str) -> StoredResponse:
 async def open_payments(settings: Settings, storage: Storage) -> AsyncIterator[Payments]:
     """Yield the payments of a worker; run the outbox relay and the periodic jobs."""
     database = storage.database
-    relay = outbox.relay(database, storage.redis, MAX_EVENTS)
+    payments = Payments(settings, database, storage.redis)
+    relay = outbox.relay(database, storage.redis, MAX_EVENTS, payments.committed)
     jobs = run_periodically(
         database,
         JOBS_SECONDS,
@@ -118,7 +124,7 @@ async def open_payments(settings: Settings, storage: Storage) -> AsyncIterator[P
         inbox.delete_expired,
     )
     async with background_task(relay), background_task(jobs):
-        yield Payments(settings, database, storage.redis)
+        yield payments
 
 
 async def _payments(request: Request) -> Payments:

@@ -169,7 +169,8 @@ LINES = {
     "deploy/k8s/components/prometheusrule/kustomization.yaml": ["  - payments.yaml # example"],
     "deploy/observe/grafana/dashboards/kustomization.yaml": ["      - payments.json # example"],
     "pyproject.toml": [
-        '    "httpx>=0.28,<1", # example',
+        '    "aiohttp>=3.14.5,<4", # example',
+        '    "certifi>=2026.7", # example',
         '    "stamina>=26,<27", # example',
         '    "hypothesis>=6,<7", # example',
         '    "pillow>=13,<14", # example',

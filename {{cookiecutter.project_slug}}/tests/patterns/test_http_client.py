@@ -1,12 +1,17 @@
 """The HTTP client over a real socket: bounded, retried only where safe, never redirected."""
 
+import asyncio
+import base64
+import contextlib
 import socket
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import ThreadingHTTPServer
 from threading import Thread
 
 import pytest
+from prometheus_client import REGISTRY
 
 from app.patterns import http_client
 from app.patterns.circuit_breaker import CircuitBreaker, CircuitOpenError
@@ -69,7 +74,7 @@ async def client(
     url = f"http://127.0.0.1:{upstream.server_port}/base"
     client = UpstreamClient("test", url, CircuitBreaker("test", 10))
     yield client
-    await client.http.aclose()
+    await client.aclose()
 
 
 async def test_request_carries_content_headers_and_request_id(
@@ -209,5 +214,88 @@ async def test_proxy_of_the_environment_is_not_used(
     client = UpstreamClient("test", "http://127.0.0.1:1", CircuitBreaker("test"))
     with pytest.raises(UpstreamError, match="ConnectError"):
         await client.request("POST", "/", {})
-    await client.http.aclose()
+    await client.aclose()
     assert upstream.requests == []
+
+
+async def test_credentials_of_the_url_are_sent_and_in_no_error(upstream: Upstream) -> None:
+    """As basic authentication: RFC 7617, section 2."""
+    url = f"http://user:p%40ss@127.0.0.1:{upstream.server_port}"
+    client = UpstreamClient("test", url, CircuitBreaker("test"))
+    assert (await client.request("POST", "/", {})).status == 200
+    upstream.respond = cut
+    with pytest.raises(UpstreamError) as failed:
+        await client.request("POST", "/", {})
+    await client.aclose()
+    expected = base64.b64encode(b"user:p@ss").decode()
+    assert {request.headers["Authorization"] for request in upstream.requests} == {
+        f"Basic {expected}"
+    }
+    text = "".join(traceback.format_exception(failed.value))
+    assert "p@ss" not in text
+    assert "p%40ss" not in text
+
+
+def write_nonsense(request: Handler) -> None:
+    request.wfile.write(b"nonsense\r\n\r\n")
+
+
+def cut_body(request: Handler) -> None:
+    respond(request, 200, b"{}", **{"Content-Length": "9"})
+
+
+@pytest.mark.parametrize(
+    ("behavior", "outcome"),
+    [
+        (cut, "RemoteProtocolError"),
+        (write_nonsense, "RemoteProtocolError"),
+        (cut_body, "RemoteProtocolError"),
+    ],
+)
+async def test_broken_response_has_the_same_outcome_in_the_metrics(
+    upstream: Upstream, client: UpstreamClient, behavior: Respond, outcome: str
+) -> None:
+    def respond_and_close(request: Handler) -> None:
+        behavior(request)
+        request.close_connection = True
+
+    labels = {"upstream": "test", "outcome": outcome}
+    name = "http_client_request_duration_seconds_count"
+    before = REGISTRY.get_sample_value(name, labels) or 0
+    upstream.respond = respond_and_close
+    with pytest.raises(UpstreamError, match=outcome):
+        await client.request("POST", "/", {})
+    assert REGISTRY.get_sample_value(name, labels) == before + 1
+
+
+async def test_connections_are_reused_up_to_the_limit(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_client, "ATTEMPT_SECONDS", PATIENT_SECONDS)
+    url = f"http://127.0.0.1:{upstream.server_port}"
+    client = UpstreamClient("test", url, CircuitBreaker("test"), connections=2)
+    await asyncio.gather(*(client.request("POST", "/", {}) for _ in range(20)))
+    await client.aclose()
+    assert len(upstream.requests) == 20
+    assert len({request.client_address for request in upstream.requests}) <= 2
+
+
+async def test_cancelled_request_leaves_no_response_to_the_next_one(
+    upstream: Upstream, client: UpstreamClient
+) -> None:
+    """Whenever it is cancelled: aiohttp 3.14.0 returned such connections to the pool.
+
+    https://github.com/aio-libs/aiohttp/issues/12795
+    """
+
+    def echo(request: Handler) -> None:
+        time.sleep(0.002)
+        respond(request, 200, request.body)
+
+    upstream.respond = echo
+    for number in range(40):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(number / 8000):
+                await client.request("POST", "/", {}, data=b"cancelled")
+        expected = str(number).encode()
+        assert (await client.request("POST", "/", {}, data=expected)).body == expected

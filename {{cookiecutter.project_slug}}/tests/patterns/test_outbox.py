@@ -244,8 +244,10 @@ async def test_stream_is_trimmed(database: Database, client: RedisClient) -> Non
 
 
 @contextlib.asynccontextmanager
-async def relaying(database: Database, client: RedisClient) -> AsyncIterator[None]:
-    relay = asyncio.create_task(outbox.relay(database, client, MAX_LENGTH))
+async def relaying(
+    database: Database, client: RedisClient, committed: asyncio.Event | None = None
+) -> AsyncIterator[None]:
+    relay = asyncio.create_task(outbox.relay(database, client, MAX_LENGTH, committed))
     try:
         yield
     finally:
@@ -309,3 +311,63 @@ async def test_relay_survives_a_postgres_restart(
             ids = await add_events(connection)
         await until_published(client, ids)
     assert all(record.levelname in {"WARNING", "INFO"} for record in caplog.records)
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that relays publish during the test."""
+    sizes: list[int] = []
+    publish = Publisher.publish
+
+    async def counted(publisher: Publisher) -> int:
+        sizes.append(await publish(publisher))
+        return sizes[-1]
+
+    monkeypatch.setattr(Publisher, "publish", counted)
+    return sizes
+
+
+async def test_commit_in_the_same_process_is_published_at_once(
+    database: Database, client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the event, the relay would look after a minute."""
+    monkeypatch.setattr(outbox, "POLL_SECONDS", 60.0)
+    committed = asyncio.Event()
+    async with relaying(database, client, committed), database.acquire() as connection:
+        for _ in range(3):
+            ids = await add_events(connection)
+            committed.set()
+            await until_published(client, ids)
+
+
+async def test_idle_relay_asks_only_whether_there_are_events(
+    database: Database, client: RedisClient, published: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events of other processes are found all the same."""
+    monkeypatch.setattr(outbox, "POLL_SECONDS", 0.01)
+    async with relaying(database, client):
+        await asyncio.sleep(0.2)
+        assert published == []
+        async with database.acquire() as connection:
+            ids = await add_events(connection)
+        await until_published(client, ids)
+    assert sum(published) == 1
+
+
+async def test_many_commits_share_batches(
+    database: Database, client: RedisClient, published: list[int]
+) -> None:
+    """A batch for each would cost a worker more than the requests themselves."""
+    committed = asyncio.Event()
+    ids: list[UUID] = []
+    async with relaying(database, client, committed), database.acquire() as connection:
+        start = time.monotonic()
+        while len(ids) < 200:
+            ids += await add_events(connection)
+            committed.set()
+            await asyncio.sleep(0.001)
+        await until_published(client, ids)
+        seconds = time.monotonic() - start
+    assert sum(published) == 200
+    assert len(published) <= 2 + seconds / outbox.GATHER_SECONDS
+    assert len(published) < 100
