@@ -34,6 +34,7 @@ class Changes:
         self.state = ""
         self.failed: frozenset[str] = frozenset()
         self.exhausted: set[str] = set()
+        self.is_missing = False
 
     def of_probe(self, probe: dict[str, Any]) -> list[Event]:
         """Return the events of a readiness probe: another state, or other failed checks."""
@@ -57,10 +58,16 @@ class Changes:
             events += _exits(before, sample)
             events += _workers(before, sample)
             events += _dependencies(before, sample)
-            missed = (sample["timeouts"] or 0) - (before["timeouts"] or 0)
-            if missed > 0:
-                events.append(_event(f"{missed:g} callers got no connection in time", "bad"))
+            events += self._timeouts(before, sample)
         return events
+
+    def _timeouts(self, before: Sample, sample: Sample) -> list[Event]:
+        """Return an event for the first of several samples in a row with timeouts."""
+        was_missing = self.is_missing
+        self.is_missing = (sample["timeouts"] or 0) > (before["timeouts"] or 0)
+        if was_missing or not self.is_missing:
+            return []
+        return [_event("callers get no connection in time", "bad")]
 
     def _pools(self, sample: Sample) -> list[Event]:
         events = []

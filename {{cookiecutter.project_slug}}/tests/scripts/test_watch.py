@@ -97,7 +97,7 @@ def observed(**changed: Any) -> dict[str, Any]:
         ({"memory": {"7": 60, "8": 50}}, "worker 8 serves"),
         ({"memory": {}}, "worker 7 has ended"),
         ({"dependencies": {"redis": 0}}, "redis is unavailable"),
-        ({"timeouts": 3}, "3 callers got no connection in time"),
+        ({"timeouts": 3}, "callers get no connection in time"),
         (
             {"pools": {"postgres": {"used": 2, "max": 2, "waiting": 4}}},
             "the pool of postgres is exhausted: 2 of 2 in use, 4 wait",
