@@ -37,7 +37,7 @@ WINDOW_BYTES = 1 << 16
 RESPONSE_SECONDS = 1.0
 LINK_BYTES_PER_SECOND = 1 << 16
 #: Interval at which a relay looks for events of other processes.
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 #: Minimum pause after a batch that was not whole, so that many commits share the next one.
 GATHER_SECONDS = 0.05
 #: The pause after an error starts at this, and doubles up to the maximum.

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from app.errors import UnavailableError
 from app.main import create_app
-from app.patterns import cache_aside, rate_limit
+from app.patterns import cache_aside, outbox, rate_limit
 from app.patterns.idempotency import KeyInUseError
 from app.payments import repository
 from app.payments.schemas import NewPayment
@@ -379,3 +379,21 @@ async def test_unsupported_method_gets_the_allowed_ones(
     assert response.status_code == 405
     assert response.headers["content-type"] == PROBLEM
     assert set(response.headers["allow"].split(", ")) == methods
+
+
+async def test_event_of_a_new_payment_is_published_at_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit wakes the relay, which would otherwise look again after a minute."""
+    monkeypatch.setattr(outbox, "POLL_SECONDS", 60.0)
+    async with (
+        InProcess(create_app(settings)) as client,
+        redis.create_redis(settings) as redis_client,
+    ):
+        for _ in range(2):
+            payment_id = (await post(client)).json()["payment_id"]
+            async with asyncio.timeout(30):
+                while payment_id not in str(  # noqa: ASYNC110
+                    await redis_client.xrange(redis_client.key("payment-events"))
+                ):
+                    await asyncio.sleep(0.05)
