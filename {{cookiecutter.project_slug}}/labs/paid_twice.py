@@ -108,14 +108,13 @@ def kill_consumers(stage: Stage) -> Result:
         for prefix in gateways:
             publish(stage, prefix, asyncio.run(store_payments(stage.postgres.url, ORDERS)))
         for gateway, consumer in zip(gateways.values(), consumers, strict=True):
-            wait_for_calls(gateway, 1)
+            wait_for_calls(gateway, consumer, 1)
             consumer.kill()
             gateway.delay_seconds = 0
         # The messages in progress are delivered again to the next consumer.
-        for prefix, gateway in gateways.items():
-            start(stage, gateway, prefix)
-        for gateway in gateways.values():
-            wait_for_calls(gateway, 2)
+        consumers = [start(stage, gateway, prefix) for prefix, gateway in gateways.items()]
+        for gateway, consumer in zip(gateways.values(), consumers, strict=True):
+            wait_for_calls(gateway, consumer, 2)
         charges = [sum(gateway.charges.values()) for gateway in gateways.values()]
     return Result(
         "The consumer is killed after the charge, before it notes that.",
@@ -140,10 +139,11 @@ def publish(stage: Stage, prefix: str, events: list[Event]) -> None:
         client.xadd(f"{prefix}:payment-events", event)
 
 
-def wait_for_calls(gateway: FakeGateway, number: int) -> None:
-    """Wait until the gateway was called this number of times for each order."""
+def wait_for_calls(gateway: FakeGateway, consumer: Process, number: int) -> None:
+    """Wait until the consumer has called the gateway this number of times for each order."""
 
     def is_called() -> bool:
+        consumer.check()
         calls = list(gateway.calls.values())
         return len(calls) == ORDERS and min(calls) >= number
 

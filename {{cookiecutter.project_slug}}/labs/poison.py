@@ -56,7 +56,7 @@ def run(stage: Stage) -> None:
         naive = Consumer("the naive consumer", "naive", first, [])
         this = Consumer("this template's consumer", "this", second, [])
         processes = [start_naive(stage, naive), start_this(stage, this)]
-        wait_until(lambda: client.exists(naive.stream, this.stream) == 2, "both consumers read")
+        wait_until_reading(client, [naive, this], processes)
         for consumer in (naive, this):
             publish(stage, client, consumer)
         watch([naive, this], processes)
@@ -87,6 +87,17 @@ def start_this(stage: Stage, consumer: Consumer) -> Process:
         MESSAGE_CONCURRENCY_PER_WORKER="1",
     )
     return stage.start(sys.executable, "-m", "app.payments.consumer", variables=variables)
+
+
+def wait_until_reading(client: Any, consumers: list[Consumer], processes: list[Process]) -> None:
+    """Wait until both consumers have created their groups. Raises `LabError` if one exits."""
+
+    def are_reading() -> bool:
+        for process in processes:
+            process.check()
+        return all(client.exists(consumer.stream) for consumer in consumers)
+
+    wait_until(are_reading, "both consumers read")
 
 
 def publish(stage: Stage, client: Any, consumer: Consumer) -> None:
