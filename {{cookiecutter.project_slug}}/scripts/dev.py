@@ -91,9 +91,9 @@ def _listening(started: set[str]) -> Iterator[socket.socket]:
         settings = load_settings()
         listener = stack.enter_context(addresses.listen(settings.bind))
         _print_guide(settings, started, traces)
-        stack.enter_context(dev_watch.watching(settings))
         stack.enter_context(consuming())  # example
         stack.enter_context(working(is_reloading="--no-reload" not in sys.argv))  # jobs
+        stack.enter_context(dev_watch.watching(settings))
         yield listener
 
 

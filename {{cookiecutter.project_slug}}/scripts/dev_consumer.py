@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from scripts import dev_child
+from scripts import dev_child, dev_watch
 from scripts.dev_services import free_port, is_listening
 from scripts.fake_gateway import DEFAULT_PORT, DEFAULT_URL
 
@@ -25,6 +25,7 @@ def consuming() -> Iterator[None]:
         port = free_port()
         commands.append(["scripts.fake_gateway", str(port)])
         environment["GATEWAY_URL"] = f"http://127.0.0.1:{port}"
+    dev_watch.others.append(environment["METRICS_BIND"])
     _print_guide(environment)
     processes = [dev_child.start(*command, env=environment) for command in commands]
     try:

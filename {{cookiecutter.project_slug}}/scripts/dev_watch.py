@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from app.settings import Settings
 from scripts import dev_child
 
+#: Where the other processes of `make dev`, such as a worker, serve their metrics.
+others: list[str] = []
+
 
 @contextlib.contextmanager
 def watching(settings: Settings) -> Iterator[None]:
@@ -15,9 +18,10 @@ def watching(settings: Settings) -> Iterator[None]:
     if os.environ.get("WATCH", "0") in {"", "0"}:
         yield
         return
+    metrics = [settings.metrics_bind, *others]
     addresses = {
         "SERVICE": f"http://{settings.bind}{settings.root_path}",
-        "METRICS": f"http://{settings.metrics_bind}/metrics",
+        "METRICS": " ".join(f"http://{address}/metrics" for address in metrics),
     }
     # Not this command's stdin, which is that of a debugger.
     child = dev_child.start("scripts.watch", env=os.environ | addresses, stdin=subprocess.DEVNULL)

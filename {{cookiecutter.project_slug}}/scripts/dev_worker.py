@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from app.settings import load_settings
-from scripts import dev_child
+from scripts import dev_child, dev_watch
 from scripts.dev_reload import ENV_FILE, POLL_SECONDS, EnvFile, WatchedFiles
 from scripts.dev_services import free_port
 
@@ -29,6 +29,7 @@ def working(*, is_reloading: bool) -> Iterator[None]:
     environment = DEFAULTS | os.environ
     environment["METRICS_BIND"] = f"127.0.0.1:{free_port()}"
     environment.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    dev_watch.others.append(environment["METRICS_BIND"])
     _print_guide(environment)
     module = "scripts.dev_worker" if is_reloading else WORKER
     process = dev_child.start(module, env=environment)

@@ -7,13 +7,17 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from app.setting_types import HostPort
+from app.settings import Settings
+from scripts import dev_watch
 from scripts.watch import lines, server
 from scripts.watch.changes import Changes
 from scripts.watch.exposition import Metrics
@@ -231,6 +235,30 @@ def test_page_is_for_this_machine_only_and_loads_nothing_else(page: tuple[View, 
     text = server.PAGE.read_text()
     for forbidden in ("innerHTML", "http:", "https:", "src="):
         assert forbidden not in text
+
+
+def test_make_dev_shows_its_other_processes(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(
+        database_url=SecretStr("postgresql://a@127.0.0.1/a"),
+        redis_url=SecretStr("redis://127.0.0.1"),
+    )
+    monkeypatch.setattr(dev_watch, "others", ["127.0.0.1:9"])
+    monkeypatch.setenv("WATCH", "1")
+    printed = ""
+    with dev_watch.watching(settings):
+        end = time.monotonic() + 30
+        while "http" not in printed and time.monotonic() < end:
+            time.sleep(0.05)
+            printed += capfd.readouterr().out
+        url = printed.split()[printed.split().index("watch") + 1]
+        with httpx.stream("GET", f"{url}events") as response:
+            received = response.iter_lines()
+            next(received)
+            setup, *_ = json.loads(next(received).removeprefix("data: "))
+    assert setup["service"] == f"http://{settings.bind}"
+    assert setup["metrics"][1:] == ["http://127.0.0.1:9/metrics"]
 
 
 @pytest.mark.parametrize(
