@@ -134,9 +134,9 @@ async def test_root_path_is_removed() -> None:
     app = FastAPI()
     add(app, "/a", "/{x}/b")
     routed = Routed(app)
-    assert (await routed.get("/root/a", root_path="/root")).text == "/a"
-    assert (await routed.get("/root/a/b", root_path="/root")).text == "/{x}/b"
-    assert (await routed.get("/root", root_path="/root")).status_code == 404
+    assert (await routed.get("/prefix/a", root_path="/prefix")).text == "/a"
+    assert (await routed.get("/prefix/a/b", root_path="/prefix")).text == "/{x}/b"
+    assert (await routed.get("/prefix", root_path="/prefix")).status_code == 404
     assert routed.by_router == 1
 
 
