@@ -19,6 +19,7 @@ from scripts import dev_services
 from tests.databases import TEMPLATE, copy_database, drop_database
 from tests.run_jobs import RunJobs  # jobs
 from tests.service_process import DEADLINE_SECONDS, Service, serving
+from tests.session_state import no_session_state
 from tests.streams import Client
 
 # Settings of the service in the developer's environment must not reach the tests.
@@ -73,6 +74,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def anyio_backend() -> str:
     """The event loop of asynchronous tests and fixtures: asyncio's own."""
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _no_session_state() -> Iterator[None]:
+    """Fail a test that leaves state in a Postgres session, such as `set statement_timeout`."""
+    with no_session_state():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,21 @@
 """Postgres: a pool that fails fast, sheds load instead of queueing it, and survives restarts."""
 
 import asyncio
-import contextlib
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Self, TypeVar
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 from fastapi import Depends, Request
 
 from app.errors import UnavailableError
 from app.network.connection_urls import postgres_addresses
 from app.settings import Settings
 from app.storage import query_log
+from app.storage.pool import Pool
 from app.storage.postgres_errors import (
     CONNECTION_ERRORS,
     SCHEMA_ERRORS,
@@ -23,7 +24,7 @@ from app.storage.postgres_errors import (
     ConnectionLostError,
     TransientError,
     has_schema_changed,
-    translate_errors,
+    raise_translated,
 )
 from app.storage.traced_postgres import TracedConnection
 from app.telemetry import tracing
@@ -39,7 +40,7 @@ MAX_BACKOFF_SECONDS = 0.5
 #: Errors after which the next host is tried, as by asyncpg.
 NEXT_HOST_ERRORS = (OSError, asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched)
 
-Connection = asyncpg.pool.PoolConnectionProxy
+Connection = PoolConnectionProxy
 Result = TypeVar("Result")
 
 
@@ -57,20 +58,7 @@ class Database:
         self.settings = settings
         self.application_name = f"{settings.service_name}-{process}"
         self.url = settings.database_url.get_secret_value()
-        # Typed as asyncpg's own class by its stubs.
-        connector: Any = connect
-        self.pool = asyncpg.create_pool(
-            self.url,
-            min_size=0,
-            max_size=connections - 1,
-            connect=connector,
-            timeout=min(CONNECT_TIMEOUT_SECONDS, settings.database_acquire_timeout_seconds),
-            command_timeout=settings.database_command_timeout_seconds,
-            statement_cache_size=settings.database_statement_cache_size,
-            connection_class=TracedConnection if tracing.current else BoundedCancelConnection,
-            server_settings={"application_name": self.application_name},
-            init=query_log.enable if settings.log_sql else None,
-        )
+        self.pool = Pool(self._open, connections - 1)
         self.probe: asyncpg.Connection | None = None
         #: The start of the current outage, by `time.monotonic()`.
         self.unavailable_since: float | None = None
@@ -79,41 +67,21 @@ class Database:
         self.acquire_timeouts = 0
 
     async def __aenter__(self) -> Self:
-        await self.pool
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Wait for connections in use, but not for a server that does not respond."""
         if self.probe is not None:
             self.probe.terminate()
-        try:
-            async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
-                await self.pool.close()
-        except TimeoutError:
-            self.pool.terminate()
+        await self.pool.close(CLOSE_TIMEOUT_SECONDS)
 
-    @contextlib.asynccontextmanager
-    async def acquire(self) -> AsyncIterator[Connection]:
-        """Lend a connection for the block.
+    def acquire(self) -> "Lease":
+        """Lend a connection for the block: `async with database.acquire() as connection`.
 
-        Raises `UnavailableError` if none is free in time, or if the server does not respond. A
-        failed release does not fail work that is done: the connection is replaced.
+        Raises `UnavailableError` if none is free in time, or if the server does not respond. What
+        happens to the connection after work that is done does not fail the work.
         """
-        connection = await self._until_available(self._acquire)
-        try:
-            with translate_errors(connection):
-                yield connection
-            self.unavailable_since = None
-        except SCHEMA_ERRORS as error:
-            if not await has_schema_changed(error, connection):
-                raise
-            # Every connection of the pool prepares its statements again. asyncpg itself would use
-            # them for five minutes.
-            await connection.reload_schema_state()
-            raise TransientError("The database schema has changed.") from error
-        finally:
-            with contextlib.suppress(asyncpg.PostgresError, *CONNECTION_ERRORS):
-                await self.pool.release(connection)
+        return Lease(self)
 
     async def retry(self, work: Callable[[Connection], Awaitable[Result]]) -> Result:
         """Call `work` with a connection. It must be idempotent.
@@ -154,11 +122,25 @@ class Database:
         self.probe = probe
         self.unavailable_since = None
 
+    async def _open(self) -> asyncpg.Connection:
+        settings = self.settings
+        connection = await connect(
+            self.url,
+            timeout=min(CONNECT_TIMEOUT_SECONDS, settings.database_acquire_timeout_seconds),
+            command_timeout=settings.database_command_timeout_seconds,
+            statement_cache_size=settings.database_statement_cache_size,
+            connection_class=TracedConnection if tracing.current else BoundedCancelConnection,
+            server_settings={"application_name": self.application_name},
+        )
+        if settings.log_sql:
+            query_log.enable(connection)
+        return connection
+
     async def _acquire(self) -> Connection:
         timeout = self.settings.database_acquire_timeout_seconds
         self.pending += 1
         try:
-            return await self.pool.acquire(timeout=timeout)
+            return await self.pool.acquire(timeout)
         except TimeoutError as error:
             self.acquire_timeouts += 1
             raise UnavailableError("No database connection was free in time.") from error
@@ -194,10 +176,47 @@ class Database:
         return now - self.unavailable_since
 
 
+class Lease:
+    """A connection for the time of a block, in which errors of the server are translated."""
+
+    __slots__ = ("connection", "database")
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    async def __aenter__(self) -> Connection:
+        database = self.database
+        connection = database.pool.take_idle()
+        if connection is None:
+            connection = await database._until_available(database._acquire)
+        self.connection = connection
+        return connection
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None:
+            self.database.unavailable_since = None
+            self.database.pool.release(self.connection)
+            return
+        try:
+            raise_translated(error, self.connection)
+            await self._raise_if_schema_changed(error)
+        finally:
+            self.database.pool.release(self.connection, is_successful=False)
+
+    async def _raise_if_schema_changed(self, error: BaseException) -> None:
+        """Raise `TransientError`, and have the statements of all connections prepared again.
+
+        asyncpg itself would use the old ones for five minutes.
+        """
+        if isinstance(error, SCHEMA_ERRORS) and await has_schema_changed(error, self.connection):
+            await self.connection.reload_schema_state()
+            raise TransientError("The database schema has changed.") from error
+
+
 async def connect(
     url: str,
     *,
-    timeout: float,  # noqa: ASYNC109 - its name in asyncpg, whose pool passes it
+    timeout: float,  # noqa: ASYNC109 - its name in asyncpg
     **options: Any,
 ) -> asyncpg.Connection:
     """Connect to the first host that `target_session_attrs` accepts.

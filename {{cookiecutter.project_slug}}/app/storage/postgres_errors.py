@@ -5,12 +5,11 @@ A lost connection, a timeout, a conflict with another transaction and a read-onl
 """
 
 import asyncio
-import contextlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 
 from app.errors import UnavailableError
 
@@ -31,6 +30,8 @@ CONNECTION_ERRORS = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientErro
 READ_ONLY_ERRORS = (asyncpg.ReadOnlySQLTransactionError, asyncpg.InsufficientResourcesError)
 #: Errors of a command that exceeds our timeout, or the server's own `statement_timeout`.
 TIMEOUT_ERRORS = (TimeoutError, asyncpg.QueryCanceledError)
+#: All of these: errors that are due to the server, unless they are bugs.
+SERVER_ERRORS = (*SHUTDOWN_ERRORS, *CONNECTION_ERRORS, *TIMEOUT_ERRORS, *READ_ONLY_ERRORS)
 #: Errors of a command that conflicts with another transaction, or with a migration: a deadlock, a
 #: serialization failure, a lock timeout, a statement prepared before a change of the schema.
 #: PostgreSQL, "Serialization Failure Handling": repeat the whole transaction.
@@ -84,30 +85,28 @@ class BoundedCancelConnection(asyncpg.Connection):
             self.terminate()
 
 
-@contextlib.contextmanager
-def translate_errors(connection: asyncpg.pool.PoolConnectionProxy) -> Iterator[None]:
-    """Translate the errors of commands on this connection.
+def raise_translated(raised: BaseException, connection: PoolConnectionProxy) -> None:
+    """Raise the translation of an error that a command on this connection has raised.
 
     Raises `ConnectionLostError` for a lost connection, `TransientError` for a conflict,
     `CommandTimeoutError` for a timeout, `UnavailableError` for a read-only server. Anything else is
-    a bug, and raised as it is.
+    a bug, and has no translation.
     """
-    try:
-        yield
-    except TRANSIENT_ERRORS as conflict:
-        raise TransientError("The database transaction met a conflict.") from conflict
-    except (*SHUTDOWN_ERRORS, *CONNECTION_ERRORS, *TIMEOUT_ERRORS, *READ_ONLY_ERRORS) as raised:
-        error = _cause(raised)
-        if isinstance(error, asyncio.CancelledError):
-            raise error from None
-        if isinstance(error, TIMEOUT_ERRORS):
-            raise CommandTimeoutError("The database timed out.") from error
-        if isinstance(error, READ_ONLY_ERRORS):
-            connection.terminate()  # the next connection may reach a new primary
-            raise UnavailableError("The database is read-only.") from error
-        if isinstance(error, CONNECTION_ERRORS) and not _is_lost(connection):
-            raise  # a bug, such as a wrong number of arguments; or an error of another service
-        raise ConnectionLostError("The database connection was lost.") from error
+    if isinstance(raised, TRANSIENT_ERRORS):
+        raise TransientError("The database transaction met a conflict.") from raised
+    if not isinstance(raised, SERVER_ERRORS):
+        return
+    error = _cause(raised)
+    if isinstance(error, asyncio.CancelledError):
+        raise error from None
+    if isinstance(error, TIMEOUT_ERRORS):
+        raise CommandTimeoutError("The database timed out.") from error
+    if isinstance(error, READ_ONLY_ERRORS):
+        connection.terminate()  # the next connection may reach a new primary
+        raise UnavailableError("The database is read-only.") from error
+    if isinstance(error, CONNECTION_ERRORS) and not _is_lost(connection):
+        return  # a bug, such as a wrong number of arguments; or an error of another service
+    raise ConnectionLostError("The database connection was lost.") from error
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -117,9 +116,7 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-async def has_schema_changed(
-    error: asyncpg.PostgresError, connection: asyncpg.pool.PoolConnectionProxy
-) -> bool:
+async def has_schema_changed(error: asyncpg.PostgresError, connection: PoolConnectionProxy) -> bool:
     """Return whether one of `SCHEMA_ERRORS` comes from a migration, not from a bug.
 
     The types of a statement's parameters are fixed when it is prepared: here the same statement is
@@ -137,7 +134,7 @@ async def has_schema_changed(
     return True
 
 
-def _is_lost(connection: asyncpg.pool.PoolConnectionProxy) -> bool:
+def _is_lost(connection: PoolConnectionProxy) -> bool:
     try:
         return connection.is_closed()
     except asyncpg.InterfaceError:  # the pool has already taken it back

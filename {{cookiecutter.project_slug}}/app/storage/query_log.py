@@ -11,8 +11,8 @@ MAX_CHARACTERS = 2000
 logger = logging.getLogger("app.sql")
 
 
-async def enable(connection: asyncpg.Connection) -> None:
-    """Log the statements of a connection, except the one that resets it when it is released."""
+def enable(connection: asyncpg.Connection) -> None:
+    """Log the statements of a connection, except the one that resets it after an error."""
     connection.add_query_logger(partial(_log, connection.get_reset_query()))
 
 

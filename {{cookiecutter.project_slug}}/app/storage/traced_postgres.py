@@ -33,7 +33,7 @@ class TracedConnection(BoundedCancelConnection):
     _addr: Any
 
     def _span(self, query: str) -> AbstractContextManager[None]:
-        # The pool resets a connection when it is released, which is no query of the request's.
+        # The pool resets a connection after an error, which is no query of the request's.
         if not tracing.is_recording() or query == self.get_reset_query():
             return _NO_SPAN
         operation, table, text = summarize(query)

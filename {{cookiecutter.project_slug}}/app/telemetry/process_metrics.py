@@ -9,7 +9,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
-from asyncpg import Pool
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from redis.asyncio import ConnectionPool
 
@@ -26,14 +25,30 @@ TICKS = round(UPDATE_SECONDS / TICK_SECONDS)
 DELAY_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
+class Sized(Protocol):
+    """A pool, as far as its number of connections is concerned."""
+
+    def get_size(self) -> int:
+        """Return the number of connections."""
+
+    def get_idle_size(self) -> int:
+        """Return the number of connections that are not lent."""
+
+    def get_max_size(self) -> int:
+        """Return the greatest number of connections."""
+
+
 class Waiting(Protocol):
     """A database, as far as its callers' wait for a connection is concerned."""
 
-    pool: Pool
     #: Callers that are waiting for a connection now.
     pending: int
     #: Callers that did not get one in time, so far.
     acquire_timeouts: int
+
+    @property
+    def pool(self) -> Sized:
+        """The pool of its connections."""
 
 
 def dropped_log_lines(registry: CollectorRegistry) -> Counter:

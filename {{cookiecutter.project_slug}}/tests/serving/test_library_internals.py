@@ -12,6 +12,7 @@ import pytest
 import uvloop
 from anyio._backends._asyncio import AsyncIOBackend
 from asyncpg import connect_utils
+from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 from fastapi import FastAPI, routing
 from fastapi.dependencies import utils as dependencies
 from fastapi.dependencies.models import Dependant
@@ -208,6 +209,25 @@ REVIEWED: dict[Function, tuple[str, str]] = {
         "postgres_errors.py bounds the wait that it begins",
         "c96c8240531a",
     ),
+    vars(asyncpg.Connection)["_drop_global_statement_cache"]: (
+        "pool.py is the `_proxy._holder._pool` of its connections",
+        "10e14c02b0d4",
+    ),
+    vars(asyncpg.Connection)["_on_release"]: (
+        "pool.py calls it, as asyncpg's pool does",
+        "cf495810a0f2",
+    ),
+    vars(asyncpg.Connection)["_reset"]: (
+        "pool.py waits for cancellations before, so that it logs no transaction that ends",
+        "3252aa6d5b0e",
+    ),
+    vars(asyncpg.Connection)["_execute"]: (
+        "while it runs, `_stmt_exclusive_section` is acquired, which pool.py reads",
+        "d91539665074",
+    ),
+    PoolConnectionProxy.__init__: ("pool.py lends with it, as its `_holder`", "464d65eb2235"),
+    vars(PoolConnectionProxy)["_detach"]: ("pool.py takes back with it", "02f6b387a6f7"),
+    PoolConnectionHolder.release: ("pool.py replaces it, and checks the same", "a8af808680d4"),
     vars(connect_utils)["_parse_connect_dsn_and_args"]: (
         "connection_urls.py validates with it, and reads the hosts",
         "b8013c6fb220",

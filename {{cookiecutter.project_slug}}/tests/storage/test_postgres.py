@@ -84,14 +84,15 @@ async def test_exhausted_pool_sheds_requests_and_stays_ready(settings: Settings)
     async with open_state(settings.model_copy(update=update)) as state:
         await asyncio.sleep(0)
         # From the pool itself, since a connect may take longer than 0.1 s.
-        async with state["database"].pool.acquire():
-            with pytest.raises(UnavailableError) as error:
-                async with state["database"].acquire():
-                    pass
-            assert error.value.headers == {"Retry-After": "1"}
-            state["health"].checked_at = float("-inf")
-            status, _ = await state["health"].readiness()
-            assert status == 200
+        used = await state["database"].pool.acquire()
+        with pytest.raises(UnavailableError) as error:
+            async with state["database"].acquire():
+                pass
+        assert error.value.headers == {"Retry-After": "1"}
+        state["health"].checked_at = float("-inf")
+        status, _ = await state["health"].readiness()
+        assert status == 200
+        state["database"].pool.release(used)
 
 
 async def test_closing_does_not_wait_for_a_used_connection(
@@ -106,7 +107,11 @@ async def test_closing_does_not_wait_for_a_used_connection(
         await used.execute("select")
 
 
-async def test_requests_cancelled_at_any_moment_leak_no_connection(database: Database) -> None:
+async def test_requests_cancelled_at_any_moment_leak_no_connection(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is a transaction logged as left active."""
+
     async def read(number: int) -> None:
         query = "select $1::int from pg_sleep(0.002)"
         async with (
@@ -122,6 +127,7 @@ async def test_requests_cancelled_at_any_moment_leak_no_connection(database: Dat
         expected = (TimeoutError, UnavailableError)
         assert all(each is None or isinstance(each, expected) for each in results), results
     await assert_nothing_leaked(database)
+    assert "active transaction" not in caplog.text
 
 
 # Timeouts
