@@ -74,7 +74,7 @@ PATHS = [
     "labs/leaky.py",
     "labs/liveness.py",
     "labs/manifest.py",
-    "labs/manifest.yaml",
+    "labs/manifest.yaml.txt",
     "labs/naive_consumer.py",
     "labs/paid_twice.py",
     "labs/picture.py",
