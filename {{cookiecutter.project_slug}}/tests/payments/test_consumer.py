@@ -363,25 +363,6 @@ def test_next_consumer_continues_after_a_stopped_one(
     assert charges(gateway, payment_ids) == [1] * 20
 
 
-def test_pending_payment_is_cached_for_a_second(
-    urls: dict[str, str], service: Service, redis_client: Any
-) -> None:
-    """It is soon read as settled, even if Redis is down when it is settled."""
-    payment_id = pay(service)
-    key = PREFIX + ":cache:{payments:" + payment_id + "}"
-
-    def is_cached(expected: str, min_ms: int, max_ms: int) -> bool:
-        is_expected = status(service, payment_id) == expected
-        return is_expected and min_ms < redis_client.pttl(key) <= max_ms
-
-    # It is not cached if Redis exceeds the budget of the cache, so this may need some attempts.
-    eventually(lambda: is_cached("pending", 0, 1000))
-    with consuming(**urls):
-        wait_until_settled(service, payment_id)
-        # The consumer deletes it after the commit, maybe after it was read and cached as settled.
-        eventually(lambda: is_cached("settled", 20_000, 30_000))
-
-
 @pytest.mark.parametrize(
     "url",
     [
