@@ -74,7 +74,9 @@ def test_signals_are_as_before_after_the_lab() -> None:
 
 def test_failed_process_is_an_error_with_its_last_line() -> None:
     with open_stage(say) as stage:
-        process = stage.start(sys.executable, "-c", "raise SystemExit('no luck')", variables={})
+        program = "raise SystemExit('no luck')"
+        variables = clean_environment()
+        process = stage.start(sys.executable, "-c", program, variables=variables)
         process.wait()
         with pytest.raises(LabError, match="exited with 1: no luck"):
             process.check()

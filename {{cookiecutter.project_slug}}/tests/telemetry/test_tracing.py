@@ -381,15 +381,15 @@ def test_recycled_and_killed_workers_are_replaced_by_traced_ones(
         for _ in range(60):
             service.get("/")
         service.wait_for_workers(2)
-        eventually(lambda: service.get("/") and len(instances(receiver.named(""))) == 2)
-        newest = receiver.named("GET /")[-1].resource["service.instance.id"]
+        eventually(lambda: service.get("/") and len(instances(receiver.named(""))) >= 2)
+        *_, newest = instances(receiver.named(""))
         os.kill(int(newest.rpartition("-")[2]), signal.SIGKILL)
-        service.wait_for_workers(3)
-        eventually(lambda: service.get("/") and len(instances(receiver.named(""))) == 3)
+        eventually(lambda: service.get("/") and instances(receiver.named(""))[-1] != newest)
 
 
-def instances(spans: list[Span]) -> set[str]:
-    return {span.resource["service.instance.id"] for span in spans}
+def instances(spans: list[Span]) -> list[str]:
+    """Return the workers of the spans, in their order; late spans of one change nothing."""
+    return list(dict.fromkeys(span.resource["service.instance.id"] for span in spans))
 
 
 def test_no_part_of_the_sdk_is_loaded_while_traces_are_off(urls: dict[str, str]) -> None:
