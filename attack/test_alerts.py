@@ -150,6 +150,7 @@ def test_every_panel_has_data(watch: Watch, service: Service) -> None:
     created = service.http.post("/payments", json=PAYMENT, headers=key)
     for _ in range(4):
         service.get(created.headers["location"])
+        service.get("/payments/totals")
         time.sleep(1.5)
     empty = []
     for name in ("service", "payments"):
