@@ -32,11 +32,12 @@ DURATION = "http_server_request_duration_seconds"
 def exposed(requests: int, *, prefix: str = "", route: str = "/orders", status: int = 200) -> str:
     """Return metrics with requests that lasted 10 to 20 ms, and a pool in use."""
     labels = f'http_route="{route}",http_response_status_code="{status}"'
+    bucket = DURATION + '_bucket{le="%s",' + labels + "} %d"
     series = [
-        f'{DURATION}_bucket{{le="0.01",{labels}}} 0',
-        f'{DURATION}_bucket{{le="0.02",{labels}}} {requests}',
-        f'{DURATION}_bucket{{le="+Inf",{labels}}} {requests}',
-        f"{DURATION}_count{{{labels}}} {requests}",
+        bucket % ("0.01", 0),
+        bucket % ("0.02", requests),
+        bucket % ("+Inf", requests),
+        DURATION + "_count{" + labels + "} " + str(requests),
         'db_client_connection_max{db_client_connection_pool_name="postgres"} 5',
         'dependency_up{dependency="postgres"} 1',
         'stream_messages_waiting{stream="s",state="unread"} NaN',
