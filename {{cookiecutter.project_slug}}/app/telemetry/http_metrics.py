@@ -34,7 +34,7 @@ logger = logging.getLogger("app.metrics")
 class RouteCap:
     """Admits the routes of new label sets, up to `METRICS_MAX_LABEL_SETS` of them.
 
-    Each label set takes 4 kB of /dev/shm in each worker, and 0.3 ms of each scrape.
+    Each label set needs 4 kB of /dev/shm in each worker, and 0.3 ms of each scrape.
     """
 
     def __init__(self, maximum: int) -> None:
