@@ -217,14 +217,14 @@ def test_without_a_name_each_pattern_has_a_line(project: Path) -> None:
 
 
 def test_make_target_copies_a_pattern(project: Path) -> None:
-    command = ["make", "--silent", f"VENV={SERVICE_BIN.parent}", "pattern", "P=circuit-breaker"]
+    command = ["make", "--silent", f"VENV={SERVICE_BIN.parent}", "pattern", "P=fail-open"]
     environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
     done = subprocess.run(
         command, cwd=project, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "wrote app/patterns/circuit_breaker.py\n" in done.stdout
-    assert (project / "tests/patterns/test_circuit_breaker.py").exists()
+    assert "wrote app/patterns/fail_open.py\n" in done.stdout
+    assert (project / "tests/patterns/test_fail_open.py").exists()
 
 
 def write_migration(project: Path, revision: str) -> None:
@@ -322,10 +322,10 @@ def test_example_has_every_pattern(bake: Bake) -> None:
 
 def forget_packages(project: Path) -> None:
     """Lock again without the example's packages, as `make lock` does."""
-    path = project / "requirements.txt"
-    entry = re.compile(r"^(aiohttp|stamina)==.*\n(    --hash.*\n)+", re.MULTILINE)
+    path = project / "requirements-dev.txt"
+    entry = re.compile(r"^hypothesis==.*\n(    --hash.*\n)+", re.MULTILINE)
     text, count = entry.subn("", path.read_text())
-    assert count == 2
+    assert count == 1
     path.write_text(text)
 
 
@@ -341,9 +341,9 @@ def test_packages_that_are_not_locked_are_locked(project: Path, tmp_path: Path) 
     """By `make lock`; the index is needed only here."""
     forget_packages(project)
     path = fake_uv(tmp_path / "bin", 'for file; do :; done; echo "locked==1" >> "$file"')
-    done = pattern(project, "http_client", PATH=path)
+    done = pattern(project, "idempotency", PATH=path)
     assert done.returncode == 0, done.stderr
-    assert (project / "requirements.txt").read_text().endswith("locked==1\n")
+    assert (project / "requirements-dev.txt").read_text().endswith("locked==1\n")
 
 
 def test_packages_of_patterns_copied_along_are_locked(project: Path, tmp_path: Path) -> None:
@@ -352,22 +352,22 @@ def test_packages_of_patterns_copied_along_are_locked(project: Path, tmp_path: P
     path = fake_uv(tmp_path / "bin", 'for file; do :; done; echo "locked==1" >> "$file"')
     code = (
         "from scripts import add_pattern as script; "
-        "pattern = script.PATTERNS['pagination']._replace(along=('http_client',)); "
+        "pattern = script.PATTERNS['pagination']._replace(along=('idempotency',)); "
         "script.PATTERNS['pagination'] = pattern; script.main(['pagination'])"
     )
     done = run(project, "python", "-c", code, PATH=path)
     assert done.returncode == 0, done.stderr
-    assert (project / "app/patterns/http_client.py").exists()
-    assert (project / "requirements.txt").read_text().endswith("locked==1\n")
+    assert (project / "app/patterns/idempotency.py").exists()
+    assert (project / "requirements-dev.txt").read_text().endswith("locked==1\n")
 
 
 def test_packages_that_cannot_be_locked_change_nothing(project: Path, tmp_path: Path) -> None:
     forget_packages(project)
     before = tree(project)
     script = 'for file; do :; done; echo "half" > "$file"; echo "no route to the index" >&2; exit 2'
-    done = pattern(project, "http_client", PATH=fake_uv(tmp_path / "bin", script))
+    done = pattern(project, "idempotency", PATH=fake_uv(tmp_path / "bin", script))
     assert done.returncode == 1
-    problem = "cannot lock aiohttp, stamina: `make lock` failed; nothing was changed"
+    problem = "cannot lock hypothesis: `make lock` failed; nothing was changed"
     assert problem in done.stderr.splitlines()
     assert "Traceback" not in done.stderr
     assert tree(project) == before

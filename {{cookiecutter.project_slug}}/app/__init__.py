@@ -19,7 +19,6 @@ patterns/            building blocks to copy  # example
     idempotency.py  pagination.py  rate_limit.py  cache_aside.py  fail_open.py  # example
     outbox.py  inbox.py  periodic.py  schedule.py  # example
     stream_consumer.py  stream_handler.py  stream_group.py  # example
-    http_client.py  circuit_breaker.py  # example
 jobs/                work that is done later, by workers  # jobs
     table.py  handlers.py  runner.py  outcomes.py  alone.py  starts.py  # jobs
     dispatcher.py  postgres_dispatcher.py  worker.py  job_metrics.py  router.py  # jobs
@@ -31,6 +30,8 @@ web/                 around every request
     application.py  middleware.py  limits.py  headers.py  proxies.py  threads.py
     problems.py  health.py  principal.py  routes.py  cors.py  head.py  sse.py  body_limit.py
     directory.py  quick_route.py
+outbound/            calls of other services
+    http_client.py  circuit_breaker.py
 storage/             Postgres and Redis
     postgres.py  postgres_errors.py  query_log.py  redis.py  traced_postgres.py  traced_redis.py
 telemetry/           logs, metrics, traces

@@ -60,8 +60,6 @@ class Pattern(NamedTuple):
     parts: tuple[str, ...] = ()
     #: The name of its test, if it is not that of the pattern.
     test: str = ""
-    #: The script that its test imports.
-    script: str = ""
     table: str = ""
     #: The requirements, each with its group of dependencies.
     packages: Mapping[str, str] = {}
@@ -75,19 +73,7 @@ PATTERNS = {
         along=("fail_open",),
         todo="call `delete` after each commit that changes the row",
     ),
-    "circuit_breaker": Pattern("stop calling a failing upstream"),
     "fail_open": Pattern("call Redis only while it responds"),
-    "http_client": Pattern(
-        "call another service, with retries and deadlines",
-        along=("circuit_breaker",),
-        script="quiet_http",
-        packages={
-            "aiohttp>=3.14.5,<4": "project",
-            "certifi>=2026.7": "project",
-            "stamina>=26,<27": "project",
-        },
-        todo="open one `UpstreamClient` in the lifespan",
-    ),
     "idempotency": Pattern(
         "replay the stored response to a repeated request",
         along=("periodic",),
@@ -134,8 +120,6 @@ def own_files(name: str) -> list[str]:
     pattern = PATTERNS[name]
     files = [f"app/patterns/{module}.py" for module in (name, *pattern.parts)]
     files.append(f"tests/patterns/test_{pattern.test or name}.py")
-    if pattern.script:
-        files.append(f"scripts/{pattern.script}.py")
     return files
 
 

@@ -38,6 +38,7 @@ FRAMEWORK = {
     "jobs",  # jobs
     "labs",  # example
     "network",
+    "outbound",
     "patterns",
     "process_pool",
     "scripts",

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import UUID
 
-from app.patterns.circuit_breaker import CircuitBreaker, CircuitOpenError
-from app.patterns.http_client import UpstreamClient, UpstreamError
+from app.outbound.circuit_breaker import CircuitBreaker, CircuitOpenError
+from app.outbound.http_client import UpstreamClient, UpstreamError
 from app.patterns.stream_handler import PoisonError, RetryLaterError
 from app.payments.schemas import Payment
 from app.settings import fail

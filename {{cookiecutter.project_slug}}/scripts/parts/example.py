@@ -19,9 +19,7 @@ DIRECTORIES = [
 PATHS = [
     "app/patterns/__init__.py",
     "app/patterns/cache_aside.py",
-    "app/patterns/circuit_breaker.py",
     "app/patterns/fail_open.py",
-    "app/patterns/http_client.py",
     "app/patterns/idempotency.py",
     "app/patterns/inbox.py",
     "app/patterns/outbox.py",
@@ -92,7 +90,6 @@ PATHS = [
     "migrations/versions/0002b_outbox_traceparent.py",
     "scripts/dev_consumer.py",
     "scripts/fake_gateway.py",
-    "scripts/quiet_http.py",
     "scripts/tail_events.py",
     "tests/labs/__init__.py",
     "tests/labs/test_claims.py",
@@ -102,9 +99,7 @@ PATHS = [
     "tests/patterns/__init__.py",
     "tests/patterns/conftest.py",
     "tests/patterns/test_cache_aside.py",
-    "tests/patterns/test_circuit_breaker.py",
     "tests/patterns/test_fail_open.py",
-    "tests/patterns/test_http_client.py",
     "tests/patterns/test_idempotency.py",
     "tests/patterns/test_inbox.py",
     "tests/patterns/test_outbox.py",
@@ -126,7 +121,6 @@ MOVED = (
     "app/patterns/",
     "migrations/versions/0002_patterns.py",
     "migrations/versions/0002b_outbox_traceparent.py",
-    "scripts/quiet_http.py",
     "tests/patterns/",
 )
 #: The tables that its migrations create.
@@ -156,7 +150,6 @@ LINES = {
         "    idempotency.py  pagination.py  rate_limit.py  cache_aside.py  fail_open.py  # example",
         "    outbox.py  inbox.py  periodic.py  schedule.py  # example",
         "    stream_consumer.py  stream_handler.py  stream_group.py  # example",
-        "    http_client.py  circuit_breaker.py  # example",
     ],
     "app/lifespan.py": [
         "from app.payments.service import Payments, open_payments  # example",
@@ -172,9 +165,6 @@ LINES = {
     "deploy/k8s/components/prometheusrule/kustomization.yaml": ["  - payments.yaml # example"],
     "deploy/observe/grafana/dashboards/kustomization.yaml": ["      - payments.json # example"],
     "pyproject.toml": [
-        '    "aiohttp>=3.14.5,<4", # example',
-        '    "certifi>=2026.7", # example',
-        '    "stamina>=26,<27", # example',
         '    "hypothesis>=6,<7", # example',
         '    "pillow>=13,<14", # example',
         '    "labs", # example',

@@ -13,9 +13,9 @@ from threading import Thread
 import pytest
 from prometheus_client import REGISTRY
 
-from app.patterns import http_client
-from app.patterns.circuit_breaker import CircuitBreaker, CircuitOpenError
-from app.patterns.http_client import UpstreamClient, UpstreamError, UpstreamResponse
+from app.outbound import http_client
+from app.outbound.circuit_breaker import CircuitBreaker, CircuitOpenError
+from app.outbound.http_client import UpstreamClient, UpstreamError, UpstreamResponse
 from app.telemetry.context import request_context
 from scripts.quiet_http import QuietHandler
 

@@ -16,7 +16,7 @@ import orjson
 import stamina
 from prometheus_client import Histogram
 
-from app.patterns.circuit_breaker import CircuitBreaker
+from app.outbound.circuit_breaker import CircuitBreaker
 from app.telemetry import tracing
 from app.telemetry.context import request_id
 

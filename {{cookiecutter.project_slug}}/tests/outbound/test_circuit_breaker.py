@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from app.patterns.circuit_breaker import CircuitBreaker, CircuitOpenError
+from app.outbound.circuit_breaker import CircuitBreaker, CircuitOpenError
 
 RESET_SECONDS = 3.0
 
@@ -23,7 +23,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("app.patterns.circuit_breaker.time", clock)
+    monkeypatch.setattr("app.outbound.circuit_breaker.time", clock)
     return clock
 
 
