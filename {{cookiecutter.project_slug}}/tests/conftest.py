@@ -35,6 +35,7 @@ _numbers = itertools.count(1)
 #: What the template brings, and an update of the template may change. All other tests are the
 #: team's: those of its features, and those of its settings, migrations and manifests.
 FRAMEWORK = {
+    "auth",
     "jobs",  # jobs
     "labs",  # example
     "network",
