@@ -203,7 +203,8 @@ PLANTED = {
 TITLE = "the north"
 ALONG = ()
 DIRECTORIES = ["north"]
-PATHS = ["both.py", "migrations/versions/0001_north.py", "north/a.py", "north/b.py"]
+PATHS = ["both.py", "migrations/versions/0001_north.py", "north/a.py", "north/b.py", "north/c.py"]
+DEPENDENTS = ()
 MOVED = ("north/b",)
 TABLES = ["north"]
 FILES_WITH_BLOCKS = ["README.md", "settings.py"]
@@ -214,6 +215,7 @@ TITLE = "the south"
 ALONG = ["pole"]
 DIRECTORIES = ["south"]
 PATHS = ["both.py", "migrations/versions/0002_south.py", "south/a.py"]
+DEPENDENTS = ["north/c.py"]
 MOVED = ()
 TABLES = ["south", "penguins"]
 FILES_WITH_BLOCKS = ["README.md", "settings.py"]
@@ -224,6 +226,7 @@ TITLE = "the pole"
 ALONG = ()
 DIRECTORIES = ["pole"]
 PATHS = ["migrations/versions/0003_pole.py", "pole/a.py"]
+DEPENDENTS = ()
 MOVED = ()
 TABLES = ["pole"]
 FILES_WITH_BLOCKS = ["settings.py"]
@@ -232,6 +235,7 @@ LINES = {}
     "both.py": "x = 1\n",
     "north/a.py": "x = 1\n",
     "north/b.py": "x = 1\n",
+    "north/c.py": "import south.a\n",
     "south/a.py": "x = 1\n",
     "pole/a.py": "x = 1\n",
     "main.py": (
@@ -293,6 +297,20 @@ def test_shared_things_go_with_the_last_of_their_parts(planted: Path) -> None:
     assert "down_revision = None" in found["migrations/versions/0002_south.py"]
     assert remove(planted, "south") == []
     assert texts(planted) == WITHOUT_BOTH | {"scripts/": ""}
+
+
+@pytest.mark.parametrize("first", ["north", "south"])
+def test_file_that_needs_two_parts_goes_with_the_first(planted: Path, first: str) -> None:
+    """The lab of prefetch needs the example, which has the labs, and jobs."""
+    assert (planted / "north/c.py").exists()
+    assert remove(planted, first) == []
+    assert not (planted / "north/c.py").exists()
+
+
+@pytest.mark.parametrize("part", NAMES)
+def test_dependents_are_files_of_other_parts(part: str) -> None:
+    others = {path for name in NAMES if name != part for path in TABLES[name]["PATHS"]}
+    assert set(TABLES[part]["DEPENDENTS"]) <= others - listed_paths(part)
 
 
 @pytest.mark.parametrize(

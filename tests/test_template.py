@@ -95,7 +95,7 @@ def test_default_answers_give_the_example_without_jobs(bake: Bake) -> None:
 def test_bake_without_a_part_lacks_exactly_its_files(bake: Bake, parts: Parts) -> None:
     """The patterns are in docs/patterns then, where `make pattern` finds them."""
     gone = [table(name) for name in ALL_PARTS if name not in parts]
-    lacking = {path for each in gone for path in each["PATHS"]}
+    lacking = {path for each in gone for path in [*each["PATHS"], *each["DEPENDENTS"]]}
     moved = {name for each in gone for name in each["PATHS"] if name.startswith(each["MOVED"])}
     assert ("app/patterns/outbox.py" in moved) == ("example" not in parts)
     lacking |= {f"scripts/parts/{name}.py" for name in ALL_PARTS if name not in parts}

@@ -1,7 +1,8 @@
 """Run a lab of docs/workshop: `make lab L=sigterm`, or `python -m labs sigterm`.
 
 Without a name, the labs are listed. `--all` runs each, one after the other. The results are written
-to `.labs`, or to LABS_DIRECTORY: NAME.txt, NAME.svg and NAME.png.
+to `.labs`, or to LABS_DIRECTORY: NAME.txt, NAME.svg and NAME.png. With WATCH=1 a local page shows
+the service while the lab runs.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import os
 import pkgutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -47,13 +49,31 @@ def run_lab(name: str, module: ModuleType) -> bool:
     try:
         with open_stage(say) as stage:
             module.run(stage)
-    except LabError as error:
+    except (LabError, SystemExit) as error:
+        # Without Postgres, for example, scripts/dev_services.py exits.
         say(f"{name}: {error}")
         return False
     write_results(stage, path)
     seconds = time.monotonic() - start
     say(f"\n{stage.claims.text}\n\n{path}.svg  {path}.png  {path}.txt  ({seconds:.0f} s)")
     return stage.claims.hold
+
+
+def run_all(known: Mapping[str, ModuleType]) -> bool:
+    """Run the labs one after the other, print a summary, and return whether all claims hold."""
+    lines = []
+    failed = 0
+    for number, (name, module) in enumerate(known.items(), 1):
+        start = time.monotonic()
+        say(f"[{number} of {len(known)}] " + "-" * 60)
+        is_held = run_lab(name, module)
+        failed += not is_held
+        seconds = f"{time.monotonic() - start:.0f} s"
+        lines.append(f"{module.NUMBER}  {name:13}{'held' if is_held else 'FAILED':8}{seconds:>5}")
+        say("")
+    say("\n".join(lines))
+    say(f"\n{len(known) - failed} of {len(known)} labs hold their claims.")
+    return not failed
 
 
 def write_results(stage: Stage, path: Path) -> None:
@@ -73,8 +93,7 @@ def main() -> int:
     arguments = parser.parse_args()
     known = find_labs()
     if arguments.all:
-        held = [run_lab(name, module) for name, module in known.items()]
-        return int(not all(held))
+        return int(not run_all(known))
     if arguments.list or not arguments.name:
         for name, module in known.items():
             say(f"{module.NUMBER}  {name:13}{module.TITLE}")

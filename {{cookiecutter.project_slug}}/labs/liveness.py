@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import psutil
 
 from labs.picture import BAD, GOOD, GRAY, GREEN, ORANGE, Picture
-from labs.stage import Instance, Stage, status, wait_until
+from labs.stage import Instance, Ports, Stage, status, wait_until
 
 NUMBER = 3
 TITLE = "the database hangs for 20 s: does a restart help?"
@@ -25,12 +25,12 @@ CLIENT_SECONDS = 5.0
 class Pod:
     """An instance with a kubelet that restarts it when its liveness probe fails."""
 
-    def __init__(self, stage: Stage, name: str, path: str) -> None:
+    def __init__(self, stage: Stage, name: str, path: str, ports: Ports | None = None) -> None:
         """`path`: what the liveness probe requests."""
         self.stage = stage
         self.name = name
         self.path = path
-        self.instance = stage.serve()
+        self.instance = stage.serve(ports=ports)
         #: When it was killed.
         self.restarts: list[float] = []
         #: Each request of a client to `/`, which needs no database: when, and whether it succeeded.
@@ -93,7 +93,7 @@ def run(stage: Stage) -> None:
     """Let Postgres hang, with a pod of each kind next to each other."""
     pods = [
         Pod(stage, "liveness asks the database", "/health/ready"),
-        Pod(stage, "liveness asks the process", "/health/live"),
+        Pod(stage, "liveness asks the process", "/health/live", stage.watch()),
     ]
     for pod in pods:
         pod.instance.wait_until_ready()

@@ -39,7 +39,7 @@ def run(stage: Stage) -> None:
     """Let each accident happen with its safeguard, and without it."""
     stage.say(f"{ORDERS} orders. Each must be paid once, whatever happens.\n")
     # It starts while the consumers work.
-    service = stage.serve()
+    service = stage.serve(ports=stage.watch())
     killed = kill_consumers(stage)
     lost = lose_responses(stage, service)
     repeated = asyncio.run(deliver_twice(stage))

@@ -85,6 +85,7 @@ def start_this(stage: Stage, consumer: Consumer) -> Process:
         GATEWAY_URL=consumer.gateway.url,
         REDIS_KEY_PREFIX=consumer.prefix,
         MESSAGE_CONCURRENCY_PER_WORKER="1",
+        METRICS_BIND=f"127.0.0.1:{stage.watch(is_worker=True).metrics}",
     )
     return stage.start(sys.executable, "-m", "app.payments.consumer", variables=variables)
 

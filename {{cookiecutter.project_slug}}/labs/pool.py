@@ -91,7 +91,7 @@ def start_this(stage: Stage) -> Instance:
     """
     own = {name: os.environ[name] for name in CHANGEABLE if os.environ.get(name)}
     settings: dict[str, Any] = {"DATABASE_MAX_CONNECTIONS": "8", **own}
-    instance = stage.serve(**settings)
+    instance = stage.serve(ports=stage.watch(), **settings)
     instance.wait_until_ready()
     return instance
 

@@ -58,7 +58,7 @@ def write_files(stage: Stage) -> Path:
 
 def leaks(stage: Stage, password: str, settings: Mapping[str, str]) -> dict[str, bool]:
     """Start the service with these settings; return whether each place has the password."""
-    instance = stage.serve("", port=0, options="", **settings)
+    instance = stage.serve("", port=0, ports=None, options="", **settings)
     instance.wait_until_ready()
     places = dict(places_of(instance))
     instance.kill()

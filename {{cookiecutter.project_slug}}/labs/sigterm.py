@@ -1,14 +1,16 @@
 """Lab 2: one of two instances is replaced under load. Which requests are lost?"""
 
 import asyncio
+import functools
 import itertools
 import os
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from labs.balancer import Balancer, Outcome
 from labs.picture import BAD, GOOD, GRAY, GREEN, ORANGE, Axes, Picture
-from labs.stage import Instance, Stage
+from labs.stage import Instance, Ports, Stage
 
 NUMBER = 2
 TITLE = "which worker loses requests at SIGTERM?"
@@ -46,9 +48,10 @@ def run(stage: Stage) -> None:
     """Replace an instance of both kinds, and compare."""
     stage.say(f"{REQUESTS_PER_SECOND} payments/s to two instances.")
     stage.say("The first one gets SIGTERM, exits, and starts again.\n")
-    usual_worker = replace(stage, "the usual uvicorn worker", is_usual=True)
+    ports = stage.watch()
+    usual_worker = replace(stage, "the usual uvicorn worker", ports, is_usual=True)
     report(stage, usual_worker)
-    this_worker = replace(stage, "this template's worker", is_usual=False)
+    this_worker = replace(stage, "this template's worker", ports, is_usual=False)
     report(stage, this_worker)
     stage.picture = draw([usual_worker, this_worker])
     sent = len(this_worker.outcomes)
@@ -59,24 +62,25 @@ def run(stage: Stage) -> None:
     stage.claims.control(f"the usual worker lost {lost} of {sent} requests", lost > 0)
 
 
-def replace(stage: Stage, name: str, *, is_usual: bool) -> Replaced:
-    """Run two instances under load, and replace the first one."""
-    instances = [start(stage, is_usual) for _ in range(2)]
+def replace(stage: Stage, name: str, ports: Ports, *, is_usual: bool) -> Replaced:
+    """Run two instances under load, and replace the first one, which has these ports."""
+    start_first = functools.partial(start, stage, is_usual, ports)
+    instances = [start_first(), start(stage, is_usual)]
     for instance in instances:
         instance.wait_until_ready()
-    return asyncio.run(under_load(stage, name, instances, is_usual))
+    return asyncio.run(under_load(name, instances, start_first))
 
 
-def start(stage: Stage, is_usual: bool, port: int = 0) -> Instance:
+def start(stage: Stage, is_usual: bool, ports: Ports | None = None) -> Instance:
     """Start an instance; the application is the same."""
     if is_usual:
-        return stage.serve_usual(port=port)
+        return stage.serve_usual(ports=ports)
     drain = os.environ.get("DRAIN_SECONDS") or DRAIN_SECONDS
-    return stage.serve(port=port, DRAIN_SECONDS=drain)
+    return stage.serve(ports=ports, DRAIN_SECONDS=drain)
 
 
 async def under_load(
-    stage: Stage, name: str, instances: list[Instance], is_usual: bool
+    name: str, instances: list[Instance], start_first: Callable[[], Instance]
 ) -> Replaced:
     """Send requests all the time, while the first instance ends and starts again."""
     probe_seconds = float(os.environ.get("PROBE_SECONDS") or PROBE_SECONDS)
@@ -90,7 +94,7 @@ async def under_load(
         signaled = balancer.now
         await asyncio.to_thread(first.wait)
         exited = balancer.now
-        again = start(stage, is_usual, first.port)
+        again = start_first()
         await asyncio.to_thread(again.wait_until_ready)
         ready_again = balancer.now
         await asyncio.sleep(STEADY_SECONDS)

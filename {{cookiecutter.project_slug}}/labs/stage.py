@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import psutil
 
 from app.settings import Settings
 from labs.claims import Claims
 from labs.picture import Picture
-from scripts import dev_services
+from scripts import dev_services, dev_watch
 from scripts.dev_services import Postgres, free_port
 
 PROJECT = Path(__file__).parents[1]
@@ -151,6 +152,13 @@ def wait_until(condition: Callable[[], object], name: str, seconds: float = STAR
         time.sleep(0.05)
 
 
+class Ports(NamedTuple):
+    """The ports of a process that a live view shows."""
+
+    service: int
+    metrics: int
+
+
 class Stage:
     """The means of a lab: processes that end with it, claims, pictures, and text."""
 
@@ -203,6 +211,18 @@ class Stage:
         }
         return clean_environment() | own | settings
 
+    def watch(self, *, is_worker: bool = False) -> Ports:
+        """Return ports for the process that readers want to see; with WATCH=1, a page shows it.
+
+        The processes of a lab may take turns on these ports: the page shows the next one. A worker
+        has its probes and its metrics on the same port.
+        """
+        metrics = free_port()
+        service = metrics if is_worker else free_port()
+        url = f"http://127.0.0.1:{service}"
+        self._stack.enter_context(dev_watch.showing(url, [f"127.0.0.1:{metrics}"]))
+        return Ports(service, metrics)
+
     def start(self, *command: str, variables: Mapping[str, str] | None = None) -> Process:
         """Start a process."""
         environment = self.variables() if variables is None else variables
@@ -211,12 +231,22 @@ class Stage:
         return process
 
     def serve(
-        self, app: str = "", *, port: int = 0, options: str = "", **settings: str
+        self,
+        app: str = "",
+        *,
+        port: int = 0,
+        ports: Ports | None = None,
+        options: str = "",
+        **settings: str,
     ) -> Instance:
         """Start the service, or another application, under gunicorn; return before it is ready.
 
-        `options` are gunicorn's: `--config FILE` serves with other workers.
+        `ports` are those of `watch`. `options` are gunicorn's: `--config FILE` serves with other
+        workers.
         """
+        if ports:
+            port = ports.service
+            settings["METRICS_BIND"] = f"127.0.0.1:{ports.metrics}"
         port = port or free_port()
         own = {"BIND": f"127.0.0.1:{port}", "WEB_CONCURRENCY": "1", "DRAIN_SECONDS": "0"}
         variables = self.variables(**own | settings) | {"GUNICORN_CMD_ARGS": options}
@@ -225,10 +255,10 @@ class Stage:
         self._stack.callback(instance.kill)
         return instance
 
-    def serve_usual(self, *, port: int = 0, **settings: str) -> Instance:
+    def serve_usual(self, *, ports: Ports | None = None, **settings: str) -> Instance:
         """Start the same application with the usual worker, see labs/usual.py."""
         options = "--config python:labs.usual"
-        return self.serve("app.main:app", port=port, options=options, **settings)
+        return self.serve("app.main:app", port=0, ports=ports, options=options, **settings)
 
     def _next_output(self) -> Path:
         self.started += 1

@@ -11,7 +11,7 @@ import psutil
 
 from app.sizing.plan import DEFAULT_CONNECTIONS
 from labs.picture import BAD, GOOD, Picture, bars
-from labs.stage import Instance, Stage
+from labs.stage import Instance, Ports, Stage
 
 NUMBER = 4
 TITLE = "17 workers on 2 CPUs: is more always faster?"
@@ -46,8 +46,9 @@ def run(stage: Stage) -> None:
     stage.say(f"{CLIENTS} clients read from the database, as fast as they get responses.")
     stage.say(f"This machine has {psutil.cpu_count()} CPUs.\n")
     stage.say("workers  memory  connections  requests/s     p99")
-    few = measure(stage, FEW)
-    many = measure(stage, MANY)
+    ports = stage.watch()
+    few = measure(stage, ports, FEW)
+    many = measure(stage, ports, MANY)
     stage.picture = draw(few, many)
     compare(stage, few, many)
 
@@ -68,9 +69,9 @@ def compare(stage: Stage, few: Figures, many: Figures) -> None:
     )
 
 
-def measure(stage: Stage, workers: int) -> Figures:
+def measure(stage: Stage, ports: Ports, workers: int) -> Figures:
     """Start the service with a number of workers, and measure it under load."""
-    service = stage.serve(WEB_CONCURRENCY=str(workers))
+    service = stage.serve(ports=ports, WEB_CONCURRENCY=str(workers))
     service.wait_until_ready()
     figures = asyncio.run(under_load(stage.postgres.url, service, workers))
     service.kill()

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from app.setting_types import HostPort
 from scripts import addresses, dev_child
+from scripts.local_page import LocalPage
 
 PAGE = Path(__file__).with_name("dev_traces.html")
 #: The port of OTLP over HTTP.
@@ -87,53 +88,40 @@ def _span(span: Any, pid: str) -> dict[str, Any]:
     }
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(LocalPage):
     """`POST /v1/traces` of the exporter; `GET /` and `GET /traces` of the page."""
 
-    protocol_version = "HTTP/1.1"
     traces: Traces
 
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802 - http.server names it
         """Receive spans."""
         size = int(self.headers.get("Content-Length", 0))
-        if self.path != "/v1/traces" or size > MAX_BYTES:
-            self.close_connection = True
-            self._respond(404, b"", "text/plain")
-            return
-        body = self.rfile.read(size)
+        with contextlib.suppress(OSError):  # the exporter has left
+            if self.path != "/v1/traces" or size > MAX_BYTES:
+                self.close_connection = True
+                self.respond(404)
+            else:
+                self._receive(self.rfile.read(size))
+
+    def _receive(self, body: bytes) -> None:
         try:
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
             self.traces.add(body)
         except (DecodeError, OSError, EOFError):
-            self._respond(400, b"not OTLP in protobuf\n", "text/plain")
-            return
-        self._respond(200, b"", "application/x-protobuf")
-
-    def do_GET(self) -> None:
-        """Serve the page or its data, to this machine's own names: others may be rebound to it."""
-        host = self.headers.get("Host", "").rpartition(":")[0]
-        if host not in {"127.0.0.1", "localhost"}:
-            self._respond(403, b"", "text/plain")
-        elif self.path == "/":
-            self._respond(200, PAGE.read_bytes(), "text/html; charset=utf-8")
-        elif self.path == "/traces":
-            content = json.dumps(self.traces.newest_first()).encode()
-            self._respond(200, content, "application/json")
+            self.respond(400, b"not OTLP in protobuf\n")
         else:
-            self._respond(404, b"", "text/plain")
+            self.respond(200, kind="application/x-protobuf")
 
-    def _respond(self, status: int, content: bytes, kind: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Cache-Control", "no-store")
-        self.end_headers()
-        with contextlib.suppress(OSError):  # the browser has left
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        """Log nothing."""
+    def get(self, path: str) -> None:
+        """Respond with the page or its data."""
+        if path == "/":
+            self.respond(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+        elif path == "/traces":
+            content = json.dumps(self.traces.newest_first()).encode()
+            self.respond(200, content, "application/json")
+        else:
+            self.respond(404)
 
 
 @contextlib.contextmanager

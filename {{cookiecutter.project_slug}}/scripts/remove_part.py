@@ -2,7 +2,8 @@
 
 `scripts/parts` has a table for each part that the project still has. Only files that are listed
 there are deleted or edited, and of their marked lines only the listed ones. What two parts list
-goes with the last of them. A migration that follows one of a removed part is re-parented.
+goes with the last of them; a file that needs both goes with the first. A migration that follows one
+of a removed part is re-parented.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Part(NamedTuple):
     #: The directories that have no files but these.
     directories: Sequence[str]
     paths: Sequence[str]
+    #: The files of other parts that need this one as well, and are removed with it.
+    dependents: Sequence[str]
     #: The beginnings of the paths that move to `KEPT`.
     moved: tuple[str, ...]
     #: The tables that its migrations create.
@@ -91,6 +94,7 @@ class Removal:
         """The files of the parts, with their tables and, with the last part, this script."""
         kept = {path for part in self.kept for path in part.paths}
         paths = [path for part in self.gone for path in part.paths if path not in kept]
+        paths += [path for part in self.gone for path in part.dependents]
         paths += [f"{PARTS}/{part.name}.py" for part in self.gone]
         return [*dict.fromkeys(paths), *([] if self.kept else [SCRIPT])]
 

@@ -22,6 +22,8 @@ PATHS = [
     "tests/conversations/test_jobs.py",
     "tests/conversations/test_scores.py",
 ]
+#: The files of other parts that need this one as well, and are removed with it.
+DEPENDENTS = ()
 #: The files that move to docs/patterns, where `make pattern` finds them.
 MOVED = ()
 #: The tables that its migrations create.

@@ -55,12 +55,14 @@ PATHS = [
     "docs/workshop/6-secret-files.md",
     "docs/workshop/7-poison.md",
     "docs/workshop/8-paid-twice.md",
+    "docs/workshop/9-prefetch.md",
     "docs/workshop/README.md",
     "docs/workshop/liveness.svg",
     "docs/workshop/manifest.svg",
     "docs/workshop/paid_twice.svg",
     "docs/workshop/poison.svg",
     "docs/workshop/pool.svg",
+    "docs/workshop/prefetch.svg",
     "docs/workshop/secret_files.svg",
     "docs/workshop/sigterm.svg",
     "docs/workshop/workers.svg",
@@ -68,6 +70,7 @@ PATHS = [
     "labs/__main__.py",
     "labs/balancer.py",
     "labs/claims.py",
+    "labs/computation.py",
     "labs/events.py",
     "labs/leaky.py",
     "labs/liveness.py",
@@ -78,6 +81,9 @@ PATHS = [
     "labs/picture.py",
     "labs/poison.py",
     "labs/pool.py",
+    "labs/prefetch.py",
+    "labs/prefetch_worker.py",
+    "labs/prefetching_consumer.py",
     "labs/requests.py",
     "labs/secret_files.py",
     "labs/sigterm.py",
@@ -95,6 +101,7 @@ PATHS = [
     "tests/labs/test_claims.py",
     "tests/labs/test_labs.py",
     "tests/labs/test_picture.py",
+    "tests/labs/test_prefetch.py",
     "tests/labs/test_stage.py",
     "tests/patterns/__init__.py",
     "tests/patterns/conftest.py",
@@ -116,6 +123,8 @@ PATHS = [
     "tests/payments/test_redis.py",
     "tests/payments/test_trace.py",
 ]
+#: The files of other parts that need this one as well, and are removed with it.
+DEPENDENTS = ()
 #: The files that move to docs/patterns, where `make pattern` finds them.
 MOVED = (
     "app/patterns/",
@@ -135,6 +144,7 @@ FILES_WITH_BLOCKS = [
     "compose.yaml",
     "deploy/observe/prometheus/prometheus.yaml",
     "docs/alerts.md",
+    "docs/jobs.md",
     "docs/patterns.md",
     "docs/runbook.md",
     "scripts/seed.py",

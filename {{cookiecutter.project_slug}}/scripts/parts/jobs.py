@@ -86,6 +86,16 @@ PATHS = [
     "tests/scripts/test_parked.py",
     "tests/scripts/test_tune.py",
 ]
+#: The files of other parts that need this one as well, and are removed with it.
+DEPENDENTS = [
+    "docs/workshop/9-prefetch.md",
+    "docs/workshop/prefetch.svg",
+    "labs/computation.py",
+    "labs/prefetch.py",
+    "labs/prefetch_worker.py",
+    "labs/prefetching_consumer.py",
+    "tests/labs/test_prefetch.py",
+]
 #: The files that move to docs/patterns, where `make pattern` finds them.
 MOVED = ()
 #: The tables that its migrations create.
@@ -104,6 +114,7 @@ FILES_WITH_BLOCKS = [
     "docs/first-feature.md",
     "docs/runbook.md",
     "docs/tuning.md",
+    "docs/workshop/README.md",
     "scripts/compose_secrets.py",
     "tests/conftest.py",
 ]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 from scripts.tune.point import Point
 
@@ -11,7 +12,26 @@ ENOUGH = 0.9
 PLANNED = 2 / 3
 
 
-def best_point(points: Sequence[Point]) -> Point:
+class Measured(Protocol):
+    """The figures of a point that decide."""
+
+    @property
+    def processes(self) -> int:
+        """The processes for computations."""
+
+    @property
+    def concurrency(self) -> int:
+        """The jobs at once."""
+
+    @property
+    def jobs_per_second(self) -> float:
+        """The rate."""
+
+
+AnyPoint = TypeVar("AnyPoint", bound=Measured)
+
+
+def best_point(points: Sequence[AnyPoint]) -> AnyPoint:
     """Return the point with the fewest processes, then jobs at once, that is fast enough."""
     highest = max(point.jobs_per_second for point in points)
     fast = [point for point in points if point.jobs_per_second >= ENOUGH * highest]

@@ -1,10 +1,11 @@
 """The page, and its server-sent events."""
 
-import contextlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 from app.setting_types import HostPort
+from scripts.local_page import LocalPage
 from scripts.watch.view import View
 
 PAGE = Path(__file__).with_name("watch.html")
@@ -16,34 +17,20 @@ POLICY = (
 )
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(LocalPage):
     """`GET /` is the page, `GET /events` its feed."""
 
-    protocol_version = "HTTP/1.1"
+    own_headers: Mapping[str, str] = {"Content-Security-Policy": POLICY}
     view: View
 
-    def do_GET(self) -> None:
-        """Serve this machine's own names only: others may be rebound to it."""
-        host = self.headers.get("Host", "").rpartition(":")[0]
-        path = self.path.partition("?")[0]
-        with contextlib.suppress(OSError):  # the browser has left
-            if host not in {"127.0.0.1", "localhost"}:
-                self._respond(403, b"", "text/plain")
-            elif path == "/":
-                self._respond(200, PAGE.read_bytes(), "text/html; charset=utf-8")
-            elif path == "/events":
-                self._send_events()
-            else:
-                self._respond(404, b"", "text/plain")
-
-    def _respond(self, status: int, content: bytes, kind: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("Content-Security-Policy", POLICY)
-        self.end_headers()
-        self.wfile.write(content)
+    def get(self, path: str) -> None:
+        """Respond with the page or its feed."""
+        if path == "/":
+            self.respond(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+        elif path == "/events":
+            self._send_events()
+        else:
+            self.respond(404)
 
     def _send_events(self) -> None:
         """Send the history, then what is new, until the browser disconnects."""
@@ -58,9 +45,6 @@ class Handler(BaseHTTPRequestHandler):
             number, entries = self.view.after(number, KEEPALIVE_SECONDS)
             data = f"id: {number}\ndata: [{','.join(entries)}]\n\n" if entries else ":\n\n"
             self.wfile.write(data.encode())
-
-    def log_message(self, *_: object) -> None:
-        """Log nothing."""
 
 
 def open_server(view: View, address: HostPort) -> ThreadingHTTPServer:

@@ -68,3 +68,32 @@ def test_broken_lab_fails(
 ) -> None:
     monkeypatch.setenv("LABS_DIRECTORY", str(tmp_path))
     assert not command.run_lab("bad", module)
+
+
+def test_all_labs_run_and_a_summary_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that fails does not keep the others from running."""
+    monkeypatch.setenv("LABS_DIRECTORY", str(tmp_path))
+    known = {"good": lab(True), "broken": lab(True, error="no Postgres"), "last": lab(True)}
+    assert not command.run_all(known)
+    printed = capsys.readouterr().out
+    assert [line.split()[:3] for line in printed.splitlines()[-5:-2]] == [
+        ["1", "good", "held"],
+        ["1", "broken", "FAILED"],
+        ["1", "last", "held"],
+    ]
+    assert "[2 of 3]" in printed
+    assert "2 of 3 labs hold their claims." in printed
+    assert command.run_all({"good": lab(True)})
+
+
+def test_missing_server_is_the_failure_of_one_lab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """scripts/dev_services.py exits without Postgres."""
+    monkeypatch.setenv("LABS_DIRECTORY", str(tmp_path))
+    module = lab(True)
+    module.__dict__["run"] = lambda _: sys.exit("no Postgres: install it")
+    assert not command.run_lab("bad", module)
+    assert "bad: no Postgres: install it" in capsys.readouterr().out

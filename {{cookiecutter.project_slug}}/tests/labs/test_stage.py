@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 
+import httpx
+import psutil
 import pytest
 
 from labs.stage import (
@@ -90,3 +92,34 @@ def test_settings_of_the_developer_do_not_reach_the_lab(monkeypatch: pytest.Monk
     assert "DRAIN_SECONDS" not in environment
     assert "GUNICORN_CMD_ARGS" not in environment
     assert environment["LANG"] == "C"
+
+
+def test_live_view_shows_the_next_process_and_ends_with_the_lab(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WATCH", "1")
+    printed: list[str] = []
+
+    def is_printed() -> bool:
+        printed.append(capfd.readouterr().out)
+        return "watch " in "".join(printed) and printed[-1].endswith("\n")
+
+    with open_stage(say) as stage:
+        ports = stage.watch()
+        wait_until(is_printed, "the address is printed")
+        _, url, _, service = "".join(printed).split()[-4:]
+        assert url.startswith("http://127.0.0.1:")
+        assert service == f"http://127.0.0.1:{ports.service}"
+        assert httpx.get(url).status_code == 200
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
+
+
+def test_without_watch_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker has its probes and its metrics on one port."""
+    monkeypatch.delenv("WATCH", raising=False)
+    with open_stage(say) as stage:
+        before = len(psutil.Process().children())
+        ports = stage.watch(is_worker=True)
+        assert ports.service == ports.metrics
+        assert len(psutil.Process().children()) == before
