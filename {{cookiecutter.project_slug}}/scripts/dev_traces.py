@@ -96,14 +96,11 @@ class Handler(LocalPage):
     def do_POST(self) -> None:  # noqa: N802 - http.server names it
         """Receive spans."""
         size = int(self.headers.get("Content-Length", 0))
-        with contextlib.suppress(OSError):  # the exporter has left
-            if self.path != "/v1/traces" or size > MAX_BYTES:
-                self.close_connection = True
-                self.respond(404)
-            else:
-                self._receive(self.rfile.read(size))
-
-    def _receive(self, body: bytes) -> None:
+        if self.path != "/v1/traces" or size > MAX_BYTES:
+            self.close_connection = True
+            self.respond(404)
+            return
+        body = self.read_body()
         try:
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)

@@ -1,30 +1,27 @@
 """A base class for the local pages of development: `make watch`, and traces."""
 
-import contextlib
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler
+
+from scripts.quiet_http import QuietHandler
 
 NAMES = ("127.0.0.1", "localhost")
 
 
-class LocalPage(BaseHTTPRequestHandler):
-    """A handler that responds to requests to this machine's own names, and logs nothing.
+class LocalPage(QuietHandler):
+    """A handler that responds to requests to this machine's own names.
 
     Other names may be rebound to it, by a page of another site in the same browser.
     """
 
-    protocol_version = "HTTP/1.1"
     #: For all responses.
     own_headers: Mapping[str, str] = {}
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - http.server names it
         """Call `get` with the path, without the query."""
-        host = self.headers.get("Host", "").rpartition(":")[0]
-        with contextlib.suppress(OSError):  # the browser has left
-            if host in NAMES:
-                self.get(self.path.partition("?")[0])
-            else:
-                self.respond(403)
+        if self.headers.get("Host", "").rpartition(":")[0] in NAMES:
+            self.get(self.path.partition("?")[0])
+        else:
+            self.respond(403)
 
     def get(self, path: str) -> None:
         """Respond to a GET request."""
@@ -38,6 +35,3 @@ class LocalPage(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        """Log nothing."""
