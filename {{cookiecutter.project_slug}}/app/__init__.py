@@ -31,7 +31,7 @@ web/                 around every request
     problems.py  health.py  principal.py  routes.py  cors.py  head.py  sse.py  body_limit.py
     directory.py  quick_route.py
 outbound/            calls of other services
-    http_client.py  circuit_breaker.py
+    http_client.py  circuit_breaker.py  client_credentials.py
 storage/             Postgres and Redis
     postgres.py  postgres_errors.py  query_log.py  redis.py  traced_postgres.py  traced_redis.py
 telemetry/           logs, metrics, traces

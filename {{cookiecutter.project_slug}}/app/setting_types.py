@@ -185,6 +185,12 @@ _HOST = f"({_IPV4}|{_IPV6}|{_NAME})"
 _HTTP_URL = r"https?://([^\s/@?#]*@)?" + _HOST + r"(:\d{1,5})?(/[^\s?#]*)?"
 # example: begin
 HttpUrl = Annotated[str, _matches(_HTTP_URL, "https://gateway.example, without ? and #")]
+TokenUrl = Annotated[
+    str,
+    _matches(
+        r"(?![^/]*//[^/]*@)" + _HTTP_URL, "https://login.example/token, without login, ? and #"
+    ),
+]
 # example: end
 
 

@@ -37,6 +37,7 @@ from app.setting_types import (
     RedisUrl,
     ServiceName,
     TimeZone,  # jobs
+    TokenUrl,  # example
     TraceSampler,
 )
 
@@ -149,6 +150,11 @@ class Settings(BaseSettings):
     message_concurrency_per_worker: PositiveInt = 8
     rate_limit_per_minute: PositiveInt = 60_000
     gateway_ca_file: Path | None = None
+    gateway_token_url: TokenUrl | None = None
+    gateway_client_id: str = ""
+    gateway_client_secret: SecretStr = SecretStr("")
+    gateway_token_scopes: str = ""
+    gateway_token_audience: str = ""
 
     # example: end
     # jobs: begin

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import ssl
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import aiohttp
 import certifi
@@ -60,6 +60,16 @@ class UpstreamResponse(NamedTuple):
     body: bytes
 
 
+class TokenSource(Protocol):
+    """Tokens for the calls of a client, see client_credentials.py."""
+
+    async def token(self) -> str:
+        """Return a valid token. Raises `UpstreamError` or `CircuitOpenError`."""
+
+    def reject(self, token: str) -> bool:
+        """Note a response 401 to this token; return whether `token()` has another one."""
+
+
 class UpstreamClient:
     """A pool of connections to one upstream. Create it in a running event loop; close it."""
 
@@ -70,23 +80,19 @@ class UpstreamClient:
         breaker: CircuitBreaker,
         connections: int = 20,
         tls: ssl.SSLContext | None = None,
+        tokens: TokenSource | None = None,
     ) -> None:
-        """`tls` trusts other authorities than the public ones of certifi, or has a certificate.
+        """Each request has a token of `tokens`, if any. Close them after this client.
 
+        `tls` trusts other authorities than the public ones of certifi, or has a certificate.
         The variables SSL_CERT_FILE and SSL_CERT_DIR have no effect.
         """
         self.upstream = upstream
         self.url = url.rstrip("/")
         self.breaker = breaker
-        connector = aiohttp.TCPConnector(
-            limit=connections,
-            keepalive_timeout=KEEP_ALIVE_SECONDS,
-            # A name that leads elsewhere after a fail-over is followed by each new connection.
-            use_dns_cache=False,
-            ssl=tls or ssl.create_default_context(cafile=certifi.where()),
-        )
+        self.tokens = tokens
         self.http = aiohttp.ClientSession(
-            connector=connector,
+            connector=_connector(connections, tls),
             # A compressed body within the size limit may be large when it is decompressed.
             headers={"Accept-Encoding": "identity"},
             auto_decompress=False,
@@ -102,24 +108,47 @@ class UpstreamClient:
         await self.http.close()
 
     async def request(
-        self, method: str, path: str, headers: dict[str, str], **content: Any
+        self,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        is_idempotent: bool = False,
+        **content: Any,
     ) -> UpstreamResponse:
         """Send a request with the current request ID, within `DEADLINE_SECONDS`.
 
         `content` is passed to aiohttp: `data`, `json` or `params`. A method that is not idempotent
-        is retried only with an `Idempotency-Key`. Raises `UpstreamError`, or `CircuitOpenError` of
-        the breaker.
+        is retried only with an `Idempotency-Key`, or if `is_idempotent` says that it is. Raises
+        `UpstreamError`, or `CircuitOpenError` of the breaker.
         """
         all_headers = headers | {"X-Request-ID": request_id()}
+        is_safe = is_idempotent or method in _IDEMPOTENT_METHODS or "Idempotency-Key" in headers
+        send = self._retry_with_token if self.tokens else self._retry
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DEADLINE_SECONDS):
-                return await self._retry(method, path, headers=all_headers, **content)
+                return await send(method, path, is_safe, headers=all_headers, **content)
         raise UpstreamError(self.upstream, "no response in time")
 
-    async def _retry(
-        self, method: str, path: str, headers: dict[str, str], **content: Any
+    async def _retry_with_token(
+        self, method: str, path: str, is_safe: bool, headers: dict[str, str], **content: Any
     ) -> UpstreamResponse:
-        is_safe = method in _IDEMPOTENT_METHODS or "Idempotency-Key" in headers
+        """Send the request with a token, and once more with another if the response is 401.
+
+        The upstream has done nothing then, so that this is safe with every method.
+        """
+        assert self.tokens is not None  # noqa: S101 - for mypy
+        token = await self.tokens.token()
+        bearer = headers | {"Authorization": f"Bearer {token}"}
+        response = await self._retry(method, path, is_safe, headers=bearer, **content)
+        if response.status == 401 and self.tokens.reject(token):
+            token = await self.tokens.token()
+            bearer = headers | {"Authorization": f"Bearer {token}"}
+            response = await self._retry(method, path, is_safe, headers=bearer, **content)
+        return response
+
+    async def _retry(
+        self, method: str, path: str, is_safe: bool, headers: dict[str, str], **content: Any
+    ) -> UpstreamResponse:
         attempts = stamina.retry_context(
             UpstreamError,
             attempts=MAX_ATTEMPTS if is_safe else 1,
@@ -166,6 +195,16 @@ class UpstreamClient:
                 if len(body) > MAX_RESPONSE_BYTES:
                     raise _TooLargeError
         return UpstreamResponse(response.status, body)
+
+
+def _connector(connections: int, tls: ssl.SSLContext | None) -> aiohttp.TCPConnector:
+    return aiohttp.TCPConnector(
+        limit=connections,
+        keepalive_timeout=KEEP_ALIVE_SECONDS,
+        # A name that leads elsewhere after a fail-over is followed by each new connection.
+        use_dns_cache=False,
+        ssl=tls or ssl.create_default_context(cafile=certifi.where()),
+    )
 
 
 def _to_json(value: Any) -> str:

@@ -16,8 +16,8 @@ from app.patterns.stream_group import Message, StreamGroup
 from app.patterns.stream_handler import PoisonError, StreamHandler
 from app.payments import repository
 from app.payments.events import CREATED, STREAM, parse_ids, republish_pending
-from app.payments.gateway import CardGateway, open_gateway, trust_authorities
-from app.settings import Settings, fail, load_settings
+from app.payments.gateway import CardGateway, check_gateway, open_gateway
+from app.settings import Settings, load_settings
 from app.storage import Storage
 from app.storage.postgres import Database
 from app.storage.redis import RedisClient
@@ -84,15 +84,11 @@ async def run_consumer(settings: Settings, storage: Storage, health: Health) -> 
 
     A process that is not ready reads no events: others can handle them.
     """
-    concurrency = settings.message_concurrency_per_worker
     grace_seconds = settings.graceful_timeout_seconds - CLOSING_SECONDS
     republish = run_periodically(storage.database, REPUBLISH_SECONDS, republish_pending)
-    tls = trust_authorities(settings.gateway_ca_file)
-    async with (
-        open_gateway(settings.gateway_url, concurrency, tls) as gateway,
-        background_task(republish),
-    ):
+    async with open_gateway(settings) as gateway, background_task(republish):
         handler = ChargeHandler(storage.database, storage.redis, gateway)
+        concurrency = settings.message_concurrency_per_worker
         consumer = StreamConsumer(handler, concurrency, health.is_ready)
         running = asyncio.create_task(consumer.run(grace_seconds))
         yield
@@ -104,12 +100,7 @@ def main() -> None:
     """Consume until SIGTERM. Raises `SystemExit` for invalid settings."""
     settings = load_settings()
     logs.configure(settings)
-    is_plaintext = settings.gateway_url.startswith("http://")
-    if is_plaintext and settings.environment != "development":
-        problem = "must be https:// unless ENVIRONMENT is development"
-        fail("GATEWAY_URL", settings.gateway_url, problem)
-    # An invalid file stops the start, not the work.
-    trust_authorities(settings.gateway_ca_file)
+    check_gateway(settings)
     process.run(settings, run_consumer)
 
 

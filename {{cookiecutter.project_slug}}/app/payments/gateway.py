@@ -6,13 +6,17 @@ import ssl
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import UUID
 
+import certifi
+
 from app.outbound.circuit_breaker import CircuitBreaker, CircuitOpenError
+from app.outbound.client_credentials import ClientCredentials
 from app.outbound.http_client import UpstreamClient, UpstreamError
 from app.patterns.stream_handler import PoisonError, RetryLaterError
 from app.payments.schemas import Payment
-from app.settings import fail
+from app.settings import Settings, fail
 
 #: Statuses with which a gateway declines a payment for good. Any other 4xx may be a bug of ours,
 #: which can be fixed.
@@ -103,6 +107,31 @@ class CardGateway:
             await asyncio.sleep(seconds)
 
 
+def check_gateway(settings: Settings) -> None:
+    """Check the settings of the gateway: invalid ones stop the start, not the work.
+
+    Raises `SystemExit` with one line.
+    """
+    urls = {"GATEWAY_URL": settings.gateway_url, "GATEWAY_TOKEN_URL": settings.gateway_token_url}
+    for name, url in urls.items():
+        is_plaintext = url is not None and url.startswith("http://")
+        if is_plaintext and settings.environment != "development":
+            fail(name, url, "must be https:// unless ENVIRONMENT is development")
+    if settings.gateway_token_url:
+        _check_credentials(settings)
+    trust_authorities(settings.gateway_ca_file)
+
+
+def _check_credentials(settings: Settings) -> None:
+    if not settings.gateway_client_id:
+        fail("GATEWAY_CLIENT_ID", None, "must be set, since GATEWAY_TOKEN_URL is")
+    if not settings.gateway_client_secret.get_secret_value():
+        fail("GATEWAY_CLIENT_SECRET", None, "must be set, since GATEWAY_TOKEN_URL is")
+    if "@" in urlsplit(settings.gateway_url).netloc:
+        # One Authorization header has room for one of both.
+        fail("GATEWAY_URL", settings.gateway_url, "must have no login, since there is a token")
+
+
 def trust_authorities(ca_file: Path | None) -> ssl.SSLContext | None:
     """Return TLS that trusts the authorities of `GATEWAY_CA_FILE` only, or None if it is unset.
 
@@ -118,11 +147,42 @@ def trust_authorities(ca_file: Path | None) -> ssl.SSLContext | None:
 
 
 @contextlib.asynccontextmanager
-async def open_gateway(
-    url: str, concurrency: int, tls: ssl.SSLContext | None = None
-) -> AsyncIterator[CardGateway]:
-    """Yield a gateway for `concurrency` charges at once, then close its connections."""
+async def open_gateway(settings: Settings) -> AsyncIterator[CardGateway]:
+    """Yield a gateway for the concurrent charges of this process, then close its connections."""
+    concurrency = settings.message_concurrency_per_worker
     breaker = CircuitBreaker("gateway", max(MIN_FAILURES, concurrency))
-    client = UpstreamClient("gateway", url, breaker, concurrency, tls)
-    async with contextlib.aclosing(client):
+    tls = trust_authorities(settings.gateway_ca_file)
+    async with contextlib.AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        tokens = _credentials(settings)
+        if tokens:
+            await enter(contextlib.aclosing(tokens))
+        client = UpstreamClient("gateway", settings.gateway_url, breaker, concurrency, tls, tokens)
+        await enter(contextlib.aclosing(client))
         yield CardGateway(client)
+
+
+def _credentials(settings: Settings) -> ClientCredentials | None:
+    """Return the tokens for the gateway, or None if it requires none."""
+    if settings.gateway_token_url is None:
+        return None
+    parameters = {
+        "scope": settings.gateway_token_scopes,
+        "audience": settings.gateway_token_audience,
+    }
+    return ClientCredentials(
+        "gateway-token",
+        settings.gateway_token_url,
+        settings.gateway_client_id,
+        settings.gateway_client_secret.get_secret_value(),
+        {name: value for name, value in parameters.items() if value},
+        tls=trust_authorities_and_public_ones(settings.gateway_ca_file),
+    )
+
+
+def trust_authorities_and_public_ones(ca_file: Path | None) -> ssl.SSLContext | None:
+    """Return TLS for the provider of tokens, which may be the company's own or a public one."""
+    tls = trust_authorities(ca_file)
+    if tls:
+        tls.load_verify_locations(certifi.where())
+    return tls

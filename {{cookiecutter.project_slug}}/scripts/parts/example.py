@@ -119,6 +119,7 @@ PATHS = [
     "tests/payments/conftest.py",
     "tests/payments/test_consumer.py",
     "tests/payments/test_gateway_tls.py",
+    "tests/payments/test_gateway_token.py",
     "tests/payments/test_payments.py",
     "tests/payments/test_redis.py",
     "tests/payments/test_trace.py",
@@ -171,7 +172,7 @@ LINES = {
         "from app.payments.router import router as payments_router  # example",
         "    app.include_router(payments_router)  # example",
     ],
-    "app/settings.py": ["    HttpUrl,  # example"],
+    "app/settings.py": ["    HttpUrl,  # example", "    TokenUrl,  # example"],
     "deploy/k8s/components/prometheusrule/kustomization.yaml": ["  - payments.yaml # example"],
     "deploy/observe/grafana/dashboards/kustomization.yaml": ["      - payments.json # example"],
     "pyproject.toml": [

@@ -95,6 +95,8 @@ class Provider(ThreadingHTTPServer):
         self.clients = {"client-1": "secret-1"}
         #: `expires_in` of a token response; None sends none.
         self.expires_in: float | None = 300
+        #: Members of a token response that differ; None removes one.
+        self.token_response: dict[str, object] = {}
         #: The methods by which clients may authenticate.
         self.methods = {"basic", "post"}
         #: What goes wrong, by path.
@@ -141,7 +143,7 @@ class Provider(ThreadingHTTPServer):
             "token_endpoint": self.token_url,
             "id_token_signing_alg_values_supported": list(ALGORITHMS),
         }
-        return {key: value for key, value in {**document, **self.metadata}.items() if value}
+        return _without_none({**document, **self.metadata})
 
     def _issue(self, request: TokenRequest, headers: Mapping[str, str], body: str) -> Response:
         """Return a token, or an error of RFC 6749, section 5.2."""
@@ -160,16 +162,22 @@ class Provider(ThreadingHTTPServer):
             expiry = int(time.time() + lifetime)
             token = self.mint(sub=request.client_id, scope=scope, jti=str(number), exp=expiry)
             self.issued_tokens.append(token)
-        document: dict[str, object] = {"access_token": token, "token_type": "Bearer"}
-        document["scope"] = scope
-        if self.expires_in is not None:
-            document["expires_in"] = self.expires_in
-        return Response(200, document, no_store)
+        document = {
+            "access_token": token,
+            "token_type": "Bearer",
+            "scope": scope,
+            "expires_in": self.expires_in,
+        }
+        return Response(200, _without_none({**document, **self.token_response}), no_store)
 
     def _is_authentic(self, request: TokenRequest, headers: Mapping[str, str], body: str) -> bool:
         secret = _credentials(headers, body)[1]
         is_known = self.clients.get(request.client_id) == secret
         return is_known and request.method in self.methods
+
+
+def _without_none(document: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in document.items() if value is not None}
 
 
 def _credentials(headers: Mapping[str, str], body: str) -> tuple[str, str, str]:
@@ -202,34 +210,36 @@ class _Handler(BaseHTTPRequestHandler):
         while trouble is Trouble.FROZEN:
             time.sleep(0.02)
             trouble = self.server.troubles.get(self.path)
-        path = self.path.removeprefix(ELSEWHERE)
         with contextlib.suppress(OSError):  # the client has disconnected
-            self._respond(self.server.respond(path, dict(self.headers), body), trouble)
+            self._respond(body, trouble)
 
     do_GET = do_POST  # noqa: N815 - http.server names it
 
-    def _respond(self, response: Response, trouble: Trouble | None) -> None:
+    def _respond(self, body: str, trouble: Trouble | None) -> None:
+        location = {"Location": self.server.issuer + ELSEWHERE + self.path}
         if trouble is Trouble.CUT:
             self.close_connection = True
-            return
-        content = json.dumps(response.document).encode()
-        status = response.status
-        headers = {"Content-Type": "application/json", **response.headers}
-        if trouble is Trouble.ERROR:
-            status = 500
+        elif trouble is Trouble.ERROR:
+            self._send(500, {}, b"{}")
         elif trouble is Trouble.GARBAGE:
-            content = b"<html>it works</html>"
-        elif trouble is Trouble.OVERSIZED:
-            padded = {**response.document, "padding": "x" * OVERSIZED_BYTES}
-            content = json.dumps(padded).encode()
+            self._send(200, {}, b"<html>it works</html>")
         elif trouble is Trouble.REDIRECT:
-            status = 302
-            headers["Location"] = self.server.issuer + ELSEWHERE + self.path
-        self._send(status, headers, content, is_slow=trouble is Trouble.SLOW)
+            self._send(302, location, b"")
+        else:
+            path = self.path.removeprefix(ELSEWHERE)
+            response = self.server.respond(path, dict(self.headers), body)
+            is_oversized = trouble is Trouble.OVERSIZED
+            padding = {"padding": "x" * OVERSIZED_BYTES} if is_oversized else {}
+            content = json.dumps({**response.document, **padding}).encode()
+            self._send(response.status, response.headers, content, trouble is Trouble.SLOW)
 
-    def _send(self, status: int, headers: Mapping[str, str], content: bytes, is_slow: bool) -> None:
+    def _send(
+        self, status: int, headers: Mapping[str, str], content: bytes, is_slow: bool = False
+    ) -> None:
+        length = str(len(content))
+        headers = {"Content-Type": "application/json", "Content-Length": length, **headers}
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if not is_slow:

@@ -30,6 +30,8 @@ class Handler(QuietHandler):
     def do_POST(self) -> None:  # noqa: N802 - http.server names it
         self.body = self.read_body()
         self.server.requests.append(self)
+        # A later request of the connection has the same handler.
+        self.server.authorizations.append(self.headers.get("Authorization", ""))
         self.server.respond(self)
 
     do_GET = do_POST  # noqa: N815 - http.server names it
@@ -45,6 +47,7 @@ class Upstream(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         self.requests: list[Handler] = []
+        self.authorizations: list[str] = []
         self.respond: Respond = lambda request: respond(request, 200)
         super().__init__(("127.0.0.1", 0), Handler)
 
@@ -57,12 +60,18 @@ def respond(request: Handler, status: int, body: bytes = b"{}", **headers: str) 
     request.wfile.write(body)
 
 
-@pytest.fixture
-def upstream() -> Iterator[Upstream]:
+@contextlib.contextmanager
+def run_upstream() -> Iterator[Upstream]:
     with Upstream() as server:
         Thread(target=server.serve_forever, args=(0.01,)).start()
         yield server
         server.shutdown()
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    with run_upstream() as server:
+        yield server
 
 
 @pytest.fixture
