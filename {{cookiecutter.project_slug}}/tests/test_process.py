@@ -71,7 +71,7 @@ def process(urls: dict[str, str]) -> Iterator[IdleProcess]:
 )
 def test_clients_of_a_process_without_routes_are_bounded(process: IdleProcess, data: bytes) -> None:
     """Each connection costs a file descriptor: getrlimit(2), `RLIMIT_NOFILE`."""
-    with stalled_clients(process.port, 300, data):
+    with stalled_clients(process.port, 150, data):
         assert process.get("/health/live").status_code == 200
         assert "dependency_up" in process.get("/metrics").text
         eventually(lambda: process.connections() <= MAX_CONNECTIONS + OWN_CONNECTIONS)

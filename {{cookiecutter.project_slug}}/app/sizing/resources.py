@@ -78,11 +78,12 @@ def control_groups(root: Path) -> Iterator[Path]:
     mounts = root / "sys/fs/cgroup"
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        for name in (controllers, *controllers.split(","), "unified"):
+        # "unified" is the mount of v2 next to v1. Names repeat: v2 has no controllers.
+        for name in dict.fromkeys((controllers, *controllers.split(","), "unified")):
             mount = mounts / name
             group = mount / path.lstrip("/")
             for directory in (group, *group.parents):
-                if directory.is_relative_to(mount):
+                if directory.is_relative_to(mount) and directory.is_dir():
                     yield directory
 
 

@@ -21,6 +21,9 @@ class ControlGroupCollector(Collector):
 
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
+        self.groups = list(control_groups(root))
+        #: The file of each name, None without one. To search at each scrape took 7 of its 9 ms.
+        self.files: dict[str, Path | None] = {}
 
     def collect(self) -> Iterable[Metric]:  # noqa: D102
         resources = detect_resources(self.root)
@@ -80,8 +83,8 @@ class ControlGroupCollector(Collector):
 
     def _first(self, file: str) -> str:
         """Return the text of a file of the innermost control group that has it."""
-        for group in control_groups(self.root):
-            text = read_text(group / file)
-            if text:
-                return text
-        return ""
+        if file not in self.files:
+            candidates = (group / file for group in self.groups)
+            self.files[file] = next(filter(read_text, candidates), None)
+        found = self.files[file]
+        return read_text(found) if found else ""
