@@ -34,6 +34,7 @@ outbound/            calls of other services
     http_client.py  circuit_breaker.py  client_credentials.py
 storage/             Postgres and Redis
     postgres.py  postgres_errors.py  query_log.py  redis.py  traced_postgres.py  traced_redis.py
+    replica.py
 telemetry/           logs, metrics, traces
     logs.py  gcp_logs.py  access_log.py  stdout.py  context.py
     tracing.py  trace_setup.py  trace_export.py  exemplars.py

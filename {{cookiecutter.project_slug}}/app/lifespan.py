@@ -16,6 +16,7 @@ from app.sizing.resources import detect_resources
 from app.storage import Storage, open_storage
 from app.storage.postgres import Database
 from app.storage.redis import RedisClient
+from app.storage.replica import Source, open_replica
 from app.tasks import Background, background_task
 from app.telemetry.process_metrics import WorkerMetrics
 from app.telemetry.trace_setup import open_tracing
@@ -27,6 +28,7 @@ class State(TypedDict):
 
     settings: Settings
     database: Database
+    replica: Source
     redis: RedisClient
     background: Background
     health: Health
@@ -51,14 +53,13 @@ async def open_state(
         enter = stack.enter_async_context
         # Traces first, which are then closed last; Postgres and Redis
         await enter(open_tracing(settings))
-        connections = plan_workers(settings, detect_resources()).connections_per_worker
-        storage = await enter(open_storage(settings, connections))
+        storage, replica = await enter(_open_clients(settings))
 
         # Background tasks of requests; shutdown waits for them
         background = await enter(Background(lifecycle.seconds_left))
 
         # Metrics of this process, and its probes
-        health = await enter(_open_health(settings, storage, lifecycle))
+        health = await enter(_open_health(settings, storage, replica, lifecycle))
 
         # Features
         payments = await enter(open_payments(settings, storage))  # example
@@ -66,6 +67,7 @@ async def open_state(
         state: State = {
             "settings": settings,
             "database": storage.database,
+            "replica": replica,
             "redis": storage.redis,
             "background": background,
             "health": health,
@@ -76,13 +78,25 @@ async def open_state(
 
 
 @contextlib.asynccontextmanager
+async def _open_clients(settings: Settings) -> AsyncIterator[tuple[Storage, Source]]:
+    plan = plan_workers(settings, detect_resources())
+    async with (
+        open_storage(settings, plan.primary_connections) as storage,
+        open_replica(settings, storage.database, plan.replica_connections) as replica,
+    ):
+        yield storage, replica
+
+
+@contextlib.asynccontextmanager
 async def _open_health(
-    settings: Settings, storage: Storage, lifecycle: Lifecycle
+    settings: Settings, storage: Storage, replica: Source, lifecycle: Lifecycle
 ) -> AsyncIterator[Health]:
     """Yield the state of the probes; keep it, and the gauges of this process, up to date."""
     metrics = WorkerMetrics(settings.readiness_required)
-    health = Health(settings, storage.checks, lifecycle, metrics.up)
-    update = metrics.update_periodically(storage.database, storage.redis.connection_pool)
+    health = Health(settings, {**storage.checks, **replica.checks}, lifecycle, metrics.up)
+    update = metrics.update_periodically(
+        storage.database, storage.redis.connection_pool, replica.database
+    )
     async with background_task(update), background_task(health.watch()):
         yield health
 

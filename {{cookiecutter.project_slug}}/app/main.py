@@ -13,6 +13,7 @@ from app.jobs.router import router as jobs_router  # jobs
 from app.lifespan import WarmUp, open_state
 from app.payments.router import router as payments_router  # example
 from app.settings import Settings, load_settings
+from app.storage.replica import HEADER as WRITE_POSITION
 from app.web import health, problems
 from app.web.application import TELEMETRY, Service
 from app.web.quick_route import QuickRoute
@@ -62,7 +63,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
             "allow_origins": settings.cors_allow_origins,
             "allow_methods": ["*"],
             "allow_headers": ["*"],
-            "expose_headers": ["X-Request-ID"],
+            "expose_headers": ["X-Request-ID", *([WRITE_POSITION] if settings.has_replica else [])],
         }
         middleware.append(Middleware(CORSMiddleware, **options))
     return middleware

@@ -312,4 +312,5 @@ PathPrefix = Annotated[
     str, _matches(r"(/\S*[^/\s])?", "a path without a slash at its end, for example /api")
 ]
 PostgresUrl = Annotated[SecretStr, _accepted_by(connection_urls.check_postgres_url)]
+ReplicaUrl = Annotated[SecretStr, _accepted_by(connection_urls.check_replica_url)]
 RedisUrl = Annotated[SecretStr, _accepted_by(connection_urls.check_redis_url)]

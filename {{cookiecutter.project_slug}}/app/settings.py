@@ -35,6 +35,7 @@ from app.setting_types import (
     Positive,
     PostgresUrl,
     RedisUrl,
+    ReplicaUrl,
     ServiceName,
     TimeZone,  # jobs
     TokenUrl,  # example
@@ -87,6 +88,9 @@ class Settings(BaseSettings):
     database_acquire_timeout_seconds: Positive = 1
     database_retry_seconds: NonNegative = 3
     database_statement_cache_size: NonNegativeInt = 100
+    database_replica_url: ReplicaUrl = SecretStr("")
+    database_replica_max_connections: PositiveInt | None = None
+    database_replica_max_lag_seconds: Positive = 5
     postgres_max_connections: PositiveInt = 200
     redis_url: RedisUrl = SecretStr("redis://127.0.0.1:6379/0")
     readiness_required: Annotated[tuple[Literal["postgres", "redis"], ...], *CommaSeparated] = (
@@ -178,6 +182,11 @@ class Settings(BaseSettings):
     retire_seconds: NonNegative = 5
     max_requests: NonNegativeInt = 20_000
     max_requests_jitter: NonNegativeInt = 2_000
+
+    @property
+    def has_replica(self) -> bool:
+        """Whether there is a read replica of Postgres."""
+        return bool(self.database_replica_url.get_secret_value())
 
     @property
     def has_traces(self) -> bool:

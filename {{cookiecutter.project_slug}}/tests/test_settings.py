@@ -286,6 +286,7 @@ def test_several_errors_are_reported_in_one_line(monkeypatch: pytest.MonkeyPatch
     ("name", "value"),
     [
         ("DATABASE_URL", "mysql://app:hunter2@db/x"),
+        ("DATABASE_REPLICA_URL", "mysql://app:hunter2@db/x"),
         ("DATABASE_URL", "postgresql://app:hunter2/x@db/x"),
         ("DATABASE_URL", "postgresql://app:hunter2@db:abc/x"),
         ("REDIS_URL", "http://app:hunter2@cache"),

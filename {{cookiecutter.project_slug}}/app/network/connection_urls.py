@@ -122,6 +122,12 @@ def check_postgres_url(url: str) -> None:
     _check_options(url, names, _is_postgres_option, _parse_postgres)
 
 
+def check_replica_url(url: str) -> None:
+    """Raise `ValueError` unless asyncpg can use the URL. An empty one stands for no replica."""
+    if url:
+        check_postgres_url(url)
+
+
 def postgres_addresses(url: str) -> tuple[list[tuple[str, int]], str]:
     """Return the hosts with their ports, and `target_session_attrs`. Reads no certificate."""
     addresses, parameters = _parse(url, ssl=False, direct_tls=False)

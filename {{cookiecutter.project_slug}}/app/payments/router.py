@@ -17,6 +17,7 @@ from app.patterns.pagination import PATTERN, Cursor
 from app.patterns.rate_limit import caller
 from app.payments.schemas import NewPayment, Page, Payment, Totals
 from app.payments.service import Payments, PaymentsDependency
+from app.storage.replica import POSITION_PARAMETERS, ReplicaDependency, headers_after_write
 from app.web.principal import principal
 from app.web.problems import problem_responses
 from app.web.quick_route import QuickRoute
@@ -54,22 +55,29 @@ async def create(
     # The owner is never the client's address: a retry may come from another network.
     owner = principal(request)
     stored = await payments.create(new, key, owner, request.scope["root_path"])
-    return stored.render()
+    response = stored.render()
+    response.headers.update(await headers_after_write(request))
+    return response
 
 
-@router.get("", responses=problem_responses(InvalidRequestError, 503))
+@router.get(
+    "",
+    response_model=Page,
+    responses=problem_responses(InvalidRequestError, 503),
+    openapi_extra=POSITION_PARAMETERS,
+)
 async def list_page(
     payments: PaymentsDependency,
-    response: Response,
+    reads: ReplicaDependency,
     limit: Annotated[int, Query(ge=1, le=100)] = 50,
     cursor: Annotated[
         str | None, Query(pattern=PATTERN, description="`next_cursor` of a page.")
     ] = None,
-) -> Page:
+) -> Response:
     """List payments, newest first. New payments move no other payment to another page."""
-    response.headers.update(NO_STORE)
     after = Cursor.parse(cursor) if cursor else Cursor()
-    return await payments.list_page(limit, after)
+    page = await payments.list_page(reads, limit, after)
+    return Response(page.model_dump_json(), headers=NO_STORE, media_type="application/json")
 
 
 # Before the route of one payment, whose path matches this one as well.

@@ -22,6 +22,7 @@ from app.settings import Settings
 from app.storage import Storage
 from app.storage.postgres import Connection, Database
 from app.storage.redis import RedisClient
+from app.storage.replica import Reads
 from app.tasks import background_task
 from app.telemetry.context import request_id
 
@@ -90,10 +91,13 @@ class Payments:
         # Never None, since `load` never returns it.
         return cast("bytes", totals)
 
-    async def list_page(self, limit: int, after: Cursor) -> Page:
-        """Return up to `limit` payments after the cursor, newest first."""
+    async def list_page(self, reads: Reads, limit: int, after: Cursor) -> Page:
+        """Return up to `limit` payments after the cursor, newest first.
+
+        From the replica, if there is one: a payment that is seconds old may be missing.
+        """
         # One more than the page shows whether there is a next one.
-        found = await self.database.retry(
+        found = await reads.retry(
             lambda connection: repository.list_page(connection, limit + 1, after)
         )
         items = found[:limit]

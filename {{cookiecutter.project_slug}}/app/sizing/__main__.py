@@ -7,7 +7,7 @@ import sys
 
 from app.settings import load_settings
 from app.sizing.checks import WORKERS_OF_A_RELEASE, check_settings, default_replicas
-from app.sizing.plan import metrics_bytes, plan_workers
+from app.sizing.plan import Plan, metrics_bytes, plan_workers
 from app.sizing.resources import MEGABYTE, Resources, detect_resources
 
 DESCRIPTION = (
@@ -41,12 +41,10 @@ def main() -> int:
     problems = check_settings(settings, resources, plan.workers, replicas)
 
     size = f"{resources.cpus:g} CPUs, {resources.megabytes} MB"
-    per_worker = plan.connections_per_worker
     lines = [
         f"{size}, up to {replicas} pods",
         f"workers      {plan.workers}: {plan.explanation}",
-        f"connections  {plan.connections_per_pod} per pod, {per_worker} per worker: "
-        f"{per_worker - 1} for requests, 1 for the readiness probe",
+        f"connections  {_describe_connections(plan)}",
     ]
     if resources.shared_memory_bytes is not None:
         needed = math.ceil(metrics_bytes(settings, plan.workers) / MEGABYTE)
@@ -57,6 +55,16 @@ def main() -> int:
         lines.append("no warnings: the settings agree with each other")
     sys.stdout.write("\n".join(lines) + "\n")
     return 1 if problems else 0
+
+
+def _describe_connections(plan: Plan) -> str:
+    text = (
+        f"{plan.connections_per_pod} per pod, {plan.connections_per_worker} per worker: "
+        f"{plan.primary_connections - 1} for requests, 1 for the readiness probe"
+    )
+    if plan.replica_connections:
+        text += f", {plan.replica_connections - 1} to the read replica, 1 for its check"
+    return text
 
 
 def _parser(detected: Resources) -> argparse.ArgumentParser:

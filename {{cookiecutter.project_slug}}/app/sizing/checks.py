@@ -10,10 +10,12 @@ from app.sizing.plan import (
     BASE_MEMORY_MB,
     EXITED_WORKERS,
     MIN_CONNECTIONS,
+    MIN_REPLICA_CONNECTIONS,
     OTHER_CONNECTIONS,
     USABLE_MEMORY,
     metrics_bytes,
     pod_connections,
+    replica_connections,
     workers_by_memory,
 )
 from app.sizing.resources import MEGABYTE, Resources
@@ -160,10 +162,15 @@ def database_timeouts_fit_into_the_request_timeout(pod: Pod) -> str | None:
     """Respond 503 to an outage of Postgres, before the request times out."""
     settings = pod.settings
     longest = settings.database_acquire_timeout_seconds + settings.database_command_timeout_seconds
+    names = "DATABASE_ACQUIRE_TIMEOUT_SECONDS + DATABASE_COMMAND_TIMEOUT_SECONDS"
+    if settings.has_replica:
+        # A read that fails there is repeated on the primary.
+        longest *= 2
+        names = f"2 x ({names})"
     if longest < settings.request_timeout_seconds:
         return None
     return (
-        f"DATABASE_ACQUIRE_TIMEOUT_SECONDS + DATABASE_COMMAND_TIMEOUT_SECONDS = {longest:g} must "
+        f"{names} = {longest:g} must "
         f"be less than REQUEST_TIMEOUT_SECONDS={settings.request_timeout_seconds:g}, "
         "or an outage causes a 504 and not a 503: lower them"
     )
@@ -211,6 +218,24 @@ def workers_have_enough_connections(pod: Pod) -> str | None:
         f"DATABASE_MAX_CONNECTIONS={connections} is less than two for each of {pod.workers} "
         f"workers, one for requests and one for the readiness probe: set it to {needed}, "
         f"or MAX_WORKERS={max_workers}"
+    )
+
+
+@check
+def both_servers_have_enough_connections(pod: Pod) -> str | None:
+    """Leave the primary its connections, and give the read replica two for each worker."""
+    settings = pod.settings
+    share = replica_connections(settings, pod.workers)
+    least = MIN_REPLICA_CONNECTIONS * pod.workers
+    most = pod_connections(settings, pod.workers) - MIN_CONNECTIONS * pod.workers
+    if not settings.has_replica or least <= share <= most:
+        return None
+    budget = (MIN_CONNECTIONS + MIN_REPLICA_CONNECTIONS) * pod.workers
+    remedy = f"set it to {least} to {most}" if least <= most else f"set that to {budget}, or more"
+    return (
+        f"DATABASE_REPLICA_MAX_CONNECTIONS={share} of DATABASE_MAX_CONNECTIONS="
+        f"{pod_connections(settings, pod.workers)} must leave two for each of "
+        f"{pod.workers} workers to the primary, and two to the replica: {remedy}"
     )
 
 

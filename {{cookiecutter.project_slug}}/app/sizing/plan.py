@@ -14,6 +14,8 @@ BASE_MEMORY_MB = 80
 ROUNDING = 0.25
 #: Minimum number of connections of a worker: one for requests, one for the readiness probe.
 MIN_CONNECTIONS = 2
+#: The same for the read replica, if there is one: one for reads, and one for its check.
+MIN_REPLICA_CONNECTIONS = 2
 #: Default number of connections of a worker. With 7 for requests, 16 clients do not wait for each
 #: other: 35 % more throughput than with 3, at a fifth of the p99 (docs/tuning.md).
 DEFAULT_CONNECTIONS = 8
@@ -34,7 +36,14 @@ class Plan(NamedTuple):
     workers: int
     connections_per_pod: int
     connections_per_worker: int
+    #: Those of `connections_per_worker` that lead to the read replica.
+    replica_connections: int
     explanation: str
+
+    @property
+    def primary_connections(self) -> int:
+        """The connections of a worker that lead to the primary."""
+        return self.connections_per_worker - self.replica_connections
 
 
 def plan_workers(settings: Settings, resources: Resources) -> Plan:
@@ -49,8 +58,14 @@ def plan_workers(settings: Settings, resources: Resources) -> Plan:
     """
     workers, explanation = _choose_workers(settings, resources)
     per_pod = pod_connections(settings, workers)
-    per_worker = max(MIN_CONNECTIONS, per_pod // workers)
-    return Plan(workers, per_pod, per_worker, explanation)
+    of_replica = replica_connections(settings, workers) // workers
+    minimum = MIN_CONNECTIONS
+    if settings.has_replica:
+        minimum += MIN_REPLICA_CONNECTIONS
+        of_replica = max(MIN_REPLICA_CONNECTIONS, of_replica)
+    per_worker = max(minimum, per_pod // workers)
+    of_replica = min(of_replica, per_worker - MIN_CONNECTIONS)
+    return Plan(workers, per_pod, per_worker, of_replica, explanation)
 
 
 def pod_connections(settings: Settings, workers: int) -> int:
@@ -62,6 +77,17 @@ def pod_connections(settings: Settings, workers: int) -> int:
         return settings.database_max_connections
     available = (settings.postgres_max_connections - OTHER_CONNECTIONS) // MIN_PODS
     return max(MIN_CONNECTIONS, min(DEFAULT_CONNECTIONS * workers, available))
+
+
+def replica_connections(settings: Settings, workers: int) -> int:
+    """Return the read replica's share of the pod's connections: by default half, or none.
+
+    A share of the same number, since both pools lead to one server after a promotion.
+    """
+    if not settings.has_replica:
+        return 0
+    default = pod_connections(settings, workers) // 2
+    return settings.database_replica_max_connections or default
 
 
 def metrics_bytes(settings: Settings, workers: int) -> int:

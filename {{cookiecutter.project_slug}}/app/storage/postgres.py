@@ -1,6 +1,7 @@
 """Postgres: a pool that fails fast, sheds load instead of queueing it, and survives restarts."""
 
 import asyncio
+import contextlib
 import itertools
 import random
 import time
@@ -60,6 +61,7 @@ class Database:
         self.url = settings.database_url.get_secret_value()
         self.pool = Pool(self._open, connections - 1)
         self.probe: asyncpg.Connection | None = None
+        self.asking = asyncio.Lock()
         #: The start of the current outage, by `time.monotonic()`.
         self.unavailable_since: float | None = None
         #: Callers that are waiting for a connection, and those that did not get one in time.
@@ -71,8 +73,7 @@ class Database:
 
     async def __aexit__(self, *_: object) -> None:
         """Wait for connections in use, but not for a server that does not respond."""
-        if self.probe is not None:
-            self.probe.terminate()
+        self._close_probe()
         await self.pool.close(CLOSE_TIMEOUT_SECONDS)
 
     def acquire(self) -> "Lease":
@@ -101,26 +102,43 @@ class Database:
 
     async def check(self) -> None:
         """Run an empty query on the probe's connection. Raises on any failure."""
-        probe = self.probe
+        await self.ask(_select)
+
+    async def ask(self, question: Callable[[asyncpg.Connection], Awaitable[Result]]) -> Result:
+        """Return the result of `question` for the probe's connection, one caller at a time.
+
+        The caller limits the time. Raises on any failure.
+        """
+        async with self.asking:
+            try:
+                result = await self._ask(question)
+            # The caller's timeout too: the state of the connection is unknown.
+            except BaseException as error:
+                self._close_probe()
+                if isinstance(error, (*SHUTDOWN_ERRORS, OSError)):
+                    self._mark_unavailable()
+                raise
+            self.unavailable_since = None
+            return result
+
+    async def _ask(self, question: Callable[[asyncpg.Connection], Awaitable[Result]]) -> Result:
+        if self.probe is not None:
+            # The server may have closed it while it was idle, which says nothing about it now.
+            with contextlib.suppress(*SHUTDOWN_ERRORS, *CONNECTION_ERRORS):
+                return await question(self.probe)
+            self._close_probe()
+        self.probe = await connect(
+            self.url,
+            timeout=self.settings.readiness_timeout_seconds,
+            statement_cache_size=0,
+            server_settings={"application_name": f"{self.application_name}-probe"},
+        )
+        return await question(self.probe)
+
+    def _close_probe(self) -> None:
+        if self.probe is not None:
+            self.probe.terminate()
         self.probe = None
-        try:
-            if probe is None or not await _is_usable(probe):
-                probe = await connect(
-                    self.url,
-                    timeout=self.settings.readiness_timeout_seconds,
-                    statement_cache_size=0,
-                    server_settings={"application_name": f"{self.application_name}-probe"},
-                )
-                await probe.execute("select")
-        # The caller's timeout too: the state of the connection is unknown.
-        except BaseException as error:
-            if probe is not None:
-                probe.terminate()
-            if isinstance(error, (*SHUTDOWN_ERRORS, OSError)):
-                self._mark_unavailable()
-            raise
-        self.probe = probe
-        self.unavailable_since = None
 
     async def _open(self) -> asyncpg.Connection:
         settings = self.settings
@@ -260,17 +278,8 @@ async def _back_off(attempt: int) -> None:
     await asyncio.sleep(seconds * random.random())  # noqa: S311 - spreads out the callers
 
 
-async def _is_usable(connection: asyncpg.Connection) -> bool:
-    """Return whether an idle connection still works.
-
-    The server may have closed it while it was idle, which says nothing about the server now.
-    """
-    try:
-        await connection.execute("select")
-    except (*SHUTDOWN_ERRORS, *CONNECTION_ERRORS):
-        connection.terminate()
-        return False
-    return True
+async def _select(connection: asyncpg.Connection) -> None:
+    await connection.execute("select")
 
 
 async def _database(request: Request) -> Database:

@@ -88,10 +88,14 @@ class ProcessMetrics:
         """Return a new gauge, by default the sum over the workers that run."""
         return Gauge(name, text, labels, registry=self.registry, multiprocess_mode=mode)
 
-    async def update_periodically(self, database: Waiting, redis: ConnectionPool | None) -> None:
+    async def update_periodically(
+        self, database: Waiting, redis: ConnectionPool | None, replica: Waiting | None = None
+    ) -> None:
         """Update the gauges every `UPDATE_SECONDS`, until cancelled."""
         while True:
             self.update(database, redis)
+            if replica is not None:
+                self._set_sizes("replica", replica.pool)
             retry_writes()
             for _ in range(TICKS):
                 await self._measure_delay()
@@ -104,15 +108,17 @@ class ProcessMetrics:
 
     def update(self, database: Waiting, redis: ConnectionPool | None) -> None:
         """Read the state of the pools."""
-        idle = database.pool.get_idle_size()
-        used = database.pool.get_size() - idle
-        self._set_pool("postgres", idle, used, database.pool.get_max_size())
+        self._set_sizes("postgres", database.pool)
         if redis is not None:
             (idle, _), (used, _) = redis.get_connection_count()
             self._set_pool("redis", idle, used, redis.max_connections)
         self.pending.labels("postgres").set(database.pending)
         self.timeouts.inc(database.acquire_timeouts - self.counted_timeouts)
         self.counted_timeouts = database.acquire_timeouts
+
+    def _set_sizes(self, name: str, pool: Sized) -> None:
+        idle = pool.get_idle_size()
+        self._set_pool(name, idle, pool.get_size() - idle, pool.get_max_size())
 
     def _set_pool(self, name: str, idle: int, used: int, maximum: int) -> None:
         self.connections.labels(name, "idle").set(idle)

@@ -122,6 +122,7 @@ PATHS = [
     "tests/payments/test_gateway_token.py",
     "tests/payments/test_payments.py",
     "tests/payments/test_redis.py",
+    "tests/payments/test_replica.py",
     "tests/payments/test_trace.py",
 ]
 #: The files of other parts that need this one as well, and are removed with it.

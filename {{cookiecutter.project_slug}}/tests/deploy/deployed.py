@@ -29,6 +29,7 @@ COMPONENTS = sorted(file.parent.name for file in K8S.glob("components/*/kustomiz
 MIGRATE = ["alembic", "upgrade", "head"]
 #: Components that replace the Job, and the user and group of the pods. The order matters.
 REPLACING = ["migrate-in-pods", "openshift"]
+REPLICA_URL = "database_replica_url"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 POD = "spec.template.spec"
 
@@ -321,7 +322,11 @@ class Deployed:
     def settings_of(self, document: Document) -> Settings:
         """Return the settings of a pod. Raises `UnreadableError` if they are invalid."""
         variables = self.image_environment | self.environment(document)
-        return validate_settings("ConfigMap", variables | self.secrets(document))
+        secrets = self.secrets(document)
+        # A secret that the overlay does not hold: that there is a replica changes the settings.
+        if secrets.get(REPLICA_URL, "") is None:
+            secrets[REPLICA_URL] = "postgresql://standby/app"
+        return validate_settings("ConfigMap", variables | secrets)
 
     @property
     def _variables(self) -> dict[str, str]:

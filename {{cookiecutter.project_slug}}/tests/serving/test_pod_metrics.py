@@ -61,6 +61,8 @@ def test_metrics_have_the_documented_types_and_labels(service: Service) -> None:
     always = {name for name, row in table.items() if not row.is_of_part}
     # Without a control group there are only the limits.
     optional = {name for name in always if name.startswith("cgroup_") and "limit" not in name}
+    # Without a read replica
+    optional |= {name for name in always if name.startswith("db_replica_")}
     # While traces are off
     optional.add("otel_sdk_exporter_span_exported_total")
     assert always - optional <= exposed(scrape).keys()

@@ -138,6 +138,7 @@ def test_connections_are_divided_among_the_workers(
     assert plan_workers(Settings(**settings), resources).connections_per_worker == connections
 
 
+REPLICA = {"database_replica_url": "postgresql://standby/app"}
 COLLECTOR = {"otel_exporter_otlp_endpoint": "http://c:4318", "environment": "production"}
 TENTH = {"otel_traces_sampler": "parentbased_traceidratio", "otel_traces_sampler_arg": 0.1}
 
@@ -177,6 +178,17 @@ def test_defaults_pass_every_check(cpus: float) -> None:
         ({"max_requests": 0}, "MAX_REQUESTS=0"),
         ({"max_requests_jitter": 0}, "MAX_REQUESTS_JITTER=0"),
         ({"database_max_connections": 3}, "less than two for each of 2 workers"),
+        (
+            REPLICA | {"database_replica_max_connections": 3},
+            "DATABASE_REPLICA_MAX_CONNECTIONS=3 of DATABASE_MAX_CONNECTIONS=16 must leave two for "
+            "each of 2 workers to the primary, and two to the replica: set it to 4 to 12",
+        ),
+        (REPLICA | {"database_replica_max_connections": 13}, "set it to 4 to 12"),
+        (REPLICA | {"database_max_connections": 7}, "set that to 8, or more"),
+        (
+            REPLICA | {"database_command_timeout_seconds": 14},
+            "2 x (DATABASE_ACQUIRE_TIMEOUT_SECONDS + DATABASE_COMMAND_TIMEOUT_SECONDS) = 30 must",
+        ),
         (
             {"postgres_max_connections": 180},
             "= 181 connections exceed POSTGRES_MAX_CONNECTIONS=180",
@@ -263,6 +275,33 @@ def test_doctor_explains_the_plan() -> None:
     if Path("/dev/shm").exists():
         assert "metrics      up to 15 MB of /dev/shm" in text
     assert "no warnings" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "primary", "replica"),
+    [
+        ({}, 8, 0),
+        (REPLICA, 4, 4),
+        (REPLICA | {"database_max_connections": 40}, 10, 10),
+        (REPLICA | {"database_replica_max_connections": 6}, 5, 3),
+        (REPLICA | {"database_max_connections": 2}, 2, 2),
+    ],
+)
+def test_replica_has_a_share_of_the_connections(
+    settings: dict[str, Any], primary: int, replica: int
+) -> None:
+    """Not connections of its own: after a promotion both URLs lead to one server."""
+    plan = plan_workers(Settings(**settings), Resources(2, 4096 * MB))
+    assert (plan.primary_connections, plan.replica_connections) == (primary, replica)
+    assert plan.connections_per_worker == primary + replica
+
+
+def test_doctor_explains_the_share_of_the_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_REPLICA_URL", "postgresql://standby/app")
+    code, text = doctor("--cpus", "1", "--memory-mb", "2048")
+    assert code == 0, text
+    shares = "3 for requests, 1 for the readiness probe, 3 to the read replica, 1 for its check"
+    assert f"connections  8 per pod, 8 per worker: {shares}" in text
 
 
 def test_doctor_reports_all_conflicts() -> None:

@@ -22,7 +22,7 @@ DEFAULT_PORTS |= {"http": 80, "https": 443, "amqp": 5672, "amqps": 5671}
 #: Addresses of the pod itself, such as of a sidecar, which need no egress.
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 #: The URL of a secret without a default, for its port.
-SECRET_URLS: dict[str, str] = {}
+SECRET_URLS: dict[str, str] = {"database_replica_url": "postgresql://standby/app"}
 SECRET_URLS["amqp_url"] = "amqps://rabbitmq"  # jobs
 #: Settings with URLs to which the service does not connect. Add yours here.
 NO_CONNECTIONS = {"CORS_ALLOW_ORIGINS"}

@@ -28,6 +28,8 @@ OPTIONAL = SECRETS - NEEDED
 #: Those of the pods that use less, by component.
 NEEDED_BY = {"migrate": {"database_url"}}
 NEEDED_BY["jobs"] = {"database_url"}  # jobs
+#: Those that the pods of the API may have.
+OPTIONAL_OF_API = {"database_replica_url"}
 #: The remedy for a variable without an effect.
 UNREAD = "correct its name, remove it, or add it to FOREIGN_VARIABLES of tests/deploy/deployed.py"
 #: A URL with a password.
@@ -82,7 +84,9 @@ def pods_have_the_secret_files_that_they_need(d: Deployed) -> Problems:
         kind = document["kind"]
         needed = NEEDED_BY.get(str(component(document)), NEEDED)
         found = set(d.secrets(document))
-        if component(document) not in {"api", "migrate"}:
+        if component(document) == "api":
+            found -= OPTIONAL_OF_API
+        elif component(document) != "migrate":
             found -= OPTIONAL
         if found != needed:
             yield (
