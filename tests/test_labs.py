@@ -21,7 +21,9 @@ SERVICE = ROOT / SOURCE
 PAGES = SERVICE / "docs/workshop"
 MAX_LINES = 60
 LIMIT_SECONDS = 120
+#: Memory of all processes of a lab. 17 workers need more: that is what lab 4 shows.
 LIMIT_MB = 300
+MORE_MB = {"workers": 550}
 SAMPLE_SECONDS = 0.5
 
 
@@ -62,14 +64,14 @@ def test_links_of_pages_lead_to_files(page: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for _, name in LABS])
 def test_lab_holds_its_claim_and_its_control_fails(name: str, tmp_path: Path) -> None:
-    """With Postgres alone. The labs need less than `LIMIT_MB`, as their pages say."""
+    """With Postgres alone. The memory is what the page of the teacher says."""
     printed, peak_mb = run_lab(name, tmp_path, RABBITMQ="0")
     assert "claim held: " in printed
     assert "control failed as it must: " in printed
     ElementTree.parse(tmp_path / f"{name}.svg")
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / f"{name}.txt").exists()
-    assert peak_mb < LIMIT_MB
+    assert peak_mb < MORE_MB.get(name, LIMIT_MB)
 
 
 @pytest.mark.slow

@@ -6,26 +6,50 @@ the service while the lab runs.
 """
 
 import argparse
+import ast
 import importlib
 import os
-import pkgutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from typing import Any, NamedTuple
 
 import labs
 from labs.stage import LabError, Stage, open_stage
 
 
-def find_labs() -> dict[str, ModuleType]:
+class Lab(NamedTuple):
+    """A lab. It is imported when it runs: that of one lab does not need what another one does."""
+
+    number: int
+    name: str
+    title: str
+
+    def run(self, stage: Stage) -> None:
+        """Import the module, and run it."""
+        importlib.import_module(f"labs.{self.name}").run(stage)
+
+
+def find_labs() -> dict[str, Lab]:
     """Return the labs by name, in the order of their numbers."""
-    names = [module.name for module in pkgutil.iter_modules(labs.__path__)]
-    modules = [importlib.import_module(f"labs.{name}") for name in names if name != "__main__"]
-    found = [module for module in modules if hasattr(module, "NUMBER")]
-    found.sort(key=lambda module: int(module.NUMBER))
-    return {module.__name__.removeprefix("labs."): module for module in found}
+    found = []
+    for path in Path(labs.__path__[0]).glob("*.py"):
+        constants = read_constants(path)
+        if "NUMBER" in constants:
+            found.append(Lab(constants["NUMBER"], path.stem, constants["TITLE"]))
+    return {lab.name: lab for lab in sorted(found)}
+
+
+def read_constants(path: Path) -> dict[str, Any]:
+    """Return NUMBER and TITLE of a module, as far as it has them, without running it."""
+    return {
+        each.targets[0].id: ast.literal_eval(each.value)
+        for each in ast.parse(path.read_text()).body
+        if isinstance(each, ast.Assign)
+        and isinstance(each.targets[0], ast.Name)
+        and each.targets[0].id in {"NUMBER", "TITLE"}
+    }
 
 
 def say(text: str) -> None:
@@ -41,17 +65,17 @@ def results_directory() -> Path:
     return directory
 
 
-def run_lab(name: str, module: ModuleType) -> bool:
+def run_lab(lab: Lab) -> bool:
     """Run a lab, write its results, and return whether its claims hold."""
-    path = results_directory() / name
+    path = results_directory() / lab.name
     start = time.monotonic()
-    say(f"Lab {module.NUMBER}, {name}: {module.TITLE}\n")
+    say(f"Lab {lab.number}, {lab.name}: {lab.title}\n")
     try:
         with open_stage(say) as stage:
-            module.run(stage)
+            lab.run(stage)
     except (LabError, SystemExit) as error:
         # Without Postgres, for example, scripts/dev_services.py exits.
-        say(f"{name}: {error}")
+        say(f"{lab.name}: {error}")
         return False
     write_results(stage, path)
     seconds = time.monotonic() - start
@@ -59,17 +83,18 @@ def run_lab(name: str, module: ModuleType) -> bool:
     return stage.claims.hold
 
 
-def run_all(known: Mapping[str, ModuleType]) -> bool:
+def run_all(known: Sequence[Lab]) -> bool:
     """Run the labs one after the other, print a summary, and return whether all claims hold."""
     lines = []
     failed = 0
-    for number, (name, module) in enumerate(known.items(), 1):
+    for place, lab in enumerate(known, 1):
         start = time.monotonic()
-        say(f"[{number} of {len(known)}] " + "-" * 60)
-        is_held = run_lab(name, module)
+        say(f"[{place} of {len(known)}] {'-' * 60}")
+        is_held = run_lab(lab)
         failed += not is_held
         seconds = f"{time.monotonic() - start:.0f} s"
-        lines.append(f"{module.NUMBER}  {name:13}{'held' if is_held else 'FAILED':8}{seconds:>5}")
+        outcome = "held" if is_held else "FAILED"
+        lines.append(f"{lab.number}  {lab.name:13}{outcome:8}{seconds:>5}")
         say("")
     say("\n".join(lines))
     say(f"\n{len(known) - failed} of {len(known)} labs hold their claims.")
@@ -93,14 +118,14 @@ def main() -> int:
     arguments = parser.parse_args()
     known = find_labs()
     if arguments.all:
-        return int(not run_all(known))
+        return int(not run_all(list(known.values())))
     if arguments.list or not arguments.name:
-        for name, module in known.items():
-            say(f"{module.NUMBER}  {name:13}{module.TITLE}")
+        for lab in known.values():
+            say(f"{lab.number}  {lab.name:13}{lab.title}")
         return 0
     if arguments.name not in known:
         parser.error(f"{arguments.name}: no such lab; choose one of {', '.join(known)}")
-    return int(not run_lab(arguments.name, known[arguments.name]))
+    return int(not run_lab(known[arguments.name]))
 
 
 if __name__ == "__main__":

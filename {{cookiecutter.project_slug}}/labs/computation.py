@@ -2,6 +2,8 @@
 
 import time
 
+#: The type of the worker's jobs.
+KIND = "lab.message"
 #: Long enough to be measured.
 SAMPLE = 200_000
 

@@ -12,7 +12,7 @@ import redis
 from app.patterns import inbox
 from labs.events import Event, store_payments
 from labs.picture import BAD, GOOD, Picture, bars
-from labs.stage import Instance, Process, Stage, wait_until
+from labs.stage import Process, Stage, wait_until
 from scripts.fake_gateway import FakeGateway, run_gateway
 
 NUMBER = 8
@@ -38,10 +38,8 @@ class Result(NamedTuple):
 def run(stage: Stage) -> None:
     """Let each accident happen with its safeguard, and without it."""
     stage.say(f"{ORDERS} orders. Each must be paid once, whatever happens.\n")
-    # It starts while the consumers work.
-    service = stage.serve(ports=stage.watch())
     killed = kill_consumers(stage)
-    lost = lose_responses(stage, service)
+    lost = lose_responses(stage)
     repeated = asyncio.run(deliver_twice(stage))
     results = [lost, killed, repeated]
     for result in results:
@@ -64,8 +62,9 @@ def report(stage: Stage, result: Result) -> None:
     )
 
 
-def lose_responses(stage: Stage, service: Instance) -> Result:
+def lose_responses(stage: Stage) -> Result:
     """Each client loses the response to its order, and sends the order again."""
+    service = stage.serve(ports=stage.watch())
     service.wait_until_ready()
     with httpx.Client(base_url=service.url, timeout=30, trust_env=False) as client:
         for number in range(ORDERS):
@@ -115,6 +114,7 @@ def kill_consumers(stage: Stage) -> Result:
         consumers = [start(stage, gateway, prefix) for prefix, gateway in gateways.items()]
         for gateway, consumer in zip(gateways.values(), consumers, strict=True):
             wait_for_calls(gateway, consumer, 2)
+            consumer.kill()
         charges = [sum(gateway.charges.values()) for gateway in gateways.values()]
     return Result(
         "The consumer is killed after the charge, before it notes that.",

