@@ -173,10 +173,19 @@ def measure_traces(testbed: Testbed, size: Size) -> Figures:
 
 
 def measure_query(testbed: Testbed, payment: str, size: Size) -> Figures:
-    """Measure one Postgres query per request, on one worker each."""
-    with testbed.bare("bare_postgres", payment) as bare, testbed.service(payment) as service:
-        require_same_response(bare, service)
-        return alternate("one query", {"bare": bare, "service": service}, size)
+    """Measure one Postgres query per request, on one worker each.
+
+    `plain` is the service with FastAPI's own route instead of a QuickRoute.
+    """
+    with contextlib.ExitStack() as stack:
+        servers = {
+            "bare": stack.enter_context(testbed.bare("bare_postgres", payment)),
+            "service": stack.enter_context(testbed.service(payment)),
+            "plain": stack.enter_context(testbed.service(f"/plain{payment}")),
+        }
+        for server in servers.values():
+            require_same_response(servers["bare"], server)
+        return alternate("one query", servers, size)
 
 
 def measure_post(testbed: Testbed, size: Size) -> Figures:

@@ -54,6 +54,7 @@ def summary(figures: Figures) -> str:
     rows = [
         *load_rows(figures, "small", "small JSON", list(names)),
         *load_rows(figures, "query", "one Postgres query", list(names)),
+        *plain_rows(figures, list(names)),
         *load_rows(figures, "post", "POST of a payment", list(names)),
         *route_rows(figures, list(names)),
         *idle_rows([figures["idle"][name] for name in names]),
@@ -77,6 +78,15 @@ def load_rows(figures: Figures, part: str, title: str, names: list[str]) -> list
         [f"{title}: requests/s, one worker", *rates],
         [f"{title}: p99", *p99],
     ]
+
+
+def plain_rows(figures: Figures, names: list[str]) -> list[list[str]]:
+    """Return the row of the service with FastAPI's own route, none if it was not measured."""
+    if "plain" not in figures["query"]:
+        return []
+    measured = {"bare": 1.0, "service": efficiency(figures, "query", "plain")}
+    cells = [shown(measured.get(name), 2) for name in names]
+    return [["one Postgres query, without QuickRoute: efficiency", *cells]]
 
 
 def instruction_rows(figures: Figures, route: str, title: str, names: list[str]) -> list[list[str]]:

@@ -110,8 +110,9 @@ def test_a_quick_run_measures_everything_and_overwrites_nothing() -> None:
     try:
         figures = json.loads((directory / "results.json").read_text())
         assert report.document(figures) == (directory / "results.md").read_text()
-        for part in ("small", "query", "post", "instructions", "ramp"):
+        for part in ("small", "post", "instructions", "ramp"):
             assert set(figures[part]) == {"bare", "service"}
+        assert set(figures["query"]) == {"bare", "service", "plain"}
         assert set(figures["traces"]) == {"off", "10", "100"}
         assert {"results.svg", "results.png"} <= {path.name for path in directory.iterdir()}
     finally:

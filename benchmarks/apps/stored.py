@@ -1,4 +1,7 @@
-"""The service with a route that reads a payment, and returns the response of bare_postgres.py."""
+"""The service with a route that reads a payment, and returns the response of bare_postgres.py.
+
+Below `/plain` it is FastAPI's own route.
+"""
 
 from uuid import UUID
 
@@ -10,8 +13,10 @@ from app.web.quick_route import QuickRoute
 from fastapi import APIRouter
 
 router = APIRouter(route_class=QuickRoute)
+plain = APIRouter(prefix="/plain")
 
 
+@plain.get("/stored/{payment_id}")
 @router.get("/stored/{payment_id}")
 async def get(payment_id: UUID, database: DatabaseDependency) -> Payment | None:
     """Return one payment."""
@@ -23,3 +28,4 @@ async def get(payment_id: UUID, database: DatabaseDependency) -> Payment | None:
 
 
 app.include_router(router)
+app.include_router(plain)
