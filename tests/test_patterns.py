@@ -264,7 +264,7 @@ def remove_the_source(project: Path) -> None:
 
 def rename_the_layer(project: Path) -> None:
     path = project / "pyproject.toml"
-    text, count = re.subn(r"\bweb \|", "edge |", path.read_text())
+    text, count = re.subn(r'"auth",', '"login",', path.read_text())
     assert count == 1
     path.write_text(text)
 

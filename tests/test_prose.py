@@ -59,9 +59,9 @@ TERMS = {
 #: Only messages: elsewhere something may take time.
 MESSAGE_TERMS = {r"(?<=: )takes": "must be"}
 #: Only the service: cookiecutter's questions have answers, and teams have people.
-SERVICE_TERMS = {r"answer(s|ed|ing)?": "response", r"who": "that"}
-#: The pages of the workshop have one heading that is a question.
-HEADING = re.compile(r"\"\"\"(What|Who)\b|#+ (?!What the template does$)(What|Who)\b")
+SERVICE_TERMS = {r"answer(s|ed|ing)?": "response", r"who(?! may call)": "that"}
+#: The pages of the workshop have one heading that is a question; README.md has "Who may call".
+HEADING = re.compile(r"\"\"\"(What|Who)\b|#+ (?!What the template does$|Who may call$)(What|Who)\b")
 
 
 def prose(name: str, text: str) -> Iterator[tuple[int, str]]:

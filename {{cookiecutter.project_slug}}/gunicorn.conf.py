@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from app.settings import fail, load_settings
+from app.settings import OPEN, fail, load_settings
 from app.sizing.plan import plan_workers
 from app.sizing.resources import detect_resources
 from app.telemetry import logs, metrics_directory
@@ -27,6 +27,7 @@ directory = metrics_directory.claim(settings.prometheus_multiproc_dir)
 atexit.register(directory.release)
 memory_directory = metrics_directory.memory_directory()
 
+from app import auth  # noqa: E402
 from app.serving.arbiter import use_service_arbiter  # noqa: E402
 from app.serving.memory import share_memory  # noqa: E402
 from app.telemetry import trace_setup  # noqa: E402
@@ -74,6 +75,7 @@ def on_starting(arbiter: Any) -> None:
         fail("--certfile/--keyfile", None, "not supported: end TLS in the proxy or service mesh")
     check_routes(arbiter.app.wsgi(), settings)
     trace_setup.preload(settings)
+    auth.preload(settings)
     share_memory()
     arbiter.metrics_of_workers = MasterMetrics(settings)
     arbiter.metrics = MetricsProcess(settings.metrics_bind, directory.path, settings.metrics_prefix)
@@ -86,6 +88,8 @@ def on_starting(arbiter: Any) -> None:
         plan.explanation,
         settings.metrics_bind,
     )
+    if settings.is_open:
+        getLogger("app.auth").warning(OPEN)
 
 
 def when_ready(arbiter: Any) -> None:

@@ -26,9 +26,12 @@ jobs/                work that is done later, by workers  # jobs
     schedules.py  purge.py  report.py  # jobs
 process_pool/        CPU-heavy work in other processes
     pool.py  process.py  child.py
+auth/                the caller of a request, by its bearer token
+    dependencies.py  principal.py  errors.py
+    authenticator.py  tokens.py  keys.py  jwks.py
 web/                 around every request
     application.py  middleware.py  limits.py  headers.py  proxies.py  threads.py
-    problems.py  health.py  principal.py  routes.py  cors.py  head.py  sse.py  body_limit.py
+    problems.py  health.py  routes.py  cors.py  head.py  sse.py  body_limit.py
     directory.py  quick_route.py
 outbound/            calls of other services
     http_client.py  circuit_breaker.py  client_credentials.py

@@ -8,6 +8,8 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypedDict
 
+from app.auth import open_authenticator
+from app.auth.authenticator import Authenticator
 from app.lifecycle import Lifecycle
 from app.payments.service import Payments, open_payments  # example
 from app.settings import Settings
@@ -32,6 +34,7 @@ class State(TypedDict):
     redis: RedisClient
     background: Background
     health: Health
+    authenticator: Authenticator | None
     payments: Payments  # example
 
 
@@ -55,15 +58,15 @@ async def open_state(
         await enter(open_tracing(settings))
         storage, replica = await enter(_open_clients(settings))
 
-        # Background tasks of requests; shutdown waits for them
+        # Background tasks of requests, for which shutdown waits; authentication, None if it is off
         background = await enter(Background(lifecycle.seconds_left))
+        authenticator = await enter(open_authenticator(settings))
 
         # Metrics of this process, and its probes
         health = await enter(_open_health(settings, storage, replica, lifecycle))
 
         # Features
         payments = await enter(open_payments(settings, storage))  # example
-
         state: State = {
             "settings": settings,
             "database": storage.database,
@@ -71,6 +74,7 @@ async def open_state(
             "redis": storage.redis,
             "background": background,
             "health": health,
+            "authenticator": authenticator,
             "payments": payments,  # example
         }
         await enter(background_task(_warm_up(state, warm_ups)))

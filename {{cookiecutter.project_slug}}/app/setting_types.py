@@ -183,6 +183,44 @@ _IPV6 = r"\[[\da-fA-F:.]+\]"
 _NAME = r"(?![\d.]+([:/]|$))\w[\w-]*(\.\w[\w-]*)*"
 _HOST = f"({_IPV4}|{_IPV6}|{_NAME})"
 _HTTP_URL = r"https?://([^\s/@?#]*@)?" + _HOST + r"(:\d{1,5})?(/[^\s?#]*)?"
+#: Hosts that only this machine can reach: RFC 6761, section 6.3; RFC 1122, section 3.2.1.3.
+_LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")
+
+
+def check_provider_url(url: str, environment: str) -> None:
+    """Raise `ValueError` for a URL over which others could replace the keys of the issuer."""
+    _check(url, _HTTP_URL, "https://login.example, without ? and #")
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        msg = "must have no login"
+        raise ValueError(msg)
+    is_local = _LOOPBACK.fullmatch(parts.hostname or "") is not None
+    if parts.scheme != "https" and environment != "development" and not is_local:
+        msg = "must be https:// outside development"
+        raise ValueError(msg)
+
+
+Audience = Annotated[str, _matches(r"\S{1,200}", "the identifier of this service, without spaces")]
+TokenAlgorithms = Annotated[
+    tuple[
+        Literal[
+            "RS256",
+            "RS384",
+            "RS512",
+            "PS256",
+            "PS384",
+            "PS512",
+            "ES256",
+            "ES384",
+            "ES512",
+            "EdDSA",
+            "Ed25519",
+        ],
+        ...,
+    ],
+    *CommaSeparated,
+    Field(min_length=1),
+]
 # example: begin
 HttpUrl = Annotated[str, _matches(_HTTP_URL, "https://gateway.example, without ? and #")]
 TokenUrl = Annotated[
@@ -242,7 +280,7 @@ OWN_LOG_FIELDS = frozenset(
         r"\w+",
         """
         timestamp level logger message service pid exception stack
-        request_id trace_id span_id trace_flags parent_span_id
+        request_id trace_id span_id trace_flags parent_span_id principal
         method path route status duration_ms request_bytes response_bytes client close_code
         dependency reason task stacks requests arguments format_error
         error function process_pid exit

@@ -3,10 +3,11 @@
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, Self
 
-from pydantic import Field, FilePath, NonNegativeInt, PositiveInt, SecretStr
+from pydantic import Field, FilePath, NonNegativeInt, PositiveInt, SecretStr, model_validator
 from pydantic_core import ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -18,6 +19,7 @@ from pydantic_settings.sources import InitSettingsSource, SecretsSettingsSource
 
 from app.setting_types import (
     AmqpUrl,  # jobs
+    Audience,
     CommaSeparated,
     ForwardedAllowIps,
     HostPort,
@@ -38,10 +40,17 @@ from app.setting_types import (
     ReplicaUrl,
     ServiceName,
     TimeZone,  # jobs
+    TokenAlgorithms,
     TokenUrl,  # example
     TraceSampler,
+    check_provider_url,
 )
 
+#: What the start and `make doctor` say while `Settings.is_open`.
+OPEN = (
+    "AUTH_ISSUER is not set, so no caller is authenticated: set it, or AUTH_DISABLED=true if a "
+    "proxy authenticates them"
+)
 #: Characters of an invalid value that are shown.
 SHOWN_CHARACTERS = 80
 
@@ -109,6 +118,16 @@ class Settings(BaseSettings):
     cors_allow_origins: Origins = ()
     root_path: PathPrefix = ""
     forwarded_allow_ips: ForwardedAllowIps = "127.0.0.1,::1"
+
+    # Authentication, off without an issuer
+    auth_issuer: str | None = None
+    auth_audience: Audience | None = None
+    auth_jwks_url: str | None = None
+    auth_algorithms: TokenAlgorithms = ("RS256", "ES256", "EdDSA")
+    auth_leeway_seconds: Annotated[NonNegative, Field(le=300)] = 30
+    auth_scopes_claim: str = "scope"
+    auth_disabled: bool = False
+    log_principal: Literal["hashed", "plain", "none"] = "hashed"
 
     # Traces: OpenTelemetry's own variables, off without an endpoint
     otel_exporter_otlp_endpoint: OtlpUrl | None = None
@@ -182,6 +201,37 @@ class Settings(BaseSettings):
     retire_seconds: NonNegative = 5
     max_requests: NonNegativeInt = 20_000
     max_requests_jitter: NonNegativeInt = 2_000
+
+    @model_validator(mode="after")
+    def _check_authentication(self) -> Self:
+        """Raise `ValueError` for settings of authentication that contradict each other."""
+        is_on = self.auth_issuer is not None
+        rules = [
+            (not is_on and self.auth_audience, "AUTH_ISSUER: must be set, since AUTH_AUDIENCE is"),
+            (not is_on and self.auth_jwks_url, "AUTH_ISSUER: must be set, since AUTH_JWKS_URL is"),
+            (is_on and self.auth_disabled, "AUTH_DISABLED=true: must be unset with AUTH_ISSUER"),
+            (is_on and not self.auth_audience, "AUTH_AUDIENCE: must be set, since AUTH_ISSUER is"),
+        ]
+        problems = [text for is_broken, text in rules if is_broken]
+        problems += self._problems_of_provider_urls()
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems_of_provider_urls(self) -> Iterator[str]:
+        for name in ("auth_issuer", "auth_jwks_url"):
+            url = getattr(self, name)
+            try:
+                if url is not None:
+                    check_provider_url(url, self.environment)
+            except ValueError as error:
+                yield _describe(name.upper(), url, str(error))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody is authenticated outside development, and no setting confirms it."""
+        is_decided = self.auth_issuer is not None or self.auth_disabled
+        return self.environment != "development" and not is_decided
 
     @property
     def has_replica(self) -> bool:
@@ -266,6 +316,8 @@ def _reject_unknown_files(settings_cls: type[BaseSettings], directory: str) -> N
 
 def _describe_error(error: Any) -> str:
     """Return one problem of pydantic's as `NAME=value: what it must be`."""
+    if not error["loc"]:  # of several settings, which the text names
+        return str(error["msg"]).removeprefix("Value error, ")
     name = error["loc"][0]
     is_secret = isinstance(Settings.model_fields[name].default, SecretStr)
     problem = error["msg"].removeprefix("Value error, ").replace("Input should", "should")

@@ -203,10 +203,10 @@ def _edit_pyproject(text: str, added: list[str]) -> str:
     layers = re.search(r"^layers = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     if layers is None or re.search(r"\bpatterns\b", layers[1]):
         return text
-    # In a line of its own above that of the core, `web`.
-    place = re.search(r'^ *"[^"\n]*\bweb\b', layers[1], re.MULTILINE)
+    # In a line of its own above that of the core, `auth`.
+    place = re.search(r'^ *"[^"\n]*\bauth\b', layers[1], re.MULTILINE)
     if place is None:
-        msg = 'pyproject.toml has no layer with "web" to put "(patterns)" above; add it by hand'
+        msg = 'pyproject.toml has no layer with "auth" to put "(patterns)" above; add it by hand'
         raise ProjectError(msg)
     start = layers.start(1) + place.start()
     return f'{text[:start]}    "(patterns)",\n{text[start:]}'

@@ -8,7 +8,9 @@ import asyncio
 import contextlib
 import ssl
 import time
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import aiohttp
 import certifi
@@ -53,11 +55,14 @@ class _TooLargeError(Exception):
     """The body of the response exceeds `MAX_RESPONSE_BYTES`."""
 
 
-class UpstreamResponse(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class UpstreamResponse:
     """A response: a status under 500 other than 429, and the body as it was sent."""
 
     status: int
     body: bytes
+    #: The names of the headers are case-insensitive.
+    headers: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 class TokenSource(Protocol):
@@ -194,7 +199,7 @@ class UpstreamClient:
                 body += chunk
                 if len(body) > MAX_RESPONSE_BYTES:
                     raise _TooLargeError
-        return UpstreamResponse(response.status, body)
+        return UpstreamResponse(response.status, body, response.headers)
 
 
 def _connector(connections: int, tls: ssl.SSLContext | None) -> aiohttp.TCPConnector:

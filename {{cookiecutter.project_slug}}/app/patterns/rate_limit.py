@@ -19,11 +19,11 @@ from typing import Any
 from fastapi import Request
 from prometheus_client import Counter
 
+from app.auth.principal import principal_of
 from app.errors import TooManyRequestsError
 from app.patterns.fail_open import FailOpen
 from app.storage.redis import RedisClient
 from app.storage.traced_redis import command_span
-from app.web.principal import principal
 
 #: Time limit for a Redis command.
 BUDGET_SECONDS = 0.2
@@ -159,7 +159,7 @@ def caller(request: Request) -> str:
     The network is the address that `FORWARDED_ALLOW_IPS` resolves. Of an IPv6 address it is the
     first 64 bits, which one customer controls.
     """
-    name = principal(request)
+    name = principal_of(request).subject
     if name:
         return f"principal:{name}"
     host = request.client.host if request.client else ""

@@ -5,6 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
+from app.auth.principal import principal_of
 from app.errors import InvalidRequestError, NotFoundError, TooManyRequestsError
 from app.patterns.idempotency import (
     OPENAPI_PARAMETERS,
@@ -18,7 +19,6 @@ from app.patterns.rate_limit import caller
 from app.payments.schemas import NewPayment, Page, Payment, Totals
 from app.payments.service import Payments, PaymentsDependency
 from app.storage.replica import POSITION_PARAMETERS, ReplicaDependency, headers_after_write
-from app.web.principal import principal
 from app.web.problems import problem_responses
 from app.web.quick_route import QuickRoute
 
@@ -53,7 +53,7 @@ async def create(
 ) -> Response:
     """Create a payment, once per `Idempotency-Key`. `Location` is its URL."""
     # The owner is never the client's address: a retry may come from another network.
-    owner = principal(request)
+    owner = principal_of(request).subject
     stored = await payments.create(new, key, owner, request.scope["root_path"])
     response = stored.render()
     response.headers.update(await headers_after_write(request))

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 
-from app.settings import load_settings
+from app.settings import OPEN, Settings, load_settings
 from app.sizing.checks import WORKERS_OF_A_RELEASE, check_settings, default_replicas
 from app.sizing.plan import Plan, metrics_bytes, plan_workers
 from app.sizing.resources import MEGABYTE, Resources, detect_resources
@@ -38,7 +38,7 @@ def main() -> int:
     resources = _override(detected, options.cpus, options.memory_mb)
     plan = plan_workers(settings, resources)
     replicas = options.replicas or default_replicas(plan.workers)
-    problems = check_settings(settings, resources, plan.workers, replicas)
+    problems = _problems(settings, resources, plan.workers, replicas)
 
     size = f"{resources.cpus:g} CPUs, {resources.megabytes} MB"
     lines = [
@@ -65,6 +65,11 @@ def _describe_connections(plan: Plan) -> str:
     if plan.replica_connections:
         text += f", {plan.replica_connections - 1} to the read replica, 1 for its check"
     return text
+
+
+def _problems(settings: Settings, resources: Resources, workers: int, replicas: int) -> list[str]:
+    problems = check_settings(settings, resources, workers, replicas)
+    return [*problems, OPEN] if settings.is_open else problems
 
 
 def _parser(detected: Resources) -> argparse.ArgumentParser:

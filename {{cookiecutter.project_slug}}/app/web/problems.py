@@ -56,6 +56,7 @@ def problem(
         "status": status,
         **(request_context.get() or {}),
     }
+    document.pop("principal", None)  # of the log lines
     if detail and detail != document["title"]:
         document["detail"] = detail
     content = orjson.dumps(document | members, option=orjson.OPT_NON_STR_KEYS)

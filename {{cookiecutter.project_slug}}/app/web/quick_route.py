@@ -7,18 +7,19 @@ each of its dependencies. A `QuickRoute` calls the functions by a plan instead. 
 
 The plan knows coroutine functions with parameters of the path, the query, headers and cookies, with
 the `Request`, and with such dependencies, nested ones included. A route that needs anything else,
-such as a body, a dependency with `yield` or a security scheme, is FastAPI's: slower, and the same.
-So is an invalid request.
+such as a body or a dependency with `yield`, is FastAPI's: slower, and the same. So is an invalid
+request. Objects with a coroutine function `__call__` count too, such as those of app/auth.
 """
 
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 from fastapi import Request, Response, routing
 from fastapi.datastructures import DefaultPlaceholder
-from fastapi.dependencies.models import Dependant
+from fastapi.dependencies.models import Dependant, _get_cache_key
 from fastapi.dependencies.utils import request_params_to_args
 from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import EndpointContext, ResponseValidationError
@@ -37,7 +38,9 @@ _SOURCES = {
 #: The fields of a function and of a route that the plan knows. Others must be empty.
 _KNOWN_OF_FUNCTION = {
     *_SOURCES,
-    *("dependencies", "name", "call", "request_param_name", "use_cache", "path", "scope"),
+    *("dependencies", "name", "call", "request_param_name", "http_connection_param_name"),
+    # The scopes concern only the key of FastAPI's cache, and functions with `SecurityScopes`.
+    *("use_cache", "path", "scope", "own_oauth_scopes", "parent_oauth_scopes"),
 }
 _UNKNOWN_OF_FUNCTION = [
     each.name for each in fields(Dependant) if each.name not in _KNOWN_OF_FUNCTION
@@ -61,7 +64,7 @@ class Step(NamedTuple):
     call: Callable[..., Awaitable[Any]]
     #: The parameters of each source.
     parameters: list[tuple[list[Any], str]]
-    request_name: str | None
+    request_names: list[str]
     #: The names of the arguments that are results of earlier steps.
     results: list[tuple[str, int]]
 
@@ -105,7 +108,7 @@ class _Plan:
             if each.name is not None:
                 results.append((each.name, index))
         # FastAPI calls a function once per request, unless a dependency has `use_cache=False`.
-        key = (function.call, function.scope)
+        key = _get_cache_key(dependant=function)
         if function.use_cache and key in self._indexes:
             return self._indexes[key]
         self.steps.append(_step(function, results))
@@ -148,7 +151,7 @@ class _QuickHandler:
         """Return the arguments of each step, without results; None if one is not valid."""
         arguments = []
         for step in self.steps:
-            values: dict[str, Any] = {step.request_name: request} if step.request_name else {}
+            values: dict[str, Any] = dict.fromkeys(step.request_names, request)
             for parameters, source in step.parameters:
                 found, errors = request_params_to_args(parameters, getattr(request, source))
                 if errors:
@@ -186,12 +189,15 @@ def _step(function: Dependant, results: list[tuple[str, int]]) -> Step:
         if getattr(function, kind)
     ]
     call: Any = function.call
-    return Step(call, parameters, function.request_param_name, results)
+    names = [function.request_param_name, function.http_connection_param_name]
+    return Step(call, parameters, [name for name in names if name], results)
 
 
 def _is_simple(function: Dependant) -> bool:
     """Return whether a function is a coroutine function that needs nothing unknown."""
     call: Any = function.call
+    if not (inspect.isroutine(call) or inspect.isclass(call) or isinstance(call, partial)):
+        call = type(call).__call__
     is_coroutine = inspect.iscoroutinefunction(call)
     # FastAPI looks behind decorators too.
     is_coroutine_inside = inspect.iscoroutinefunction(inspect.unwrap(call))

@@ -1,5 +1,6 @@
 """The size of a pod: detected resources, the plan, conflicting settings."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -256,13 +257,34 @@ def test_traces_that_cost_little_or_are_off_pass_every_check(settings: dict[str,
     assert check_settings(Settings(**settings), Resources(2, 2048 * MB), 2, 5) == []
 
 
-def doctor(*options: str) -> tuple[int, str]:
+def doctor(*options: str, **settings: str) -> tuple[int, str]:
     """Run `python -m app.sizing`; return its exit code and its output."""
     command = [sys.executable, "-m", "app.sizing", *options]
     done = subprocess.run(
-        command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        command,
+        cwd=PROJECT,
+        env=os.environ | {"AUTH_DISABLED": "true"} | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
     )
     return done.returncode, done.stdout.decode()
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_found"),
+    [
+        ({"AUTH_DISABLED": "false"}, True),
+        ({"AUTH_DISABLED": "false", "ENVIRONMENT": "development"}, False),
+        ({}, False),
+    ],
+)
+def test_doctor_finds_that_nobody_is_authenticated(
+    settings: dict[str, str], is_found: bool
+) -> None:
+    code, text = doctor("--cpus", "2", "--memory-mb", "2048", **settings)
+    assert code == is_found
+    assert ("AUTH_ISSUER is not set, so no caller is authenticated" in text) == is_found
 
 
 def test_doctor_explains_the_plan() -> None:

@@ -15,12 +15,13 @@ from app.settings import Settings
 from app.web.quick_route import QuickRoute
 from tests.web import every_route
 
-#: The routes of `every_route` that it serves: all of their functions are coroutine functions, and
-#: need the request and its parameters only.
+#: The routes of `every_route` that it serves: all of their functions are coroutine functions, or
+#: objects with one, and need the request and its parameters only.
 QUICK = {
     *("/", "/model/{number}", "/filtered/{number}", "/invalid-result", "/untyped", "/nothing"),
     *("/infinite", "/response", "/response-of-model", "/stream", "/status", "/http-error"),
-    *("/own-error", "/bug", "/query", "/query-model", "/header", "/cookie"),
+    *("/own-error", "/bug", "/query", "/query-model", "/header", "/cookie", "/object"),
+    *("/bearer", "/key"),
     *("/uuid/{id}/deep/{number}", "/file/{path:path}", "/converted/{number:int}", "/raw", "/many"),
     *("/many/{name}", "/many/fixed", "/by-request/{number}", "/nested/{number}"),
     *("/authenticated/{number}", "/nested-authenticated", "/twice", "/decorated/{number}"),

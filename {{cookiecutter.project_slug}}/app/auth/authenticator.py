@@ -1,0 +1,111 @@
+"""Authenticates requests: finds the token, and remembers the tokens that were verified."""
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from starlette.types import Scope
+
+from app.auth import errors
+from app.auth.principal import Principal
+from app.settings import Settings
+from app.telemetry.context import request_context
+
+#: Maximum size of a token. One with 200 groups has 6 kB; `MAX_HEADER_BYTES` is 32 kB.
+MAX_TOKEN_BYTES = 16_384
+#: Maximum number of tokens that are remembered, by process: about 4 kB each with its claims.
+MAX_REMEMBERED = 2_000
+#: Hexadecimal digits of a hashed subject in log lines.
+LOGGED_DIGITS = 16
+
+
+class Verified(NamedTuple):
+    """A token that is valid until it expires."""
+
+    principal: Principal
+    #: The time at which it expires, by `time.time()`, the leeway included.
+    expires_at: float
+    #: The principal in log lines; empty to have none.
+    logged: str = ""
+
+
+Verify = Callable[[bytes], Awaitable[Verified]]
+
+
+class Authenticator:
+    """Authenticates the requests of a process."""
+
+    def __init__(self, settings: Settings, verify: Verify) -> None:
+        """`verify` returns what a token means, without `logged`; it raises a `ServiceError`."""
+        self.realm = settings.service_name
+        self.log_principal = settings.log_principal
+        self.verify = verify
+        #: By the digest of the token, the latest last: no token stays in memory.
+        self.remembered: OrderedDict[bytes, Verified] = OrderedDict()
+        errors.start_counting()
+
+    async def authenticate(self, scope: Scope) -> Principal:
+        """Return the caller of a request; note it in the state and in the log lines of the request.
+
+        Raises an error of `app.auth.errors`.
+        """
+        token = self._find_token(scope)
+        digest = hashlib.sha256(token).digest()
+        verified = self.remembered.get(digest)
+        if verified is None or verified.expires_at <= time.time():
+            verified = await self._verify(token, digest)
+        else:
+            self.remembered.move_to_end(digest)
+        scope["state"]["principal"] = verified.principal
+        context = request_context.get()
+        if verified.logged and context is not None:
+            context["principal"] = verified.logged
+        return verified.principal
+
+    def forget(self) -> None:
+        """Forget all tokens: a key that has signed some of them is not trusted any more."""
+        self.remembered.clear()
+
+    async def _verify(self, token: bytes, digest: bytes) -> Verified:
+        self.remembered.pop(digest, None)
+        verified = await self.verify(token)
+        verified = verified._replace(logged=self._logged(verified.principal))
+        self.remembered[digest] = verified
+        if len(self.remembered) > MAX_REMEMBERED:
+            self.remembered.popitem(last=False)
+        return verified
+
+    def _find_token(self, scope: Scope) -> bytes:
+        """Return the token of the `Authorization` header (RFC 6750, section 2.1).
+
+        One in the query is in the logs of each proxy, and is not accepted (RFC 9700, section 2.6).
+        """
+        found: bytes | None = None
+        for name, value in scope["headers"]:
+            if name == b"authorization":
+                if found is not None:
+                    raise errors.AmbiguousTokenError(self.realm)
+                found = value
+        if found is None or found[:7].lower() != b"bearer ":
+            raise errors.MissingTokenError(self.realm)
+        if b"access_token=" in scope["query_string"]:
+            raise errors.AmbiguousTokenError(self.realm)
+        token = found[7:].strip()
+        if len(token) > MAX_TOKEN_BYTES:
+            raise errors.InvalidTokenError(self.realm, "malformed", "The token is too large.")
+        return token
+
+    def _logged(self, principal: Principal) -> str:
+        """Return the principal for log lines.
+
+        A plain digest is the same in every pod, service and release, without a secret to share. It
+        is a pseudonym: a list of all subjects leads from it to one of them.
+        """
+        if self.log_principal == "plain":
+            return principal.subject
+        if self.log_principal == "none":
+            return ""
+        text = f"{principal.issuer} {principal.subject}"
+        return hashlib.sha256(text.encode()).hexdigest()[:LOGGED_DIGITS]
