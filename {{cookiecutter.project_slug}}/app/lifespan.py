@@ -57,7 +57,6 @@ async def open_state(
         # Traces first, which are then closed last; Postgres and Redis
         await enter(open_tracing(settings))
         storage, replica = await enter(_open_clients(settings))
-
         # Background tasks of requests, for which shutdown waits; authentication, None if it is off
         background = await enter(Background(lifecycle.seconds_left))
         authenticator = await enter(open_authenticator(settings))
