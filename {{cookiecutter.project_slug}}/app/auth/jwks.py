@@ -49,7 +49,7 @@ def parse_keys(document: bytes) -> tuple[dict[str | None, Key], list[str]]:
         try:
             kid, key = _parse_key(jwk)
             keys.setdefault(kid, key)
-        except (ValueError, TypeError, KeyError, JoseError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, JoseError) as error:
             kid = jwk.get("kid") if isinstance(jwk, dict) else None
             problems.append(f"{kid!r:.100}: {error!s:.100}")
     return keys, problems
