@@ -363,6 +363,31 @@ def test_payments_session_can_be_pasted(bake: Bake) -> None:
         running.interrupt()
 
 
+@pytest.mark.slow
+def test_payments_with_a_token_can_be_pasted(bake: Bake) -> None:
+    """`make dev AUTH=1` rejects a request without a token, and one without the scope."""
+    project = bake()
+    free = addresses()
+    line = shell_block(project, "make -s token").replace("127.0.0.1:8000", free["BIND"])
+    base = f"http://{free['BIND']}"
+    name, value = tools().split("=", 1)
+    with terminal(["make", "dev", "AUTH=1", tools()], project, **free) as running:
+        running.wait_for(base + "/health/ready")
+        assert httpx.get(base + "/payments").status_code == 401
+        for commands, status in ((line, 200), (line.replace("payments:read", "other"), 403)):
+            done = subprocess.run(
+                ["bash", "-ec", commands],
+                cwd=project,
+                env=os.environ | {name: value},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            assert done.stdout.startswith(f"HTTP/1.1 {status} "), done.stdout + done.stderr
+        running.interrupt()
+        assert "Traceback" not in running.text
+
+
 @contextlib.contextmanager
 def broker(project: Path, dispatcher: str) -> Iterator[dict[str, str]]:
     """Run `make rabbitmq` for the dispatcher RabbitMQ; yield the variable that it prints."""

@@ -14,7 +14,15 @@ from types import FrameType
 from app.settings import Settings, load_settings
 from app.telemetry import metrics_directory
 from app.telemetry.logs import redact
-from scripts import addresses, dev_environment, dev_reload, dev_server, dev_traces, dev_watch
+from scripts import (
+    addresses,
+    dev_environment,
+    dev_issuer,
+    dev_reload,
+    dev_server,
+    dev_traces,
+    dev_watch,
+)
 from scripts.dev_consumer import consuming  # example
 from scripts.dev_worker import working  # jobs
 from scripts.parent import Parent
@@ -88,9 +96,10 @@ def _listening(started: set[str]) -> Iterator[socket.socket]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(serving_metrics())
         traces = stack.enter_context(dev_traces.tracing())
+        tokens = stack.enter_context(dev_issuer.issuing())
         settings = load_settings()
         listener = stack.enter_context(addresses.listen(settings.bind))
-        _print_guide(settings, started, traces)
+        _print_guide(settings, started, traces, tokens)
         stack.enter_context(consuming())  # example
         stack.enter_context(working(is_reloading="--no-reload" not in sys.argv))  # jobs
         stack.enter_context(dev_watch.watching(settings))
@@ -114,7 +123,7 @@ def serving_metrics() -> Iterator[None]:
         yield
 
 
-def _print_guide(settings: Settings, started: set[str], traces: str) -> None:
+def _print_guide(settings: Settings, started: set[str], traces: str, tokens: str) -> None:
     """Print the addresses. Passwords are shown only of the servers that this command started.
 
     `started` has the settings that are the URLs of those servers.
@@ -130,6 +139,7 @@ def _print_guide(settings: Settings, started: set[str], traces: str) -> None:
         f"  docs      {base}/docs\n"
         f"  metrics   http://{settings.metrics_bind}/metrics\n"
         f"  traces    {traces or '`make dev TRACE=1`'}\n"
+        f"  tokens    {tokens}\n"
         f"  database  {shown['DATABASE_URL']}   `make psql`\n"
         f"  redis     {shown['REDIS_URL']}\n\n"
     )

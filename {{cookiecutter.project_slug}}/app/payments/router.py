@@ -5,8 +5,15 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
+from app.auth.dependencies import require
 from app.auth.principal import principal_of
-from app.errors import InvalidRequestError, NotFoundError, TooManyRequestsError
+from app.errors import (
+    ForbiddenError,
+    InvalidRequestError,
+    NotFoundError,
+    TooManyRequestsError,
+    UnauthorizedError,
+)
 from app.patterns.idempotency import (
     OPENAPI_PARAMETERS,
     IdempotencyKey,
@@ -23,7 +30,14 @@ from app.web.problems import problem_responses
 from app.web.quick_route import QuickRoute
 
 NO_STORE = {"Cache-Control": "no-store"}
-router = APIRouter(prefix="/payments", tags=["payments"], route_class=QuickRoute)
+READ = require("payments:read")
+WRITE = require("payments:write")
+router = APIRouter(
+    prefix="/payments",
+    tags=["payments"],
+    route_class=QuickRoute,
+    responses=problem_responses(UnauthorizedError, ForbiddenError),
+)
 
 
 async def _rate_limited(request: Request, payments: PaymentsDependency) -> Payments:
@@ -33,6 +47,7 @@ async def _rate_limited(request: Request, payments: PaymentsDependency) -> Payme
 
 @router.post(
     "",
+    dependencies=[WRITE],
     status_code=201,
     response_model=Payment,
     responses=problem_responses(
@@ -62,6 +77,7 @@ async def create(
 
 @router.get(
     "",
+    dependencies=[READ],
     response_model=Page,
     responses=problem_responses(InvalidRequestError, 503),
     openapi_extra=POSITION_PARAMETERS,
@@ -81,7 +97,7 @@ async def list_page(
 
 
 # Before the route of one payment, whose path matches this one as well.
-@router.get("/totals", response_model=Totals, responses=problem_responses(503))
+@router.get("/totals", dependencies=[READ], response_model=Totals, responses=problem_responses(503))
 async def totals(payments: PaymentsDependency) -> Response:
     """Count and sum the payments of the last 24 hours, as of at most 10 s ago."""
     content = await payments.totals()
@@ -90,6 +106,7 @@ async def totals(payments: PaymentsDependency) -> Response:
 
 @router.get(
     "/{payment_id}",
+    dependencies=[READ],
     response_model=Payment,
     responses=problem_responses(NotFoundError, InvalidRequestError, 503),
 )

@@ -117,6 +117,7 @@ PATHS = [
     "tests/patterns/test_stream.py",
     "tests/payments/__init__.py",
     "tests/payments/conftest.py",
+    "tests/payments/test_auth.py",
     "tests/payments/test_consumer.py",
     "tests/payments/test_gateway_tls.py",
     "tests/payments/test_gateway_token.py",

@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-pytest.importorskip("cryptography")
-
 from app.payments.gateway import check_gateway, trust_authorities_and_public_ones
 from app.settings import Settings, load_settings
 from scripts.fake_gateway import FakeGateway
