@@ -60,7 +60,7 @@ lab labs: export LABS_DIRECTORY := $(call under,$(CURDIR),.labs)
 lab: ## run a lab of the workshop: L=sigterm; without L, list them
 	@$(IN_SERVICE) lab L='$(L)'
 
-labs: ## run all labs of the workshop; ten minutes
+labs: ## run all labs of the workshop; five minutes
 	@$(IN_SERVICE) labs
 
 lint: setup ## check style and types of the tools and of the template
