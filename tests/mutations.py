@@ -483,6 +483,11 @@ MUTATIONS = [
         setting("DATABASE_MAX_CONNECTIONS", "1"),
     ),
     mutation(
+        "no connection to the primary is left by the replica",
+        "DATABASE_REPLICA_MAX_CONNECTIONS=8",
+        setting("DATABASE_REPLICA_MAX_CONNECTIONS", "8"),
+    ),
+    mutation(
         "Deployment and autoscaler both set replicas",
         "spec.replicas",
         deployment("spec.replicas", 3),
@@ -760,6 +765,15 @@ MUTATIONS = [
         add_secret(
             database_url="postgresql://app@10.0.0.1:5432,10.0.0.2:5433/app",
             redis_url="redis://10.0.0.3:6379/0",
+        ),
+    ),
+    mutation(
+        "port of the replica closed",
+        "TCP port 5434 of DATABASE_REPLICA_URL",
+        add_secret(
+            database_url="postgresql://app@10.0.0.1:5432/app",
+            redis_url="redis://10.0.0.3:6379/0",
+            database_replica_url="postgresql://app@10.0.0.2:5434/app",
         ),
     ),
     mutation(

@@ -33,6 +33,14 @@ class Standby(Postgres):
         self._run("pg_ctl", "promote", "--wait")
 
 
+def demote(server: Postgres, primary: Postgres) -> None:
+    """Start a primary, which was stopped before the other was promoted, as its standby."""
+    with (server.data / "postgresql.auto.conf").open("a") as file:
+        file.write(f"primary_conninfo = '{primary.url}'\n")
+    (server.data / "standby.signal").touch()
+    server.start()
+
+
 @contextlib.contextmanager
 def standby(primary: Postgres) -> Iterator[Standby]:
     """Run a standby for the duration of the block, then delete it with its data."""

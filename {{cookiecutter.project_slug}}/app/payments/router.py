@@ -25,7 +25,7 @@ from app.patterns.pagination import PATTERN, Cursor
 from app.patterns.rate_limit import caller
 from app.payments.schemas import NewPayment, Page, Payment, Totals
 from app.payments.service import Payments, PaymentsDependency
-from app.storage.replica import POSITION_PARAMETERS, ReplicaDependency, headers_after_write
+from app.storage.replica import POSITION_PARAMETERS, ReplicaDependency, add_write_position
 from app.web.problems import problem_responses
 from app.web.quick_route import QuickRoute
 
@@ -71,7 +71,7 @@ async def create(
     owner = principal_of(request).subject
     stored = await payments.create(new, key, owner, request.scope["root_path"])
     response = stored.render()
-    response.headers.update(await headers_after_write(request))
+    await add_write_position(request, response)
     return response
 
 

@@ -73,7 +73,7 @@ class Database:
 
     async def __aexit__(self, *_: object) -> None:
         """Wait for connections in use, but not for a server that does not respond."""
-        self._close_probe()
+        self.close_probe()
         await self.pool.close(CLOSE_TIMEOUT_SECONDS)
 
     def acquire(self) -> "Lease":
@@ -114,7 +114,7 @@ class Database:
                 result = await self._ask(question)
             # The caller's timeout too: the state of the connection is unknown.
             except BaseException as error:
-                self._close_probe()
+                self.close_probe()
                 if isinstance(error, (*SHUTDOWN_ERRORS, OSError)):
                     self._mark_unavailable()
                 raise
@@ -126,7 +126,7 @@ class Database:
             # The server may have closed it while it was idle, which says nothing about it now.
             with contextlib.suppress(*SHUTDOWN_ERRORS, *CONNECTION_ERRORS):
                 return await question(self.probe)
-            self._close_probe()
+            self.close_probe()
         self.probe = await connect(
             self.url,
             timeout=self.settings.readiness_timeout_seconds,
@@ -135,7 +135,8 @@ class Database:
         )
         return await question(self.probe)
 
-    def _close_probe(self) -> None:
+    def close_probe(self) -> None:
+        """Close the probe's connection, so that the next check looks for a server."""
         if self.probe is not None:
             self.probe.terminate()
         self.probe = None

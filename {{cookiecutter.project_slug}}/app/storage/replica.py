@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import asyncpg
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from app.errors import UnavailableError
@@ -150,9 +150,8 @@ class NoReplica:
         """Return this, which is the same for all requests."""
         return self
 
-    async def headers_after_write(self) -> dict[str, str]:
-        """Return none."""
-        return {}
+    async def add_write_position(self, response: Response) -> None:
+        """Add nothing."""
 
 
 class Replica:
@@ -171,6 +170,8 @@ class Replica:
         #: Why reads go to the primary, or None.
         self.reason: str | None = UNAVAILABLE
         self.lag = math.inf
+        #: The start of the replica's server, which identifies it; None while there is none.
+        self.started_at: Any = None
         #: The position of the replica when it was last asked.
         self.visible = 0
         self.checks: dict[str, Check] = {"replica": self.check}
@@ -179,16 +180,16 @@ class Replica:
         """Return the reads of a request, at its position or later."""
         return ReplicaReads(self, parse_position(request.headers.get(HEADER)))
 
-    async def headers_after_write(self) -> dict[str, str]:
-        """Return the header with a position that includes the write.
+    async def add_write_position(self, response: Response) -> None:
+        """Add the header with a position that includes the write. It fails no write.
 
-        One round trip, after the commit: until then its position is not known. It fails no write.
+        One round trip, after the commit: until then the position is not known.
         """
-        try:
+        position = UNKNOWN
+        with contextlib.suppress(TimeoutError, UnavailableError, asyncpg.PostgresError):
             async with asyncio.timeout(POSITION_SECONDS), self.primary.acquire() as connection:
-                return {HEADER: await connection.fetchval(_WRITTEN)}
-        except (TimeoutError, UnavailableError, asyncpg.PostgresError):
-            return {HEADER: UNKNOWN}
+                position = await connection.fetchval(_WRITTEN)
+        response.headers[HEADER] = position
 
     async def check(self) -> None:
         """Raise `UnavailableError` while reads go to the primary."""
@@ -210,16 +211,26 @@ class Replica:
         primary, replica = await asyncio.gather(self._ask(self.primary), self._ask(self.database))
         if primary is not None:
             self.history.note(primary.flushed, time.monotonic())
+        self._follow(replica)
         if replica is None or _is_other_primary(replica, primary):
             self.reason = UNAVAILABLE
-            # Reads that wait for it go to the primary now.
-            self.database.pool.terminate()
             return
         self.visible = replica.visible
         self.lag = self.history.lag(replica.visible)
         self.metrics.lag.set(self.lag)
         is_old = self.lag > self.settings.database_replica_max_lag_seconds
         self.reason = LAG if is_old else None
+
+    def _follow(self, replica: State | None) -> None:
+        """Close the connections to another server than the one that was asked."""
+        started_at = replica.started_at if replica else None
+        if started_at != self.started_at:
+            # Reads that wait for a server that is lost go to the primary now.
+            self.database.pool.terminate()
+            self.started_at = started_at
+        if replica is not None and not replica.is_standby:
+            # It was promoted. By the next comparison another host of the URL may be a standby.
+            self.database.close_probe()
 
     def failed(self, error: Exception) -> str:
         """Return why a read that has failed goes to the primary. Raises the error of a bug."""
@@ -304,13 +315,13 @@ def parse_position(text: str | None) -> float:
     return (int(match[1], 16) << 32) + int(match[2], 16)
 
 
-async def headers_after_write(request: Request) -> dict[str, str]:
-    """Return the headers that let the caller read its own write: none without a replica.
+async def add_write_position(request: Request, response: Response) -> None:
+    """Let the caller read its own write. Call this after the commit.
 
-    Call it after the commit, and update the headers of the response with it.
+    It adds the position of the write to the response, if there is a replica.
     """
-    source: Source = request.state.replica
-    return await source.headers_after_write()
+    replica: Source = request.state.replica
+    await replica.add_write_position(response)
 
 
 @contextlib.asynccontextmanager

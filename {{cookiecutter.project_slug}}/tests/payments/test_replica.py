@@ -1,6 +1,6 @@
 """The list of payments from a streaming standby, over sockets: its own writes, hangs, a failover.
 
-The last test promotes the standby, so the tests of this module run in their order.
+The last test exchanges the roles of the servers, so the tests of this module run in their order.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from scripts.dev_services import Postgres
 from tests.documented_metrics import assert_documented
 from tests.otlp_receiver import Receiver, receiving
 from tests.service_process import PROJECT, Service, eventually, frozen, serving
-from tests.standby import Standby, standby
+from tests.standby import Standby, demote, standby
 
 pytestmark = pytest.mark.process
 
@@ -211,32 +211,35 @@ class Load:
         return {reference for reference, status in list(self.payments.items()) if status == 201}
 
 
-def test_promotion_under_load_fails_no_read(
-    service: Service, primary: Postgres, replica: Standby
+def test_failover_under_load_fails_no_read(
+    service: Service, primary: Postgres, replica: Standby, receiver: Receiver
 ) -> None:
     """Writes wait, or get 503, then reach the new primary, and never the old one.
 
-    The old primary comes back as a standby, as `pg_rewind` and operators have it.
+    The old primary comes back as a standby, and reads go there.
     """
     with Load(service) as load:
         eventually(lambda: len(load.accepted()) > 10)
         primary.stop("fast")
-        old = load.accepted()
-        # Over the lag that is allowed, and over the window of retries
+        before = load.accepted()
         eventually(lambda: 503 in load.payments.values())
+        assert load.accepted() >= before
         replica.promote()
         served = len(load.accepted())
         eventually(lambda: len(load.accepted()) > served + 10)
-        (primary.data / "standby.signal").touch()
-        primary.start()
+        demote(primary, replica)
+        receiver.clear()
+        eventually(lambda: ports(receiver)[-1:] == [primary.port])
         served = len(load.accepted())
         eventually(lambda: len(load.accepted()) > served + 10)
     assert set(load.lists) == {200}
     assert set(load.payments.values()) == {201, 503}
-    on_old = references(primary)
     on_new = references(replica)
-    assert old <= on_old
     assert load.accepted() <= on_new
-    # None since it was stopped.
-    assert on_old <= on_new
-    assert len(on_new - on_old) > 20
+    # A row that only the old primary has would keep it from following the new one.
+    eventually(lambda: references(primary) == on_new)
+
+
+def ports(receiver: Receiver) -> list[object]:
+    """Return the ports of the servers that have served lists."""
+    return [span.attributes["server.port"] for span in receiver.named("SELECT payments")]

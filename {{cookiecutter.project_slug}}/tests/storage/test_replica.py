@@ -16,6 +16,7 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 from starlette.requests import Request
+from starlette.responses import Response
 
 from app.errors import UnavailableError
 from app.lifespan import open_state
@@ -35,6 +36,7 @@ from app.storage.replica import (
     History,
     Reads,
     Replica,
+    Source,
     open_replica,
     parse_position,
 )
@@ -75,7 +77,7 @@ class Servers:
     async def write(self) -> str:
         """Insert a row; return the position that the response to the write has."""
         await self.primary.execute(f"insert into {self.table} values (1)")
-        return (await self.replica.headers_after_write())[HEADER]
+        return await position_of(self.replica)
 
     def hurry(self) -> None:
         """Limit the time of a comparison."""
@@ -131,6 +133,13 @@ async def servers(
     await primary.execute(f"drop table {table}")
     await primary.close()
     direct.terminate()
+
+
+async def position_of(source: Source) -> str:
+    """Return the position that a response gets after a write."""
+    response = Response()
+    await source.add_write_position(response)
+    return response.headers.get(HEADER, "")
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -311,6 +320,28 @@ async def test_error_of_a_read_is_raised(servers: Servers) -> None:
         await servers.reads().retry(lambda connection: connection.execute("select from nothing"))
 
 
+# Promotion
+
+
+async def test_promoted_replica_is_read_unless_there_is_another_primary(
+    settings: Settings, postgres: Postgres
+) -> None:
+    """Without fencing both accept writes, and the promoted one lacks those of the other."""
+    with standby(postgres) as server:
+        update = {"database_replica_url": SecretStr(server.url)}
+        async with Database(settings, 2) as primary:
+            replica = Replica(settings.model_copy(update=update), primary, 2)
+            async with replica.database:
+                server.promote()
+                await replica.compare()
+                assert replica.reason == UNAVAILABLE
+                # The primary's own address: both URLs lead to the same server.
+                replica.database.close_probe()
+                replica.database.url = primary.url
+                await replica.compare()
+                assert replica.reason is None
+
+
 # A caller's own writes
 
 
@@ -359,7 +390,7 @@ async def test_write_does_not_fail_for_lack_of_its_position(
         raise ConnectionLostError("The database is not available.")
 
     monkeypatch.setattr(servers.replica.primary, "acquire", unavailable)
-    assert await servers.replica.headers_after_write() == {HEADER: UNKNOWN}
+    assert await position_of(servers.replica) == UNKNOWN
 
 
 # Lag
@@ -405,7 +436,7 @@ async def test_without_a_replica_reads_are_those_of_the_primary(settings: Settin
         source = state["replica"]
         assert source.database is None
         assert source.checks == {}
-        assert await source.headers_after_write() == {}
+        assert await position_of(source) == ""
         reads: Any = source.for_request(Request({"type": "http", "headers": []}))
         assert reads.retry == state["database"].retry
 
