@@ -30,7 +30,7 @@ PYTEST = $(RUN) pytest -o cache_dir="$(VENV)/cache/pytest"
 
 WITHOUT := and not engine
 
-.PHONY: help setup demo lint fast test test-all audit attack bench tuning job-figures release lock upgrade
+.PHONY: help setup demo lint fast test test-all audit attack bench tuning job-figures auth-figures release lock upgrade
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
@@ -93,6 +93,9 @@ tuning: setup ## measure the figures of the service's docs/tuning.md on this mac
 
 job-figures: setup ## measure the figures of the service's docs/jobs.md on this machine; ten minutes
 	@PART='$(PART)' $(RUN) benchmarks.jobs
+
+auth-figures: setup ## measure what authentication costs a request on this machine; a minute
+	@$(RUN) benchmarks.auth
 
 release: setup ## tag the release V=1.2.0, with the unreleased lines of the changelog; pushes nothing
 	@$(RUN) scripts.release '$(V)'

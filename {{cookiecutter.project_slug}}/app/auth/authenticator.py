@@ -1,9 +1,9 @@
 """Authenticates requests: finds the token, and remembers the tokens that were verified."""
 
-import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from hashlib import sha256
 from typing import NamedTuple
 
 from starlette.types import Scope
@@ -42,7 +42,7 @@ class Authenticator:
         self.realm = settings.service_name
         self.log_principal = settings.log_principal
         self.verify = verify
-        #: By the digest of the token, the latest last: no token stays in memory.
+        #: By the digest of the header, the latest last: no token stays in memory.
         self.remembered: OrderedDict[bytes, Verified] = OrderedDict()
         errors.start_counting()
 
@@ -51,13 +51,13 @@ class Authenticator:
 
         Raises an error of `app.auth.errors`.
         """
-        token = self._find_token(scope)
-        digest = hashlib.sha256(token).digest()
+        credentials = self._find_credentials(scope)
+        digest = sha256(credentials).digest()
         verified = self.remembered.get(digest)
-        if verified is None or verified.expires_at <= time.time():
-            verified = await self._verify(token, digest)
-        else:
+        if verified is not None and verified.expires_at > time.time():
             self.remembered.move_to_end(digest)
+        else:
+            verified = await self._verify(credentials, digest)
         scope["state"]["principal"] = verified.principal
         context = request_context.get()
         if verified.logged and context is not None:
@@ -68,19 +68,10 @@ class Authenticator:
         """Forget all tokens: a key that has signed some of them is not trusted any more."""
         self.remembered.clear()
 
-    async def _verify(self, token: bytes, digest: bytes) -> Verified:
-        self.remembered.pop(digest, None)
-        verified = await self.verify(token)
-        verified = verified._replace(logged=self._logged(verified.principal))
-        self.remembered[digest] = verified
-        if len(self.remembered) > MAX_REMEMBERED:
-            self.remembered.popitem(last=False)
-        return verified
+    def _find_credentials(self, scope: Scope) -> bytes:
+        """Return the value of the `Authorization` header (RFC 6750, section 2.1).
 
-    def _find_token(self, scope: Scope) -> bytes:
-        """Return the token of the `Authorization` header (RFC 6750, section 2.1).
-
-        One in the query is in the logs of each proxy, and is not accepted (RFC 9700, section 2.6).
+        A token in the query is in the logs of each proxy, and not accepted (RFC 9700, section 2.6).
         """
         found: bytes | None = None
         for name, value in scope["headers"]:
@@ -88,14 +79,25 @@ class Authenticator:
                 if found is not None:
                     raise errors.AmbiguousTokenError(self.realm)
                 found = value
-        if found is None or found[:7].lower() != b"bearer ":
+        if found is None:
             raise errors.MissingTokenError(self.realm)
         if b"access_token=" in scope["query_string"]:
             raise errors.AmbiguousTokenError(self.realm)
-        token = found[7:].strip()
+        return found
+
+    async def _verify(self, credentials: bytes, digest: bytes) -> Verified:
+        self.remembered.pop(digest, None)
+        scheme, _, token = credentials.partition(b" ")
+        if scheme.lower() != b"bearer":
+            raise errors.MissingTokenError(self.realm)
         if len(token) > MAX_TOKEN_BYTES:
             raise errors.InvalidTokenError(self.realm, "malformed", "The token is too large.")
-        return token
+        verified = await self.verify(token.strip())
+        verified = verified._replace(logged=self._logged(verified.principal))
+        self.remembered[digest] = verified
+        if len(self.remembered) > MAX_REMEMBERED:
+            self.remembered.popitem(last=False)
+        return verified
 
     def _logged(self, principal: Principal) -> str:
         """Return the principal for log lines.
@@ -108,4 +110,4 @@ class Authenticator:
         if self.log_principal == "none":
             return ""
         text = f"{principal.issuer} {principal.subject}"
-        return hashlib.sha256(text.encode()).hexdigest()[:LOGGED_DIGITS]
+        return sha256(text.encode()).hexdigest()[:LOGGED_DIGITS]

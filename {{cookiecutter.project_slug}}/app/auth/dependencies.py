@@ -42,10 +42,10 @@ class Authenticated(SecurityBase):
         """
         state = connection.scope.get("state", {})
         authenticator: Authenticator | None = state.get("authenticator")
-        if authenticator is None:
-            return principals.principal_of(connection)
         # Another dependency of the route has authenticated it, or middleware of the team.
         caller: principals.Principal | None = state.get("principal")
+        if authenticator is None:
+            return principals.ANONYMOUS if caller is None else principals.principal_of(connection)
         if caller is None:
             caller = await authenticator.authenticate(connection.scope)
         if not self.scopes <= caller.scopes:

@@ -188,16 +188,20 @@ def _step(function: Dependant, results: list[tuple[str, int]]) -> Step:
         for kind, source in _SOURCES.items()
         if getattr(function, kind)
     ]
-    call: Any = function.call
+    call = _coroutine_function(function.call)
     names = [function.request_param_name, function.http_connection_param_name]
     return Step(call, parameters, [name for name in names if name], results)
 
 
+def _coroutine_function(call: Any) -> Any:
+    """Return the function of a dependency that is an object, or else the dependency itself."""
+    is_object = not (inspect.isroutine(call) or inspect.isclass(call) or isinstance(call, partial))
+    return call.__call__ if is_object else call
+
+
 def _is_simple(function: Dependant) -> bool:
     """Return whether a function is a coroutine function that needs nothing unknown."""
-    call: Any = function.call
-    if not (inspect.isroutine(call) or inspect.isclass(call) or isinstance(call, partial)):
-        call = type(call).__call__
+    call = _coroutine_function(function.call)
     is_coroutine = inspect.iscoroutinefunction(call)
     # FastAPI looks behind decorators too.
     is_coroutine_inside = inspect.iscoroutinefunction(inspect.unwrap(call))

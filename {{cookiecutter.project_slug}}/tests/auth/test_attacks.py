@@ -15,7 +15,6 @@ import pytest
 
 from scripts.dev_services import Redis
 from tests.auth import tokens
-from tests.auth.auth_routes import COOL_DOWN_SECONDS
 from tests.auth.provider import DISCOVERY, ELSEWHERE, JWKS, Provider, Trouble, running_provider
 from tests.auth.tokens import AUDIENCE, MISSING, SigningKey, hmac_with, signing_key, unsigned
 from tests.documented_metrics import assert_documented
@@ -24,6 +23,8 @@ from tests.serving.raw_http import CLOSE, headers_of, send
 
 APP = "tests.auth.auth_routes:app"
 OPEN_PATHS = ["/", "/health/live", "/health/startup", "/health/ready"]
+#: As in auth_routes.py, which changes the module of the keys, so it is not imported here.
+COOL_DOWN_SECONDS = 0.5
 _numbers = itertools.count()
 
 
