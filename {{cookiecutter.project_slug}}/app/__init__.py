@@ -40,7 +40,7 @@ storage/             Postgres and Redis
     replica.py
 telemetry/           logs, metrics, traces
     logs.py  gcp_logs.py  access_log.py  stdout.py  context.py
-    tracing.py  trace_setup.py  trace_export.py  exemplars.py
+    tracing.py  trace_setup.py  trace_export.py  span_encoding.py  exemplars.py
     http_metrics.py  process_metrics.py  metric_files.py  multiprocess.py
     pod_metrics.py  control_group.py
     metrics_directory.py  metrics_server.py  metrics_prefix.py  scrape_server.py

@@ -35,6 +35,19 @@ async def work(number: int, database: DatabaseDependency, redis: RedisDependency
     return number
 
 
+@app.get("/annotated")
+def annotated() -> None:
+    """Add to the span of the request, from a thread, between two spans."""
+    tracer = trace.get_tracer("tests")
+    with tracer.start_as_current_span("before"):
+        pass
+    span = trace.get_current_span()
+    span.set_attribute("order.id", 7)
+    span.add_event("priced", {"order.total": 1250})
+    with tracer.start_as_current_span("after"):
+        pass
+
+
 @app.get("/failing-query")
 async def failing_query(database: DatabaseDependency) -> None:
     """Fail in Postgres, with a value in the message."""

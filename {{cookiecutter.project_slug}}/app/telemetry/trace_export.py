@@ -16,23 +16,36 @@ from typing import Any
 
 import requests
 from opentelemetry import trace
-from opentelemetry.exporter.otlp.proto.http import Compression
+from opentelemetry.exporter.otlp.proto.http import Compression, trace_exporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import (
+    ReadableSpan,
+    SpanLimits,
+    SpanProcessor,
+    SynchronousMultiSpanProcessor,
+    TracerProvider,
+)
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, TraceIdRatioBased
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanKind, Status
 from opentelemetry.util.re import parse_env_headers
 from prometheus_client import Counter
 
 from app.settings import Settings
 from app.tasks import StateLog
-from app.telemetry.tracing import Sampling, TraceIds
+from app.telemetry import span_encoding
+from app.telemetry.tracing import RequestSpan, Sampling, SpanIds
 
 #: Time limit for the last spans. It is a part of `server.CLOSING_SECONDS`.
 FLUSH_SECONDS = 1.0
 POLL_SECONDS = 0.02
+#: The part of the service that makes our spans.
+SCOPE = InstrumentationScope("app", "")
+#: The attributes of the span of a request, at most.
+REQUEST_ATTRIBUTES = 7
 #: The loggers of the SDK and of the exporter. They write a line for each failed batch, and one for
 #: each span that meets a full queue; `SpanSender` counts both and logs the change.
 #: That of the headers would show an invalid one, which is a secret.
@@ -59,24 +72,47 @@ class Export:
         sampler, self.sampling = sampler_of(settings)
         self.ids = _Ids()
         self.sender = SpanSender(settings)
-        self.processor = BatchSpanProcessor(
-            self.sender,
-            max_queue_size=settings.otel_bsp_max_queue_size,
-            schedule_delay_millis=settings.otel_bsp_schedule_delay,
-            max_export_batch_size=min(
-                settings.otel_bsp_max_export_batch_size, settings.otel_bsp_max_queue_size
-            ),
-        )
+        self.processor = _batch_processor(self.sender, settings)
+        self.processors = _Processors()  # type: ignore[no-untyped-call]
         # The SDK's own handler at exit waits for 30 s.
         provider = TracerProvider(
-            sampler, _resource(settings), shutdown_on_exit=False, id_generator=self.ids
+            sampler,
+            _resource(settings),
+            shutdown_on_exit=False,
+            active_span_processor=self.processors,
+            id_generator=self.ids,
         )
         provider.add_span_processor(self.processor)
+        self.provider = provider
         # For spans that a feature makes by OpenTelemetry's API. `opentelemetry-instrument` has set
         # its own already, which exports to the same endpoint.
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             trace.set_tracer_provider(provider)
-        self.tracer = provider.get_tracer("app")
+        self.tracer = provider.get_tracer(SCOPE.name)
+        self.has_limits = _limits_requests(SpanLimits())
+
+    @property
+    def needs_sdk_spans(self) -> bool:
+        """Whether a feature looks at each span, or the environment limits their attributes."""
+        return self.has_limits or self.processors.number > 1
+
+    def send_request(
+        self, span: RequestSpan, name: str, attributes: dict[str, Any], status: Status
+    ) -> None:
+        """Send the span of a request that ends now."""
+        readable = ReadableSpan(
+            name,
+            span.get_span_context(),
+            span.parent,
+            self.provider.resource,
+            attributes,
+            kind=SpanKind.SERVER,
+            status=status,
+            start_time=span.start_ns,
+            end_time=time.time_ns(),
+            instrumentation_scope=SCOPE,
+        )
+        self.processor.on_end(readable)
 
     async def close(self) -> None:
         """Send the last spans; leave them if that takes longer than `FLUSH_SECONDS`.
@@ -96,6 +132,8 @@ class SpanSender(SpanExporter):
     """OpenTelemetry's exporter; counts the spans, and logs the start and the end of an outage."""
 
     def __init__(self, settings: Settings) -> None:
+        # The exporter has no parameter for it.
+        trace_exporter.encode_spans = span_encoding.encode  # type: ignore[attr-defined,assignment]
         self.session = _Session()
         self.exporter = OTLPSpanExporter(session=self.session, **_exporter_options(settings))
         self.state = StateLog(logger, "traces are lost", "traces are sent again")
@@ -139,27 +177,26 @@ class _Session(requests.Session):
         return response
 
 
-class _Ids(RandomIdGenerator, TraceIds):
+class _Ids(RandomIdGenerator, SpanIds):
     def generate_trace_id(self) -> int:
         trace_id = self.next_trace_id or super().generate_trace_id()
         self.next_trace_id = 0
         return trace_id
 
+    def generate_span_id(self) -> int:
+        span_id = self.next_span_id or super().generate_span_id()
+        self.next_span_id = 0
+        return span_id
 
-class _HashedResource(Resource):
-    """A resource that computes its hash once.
 
-    The exporter groups spans by it, and the SDK renders JSON for each hash: 3.5 us per span.
-    """
+class _Processors(SynchronousMultiSpanProcessor):
+    """Counts the processors: ours, and those that a feature adds."""
 
-    def __init__(self, resource: Resource) -> None:
-        super().__init__(dict(resource.attributes), resource.schema_url)
-        self.hash = super().__hash__()
+    number = 0
 
-    __eq__ = Resource.__eq__
-
-    def __hash__(self) -> int:
-        return self.hash
+    def add_span_processor(self, span_processor: SpanProcessor) -> None:
+        super().add_span_processor(span_processor)
+        self.number += 1
 
 
 def sampler_of(settings: Settings) -> tuple[Sampler, Sampling]:
@@ -172,6 +209,23 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Sampling]:
     return (ParentBased(root) if follows_parent else root), sampling
 
 
+def _batch_processor(sender: SpanSender, settings: Settings) -> BatchSpanProcessor:
+    maximum = settings.otel_bsp_max_queue_size
+    return BatchSpanProcessor(
+        sender,
+        max_queue_size=maximum,
+        schedule_delay_millis=settings.otel_bsp_schedule_delay,
+        max_export_batch_size=min(settings.otel_bsp_max_export_batch_size, maximum),
+    )
+
+
+def _limits_requests(limits: SpanLimits) -> bool:
+    """Return whether variables such as OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT concern our attributes."""
+    number = limits.max_span_attributes
+    is_small = number is not None and number < REQUEST_ATTRIBUTES
+    return is_small or limits.max_span_attribute_length is not None
+
+
 def _resource(settings: Settings) -> Resource:
     """Return what all spans have. OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME win."""
     own = {
@@ -180,8 +234,7 @@ def _resource(settings: Settings) -> Resource:
         "service.instance.id": f"{socket.gethostname()}-{os.getpid()}",
         "deployment.environment.name": settings.environment,
     }
-    merged = Resource.create(own).merge(OTELResourceDetector().detect())
-    return _HashedResource(merged)
+    return Resource.create(own).merge(OTELResourceDetector().detect())
 
 
 def _exporter_options(settings: Settings) -> dict[str, Any]:

@@ -28,7 +28,7 @@ async def open_tracing(settings: Settings) -> AsyncIterator[None]:
     from app.telemetry.trace_export import Export
 
     export = Export(settings)
-    tracing.current = tracing.Tracing(export.tracer, export.sampling, export.ids)
+    tracing.current = tracing.Tracing(export)
     context.span_keys = tracing.active_keys
     try:
         yield

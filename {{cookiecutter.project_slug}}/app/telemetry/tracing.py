@@ -8,10 +8,12 @@ loops in the background and requests that are not sampled make none.
 """
 
 import contextlib
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from random import getrandbits
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
 from opentelemetry import context, trace
@@ -33,9 +35,9 @@ _W3C_HEADERS = frozenset({b"traceparent", b"tracestate"})
 CARRIER_KEYS = frozenset({"traceparent", "tracestate"})
 #: The part of a trace ID by which `TraceIdRatioBased` samples.
 _SAMPLED_BITS = (1 << 64) - 1
+_TRACE_ID_BITS = (1 << 128) - 1
+_UNSET = Status(StatusCode.UNSET)
 _FAILED = Status(StatusCode.ERROR)
-#: The flags of a trace that is not sampled and whose ID is random (W3C Trace Context Level 2).
-_NOT_SAMPLED = TraceFlags(TraceFlags.RANDOM_TRACE_ID)
 #: The flag `sampled` in log lines, by whether it is set.
 _FLAGS = {False: "00", True: "01"}
 
@@ -52,76 +54,157 @@ class Sampling(NamedTuple):
     bound: int
 
     def includes(self, trace_id: int, parent: SpanContext | None) -> bool:
-        """Return whether a trace is sampled."""
+        """Return whether a trace is sampled. The ID may have more bits in front."""
         if parent is not None and self.follows_parent:
             return parent.trace_flags.sampled
         return trace_id & _SAMPLED_BITS < self.bound
 
 
-class TraceIds:
-    """Hands the ID of a new trace, by which it was sampled, over to the SDK."""
+class SpanIds(threading.local):
+    """Hands the IDs of a span, by which it was sampled, over to the SDK in the same thread."""
 
     next_trace_id = 0
+    next_span_id = 0
+
+
+class SpanExport(Protocol):
+    """Sends the spans of a process: trace_export.py, whose SDK is imported only if it is used."""
+
+    tracer: trace.Tracer
+    sampling: Sampling
+
+    @property
+    def ids(self) -> SpanIds: ...  # noqa: D102
+    @property
+    def needs_sdk_spans(self) -> bool: ...  # noqa: D102
+    def send_request(  # noqa: D102
+        self, span: "RequestSpan", name: str, attributes: dict[str, Any], status: Status
+    ) -> None: ...
 
 
 class Tracing:
     """Starts the spans of this process."""
 
-    def __init__(self, tracer: trace.Tracer, sampling: Sampling, ids: TraceIds) -> None:
-        self.tracer = tracer
-        self.sampling = sampling
-        self.ids = ids
+    def __init__(self, export: SpanExport) -> None:
+        self.export = export
+        self.tracer = export.tracer
+        self.sampling = export.sampling
 
-    def start_request(self, scope: Scope, keys: dict[str, str]) -> Span:
-        """Start the span of a request and make it the active one.
+    def start_request(self, scope: Scope, keys: dict[str, str]) -> "RequestSpan | None":
+        """Make the span of a request the active one; return it if it is sampled.
 
         Its IDs are added to the `keys` of the request's log lines. A request that is not sampled
         has only IDs, for its lines and for the services that it calls.
         """
         parent = _caller(scope) if "trace_id" in keys else None
-        trace_id = parent.trace_id if parent else getrandbits(128)
-        span: Span
-        is_sampled = self.sampling.includes(trace_id, parent)
-        if is_sampled:
-            self.ids.next_trace_id = trace_id
-            span = self.tracer.start_span(scope["method"], within(parent), SpanKind.SERVER)
-            span_id = span.get_span_context().span_id
-        else:
-            span_id = getrandbits(64)
-            state = parent.trace_state if parent else None
-            span = NonRecordingSpan(SpanContext(trace_id, span_id, False, _NOT_SAMPLED, state))
+        # Both IDs are one number: to make and to format two takes twice the time.
+        number = getrandbits(192) if parent is None else getrandbits(64) << 128 | parent.trace_id
+        is_sampled = self.sampling.includes(number, parent)
+        span = RequestSpan(self.export, scope["method"], number, parent, is_sampled)
         # A request is a task of its own, so nothing has to detach it.
-        context.attach(trace.set_span_in_context(span))
-        keys["trace_id"] = f"{trace_id:032x}"
-        keys["span_id"] = f"{span_id:016x}"
+        context.attach(trace.set_span_in_context(cast("Span", span)))
+        ids = f"{number:048x}"
+        keys["trace_id"] = ids[16:]
+        keys["span_id"] = ids[:16]
         keys["trace_flags"] = _FLAGS[is_sampled]
-        return span
+        return span if is_sampled else None
 
 
-def end_request(
-    span: Span, scope: Scope, labels: tuple[str, str, int], path: str, error_type: str
-) -> None:
-    """End the span of a request. `labels`: method, route and status, as in the metrics.
+@Span.register
+class RequestSpan:
+    """The span of a request: the objects of OpenTelemetry are made only if something needs them.
 
-    `path` has no passwords. `error_type` is the class of an unhandled exception, or empty.
+    The SDK makes a span that may change, with locks and limits, in four times the time. So it makes
+    this one only if something else than `finish` adds to it, see `__getattr__`.
     """
-    method, route, status = labels
-    attributes: dict[str, Any] = {
-        "http.request.method": method,
-        "http.response.status_code": status,
-        "url.path": path,
-        "url.scheme": scope.get("scheme", ""),
-    }
-    if scope.get("client"):
-        attributes["client.address"] = scope["client"][0]
-    if route != "unmatched":
-        attributes["http.route"] = route
-        span.update_name(f"{method} {route}")
-    if status >= 500:
-        attributes["error.type"] = error_type or str(status)
-        span.set_status(_FAILED)
-    span.set_attributes(attributes)
-    span.end()
+
+    #: The SDK's span in place of this one; once this one is sent, one that ignores all calls.
+    sdk_span: Span | None = None
+    #: The IDs as OpenTelemetry's object.
+    ids: SpanContext | None = None
+
+    def __init__(
+        self,
+        export: SpanExport,
+        method: str,
+        number: int,
+        parent: SpanContext | None,
+        is_sampled: bool,
+    ) -> None:
+        """`number` is the ID of the span, then that of the trace."""
+        self.export = export
+        self.method = method
+        self.number = number
+        self.parent = parent
+        self.is_sampled = is_sampled
+        if is_sampled:
+            self.start_ns = time.time_ns()
+            if export.needs_sdk_spans:
+                self._make_sdk_span()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a method of the SDK's span, such as `set_attribute`."""
+        return getattr(self.sdk_span or self._make_sdk_span(), name)
+
+    def get_span_context(self) -> SpanContext:
+        """Return the IDs, and what else the services learn that this one calls."""
+        if self.ids is None:
+            is_random = self.parent.trace_flags.random_trace_id if self.parent else True
+            flags = TraceFlags(self.is_sampled + TraceFlags.RANDOM_TRACE_ID * is_random)
+            state = self.parent.trace_state if self.parent else None
+            trace_id = self.number & _TRACE_ID_BITS
+            self.ids = SpanContext(trace_id, self.number >> 128, False, flags, state)
+        return self.ids
+
+    def is_recording(self) -> bool:
+        """Return whether the request is sampled, and goes on."""
+        return self.sdk_span.is_recording() if self.sdk_span else self.is_sampled
+
+    def finish(
+        self, scope: Scope, labels: tuple[str, str, int], path: str, error_type: str
+    ) -> None:
+        """Send it. `labels`: method, route and status, as in the metrics.
+
+        `path` has no passwords. `error_type` is the class of an unhandled exception, or empty.
+        """
+        method, route, status = labels
+        attributes: dict[str, Any] = {
+            "http.request.method": method,
+            "http.response.status_code": status,
+            "url.path": path,
+            "url.scheme": scope.get("scheme", ""),
+        }
+        if scope.get("client"):
+            attributes["client.address"] = scope["client"][0]
+        name = self.method
+        if route != "unmatched":
+            attributes["http.route"] = route
+            name = f"{method} {route}"
+        if status >= 500:
+            attributes["error.type"] = error_type or str(status)
+        self._send(name, attributes, _FAILED if status >= 500 else _UNSET)
+
+    def _send(self, name: str, attributes: dict[str, Any], status: Status) -> None:
+        if self.sdk_span is None:
+            self.export.send_request(self, name, attributes, status)
+            self.sdk_span = NonRecordingSpan(self.get_span_context())
+            return
+        self.sdk_span.update_name(name)
+        self.sdk_span.set_attributes(attributes)
+        self.sdk_span.set_status(status)
+        self.sdk_span.end()
+
+    def _make_sdk_span(self) -> Span:
+        if not self.is_sampled:
+            return NonRecordingSpan(self.get_span_context())
+        # The SDK asks for the ID of a new trace only.
+        ids = self.get_span_context()
+        self.export.ids.next_trace_id = 0 if self.parent else ids.trace_id
+        self.export.ids.next_span_id = ids.span_id
+        self.sdk_span = self.export.tracer.start_span(
+            self.method, within(self.parent), SpanKind.SERVER, start_time=self.start_ns
+        )
+        return self.sdk_span
 
 
 def active_keys() -> dict[str, str]:

@@ -22,7 +22,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from opentelemetry.trace import Span
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -39,6 +38,7 @@ from app.telemetry.access_log import AccessLog
 from app.telemetry.context import request_context
 from app.telemetry.http_metrics import HttpMetrics
 from app.telemetry.logs import redact, truncate
+from app.telemetry.tracing import RequestSpan
 from app.web.cors import add_missing_headers
 from app.web.head import serve_head
 from app.web.headers import generate_request_ids, parse_headers
@@ -140,8 +140,8 @@ class Exchange:
     extra_seconds = 0.0
     #: Whether the handler keeps the whole body.
     is_buffered = False
-    #: Its span, if traces are on; probes have none.
-    span: Span | None = None
+    #: Its span, if it is sampled; probes have none.
+    span: RequestSpan | None = None
     #: The class of the unhandled exception.
     bug = ""
 
@@ -404,11 +404,10 @@ class Exchange:
         else:
             self._when_delivered(partial(self._log, method, route, status, seconds))
 
-    def _end_span(self, span: Span, labels: tuple[str, str, int], seconds: float) -> None:
+    def _end_span(self, span: RequestSpan, labels: tuple[str, str, int], seconds: float) -> None:
         if span.is_recording():
             self.middleware.metrics.record_trace(labels, seconds, self.context)
-            path = redact(self.scope["path"])
-            tracing.end_request(span, self.scope, labels, path, self.bug)
+            span.finish(self.scope, labels, redact(self.scope["path"]), self.bug)
 
     def _when_delivered(self, log: Callable[..., None]) -> None:
         """Log once the client has the response, or once its connection is lost.

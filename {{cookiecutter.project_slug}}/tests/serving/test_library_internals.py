@@ -269,10 +269,7 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     Pipeline.execute: ("traced_redis.py puts a span around it", "f61e1ae2ffba"),
     Redis.pipeline: ("traced_redis.py makes the same pipeline", "15119889197c"),
     # OpenTelemetry
-    Tracer.start_span: (
-        "tracing.py decides in its place, and hands over the ID of a new trace",
-        "3cd55e4a9e14",
-    ),
+    Tracer.start_span: ("tracing.py decides in its place, and hands over the IDs", "3cd55e4a9e14"),
     TraceIdRatioBased.should_sample: ("tracing.py decides by the same rule", "f8786d237e5e"),
     ParentBased.should_sample: ("tracing.py decides by the same rule", "2f4e7c936dc7"),
     BatchProcessor.shutdown: (
@@ -283,7 +280,10 @@ REVIEWED: dict[Function, tuple[str, str]] = {
         "it drops the oldest span of a full queue, with a log line",
         "221acffa5dba",
     ),
-    OTLPSpanExporter.export: ("it returns a failure, and raises nothing", "0968825cd72f"),
+    OTLPSpanExporter.export: (
+        "it returns a failure, and raises nothing; its module's `encode_spans` is replaced",
+        "0968825cd72f",
+    ),
     _OTLPHTTPClient.export: ("its retries end within the timeout", "2641348a8823"),
     RequestsHTTPTransport.request: (
         "it calls the session's method, which trace_export.py overrides",

@@ -159,6 +159,18 @@ def test_failed_query_has_its_sqlstate(traced: Service, receiver: Receiver) -> N
     assert query.attributes["error.type"] == "22P02"
 
 
+def test_feature_adds_to_the_span_of_its_request(traced: Service, receiver: Receiver) -> None:
+    """OpenTelemetry, "Tracing API", section "Span": the active span is that of the request."""
+    assert traced.get("/annotated").status_code == 200
+    server = receiver.wait_for("GET /annotated")
+    assert server.attributes["order.id"] == 7
+    assert server.attributes["http.route"] == "/annotated"
+    assert "priced" in server.wire
+    names = [(span.name, span.trace_id) for span in children(receiver, server)]
+    assert names == [("before", server.trace_id), ("after", server.trace_id)]
+    assert [span.kind for span in receiver.trace(server)] == ["SERVER", "INTERNAL", "INTERNAL"]
+
+
 def test_caller_decides_by_its_flag(traced: Service, receiver: Receiver) -> None:
     """W3C Trace Context, section 3.2.2.5: the flag `sampled`."""
     trace_id = uuid4().hex
