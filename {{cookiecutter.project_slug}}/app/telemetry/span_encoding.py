@@ -1,4 +1,4 @@
-"""Encodes spans for OpenTelemetry's exporter, in a quarter of the time of its own encoder.
+"""Encodes spans for OpenTelemetry's exporter, in half the time of its own encoder.
 
 Both use the same classes of protobuf. OpenTelemetry's encoder makes each message out of others, and
 protobuf copies a message into another by encoding and decoding it. Here each is made in its place.
