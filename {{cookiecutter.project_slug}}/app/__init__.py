@@ -28,7 +28,7 @@ process_pool/        CPU-heavy work in other processes
     pool.py  process.py  child.py
 auth/                the caller of a request, by its bearer token
     dependencies.py  principal.py  errors.py
-    authenticator.py  tokens.py  keys.py  jwks.py
+    authenticator.py  tokens.py  keys.py  shared_keys.py  jwks.py
 web/                 around every request
     application.py  middleware.py  limits.py  headers.py  proxies.py  threads.py
     problems.py  health.py  routes.py  cors.py  head.py  sse.py  body_limit.py

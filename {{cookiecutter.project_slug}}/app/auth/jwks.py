@@ -33,7 +33,7 @@ class Key(NamedTuple):
     members: dict[str, Any]
 
 
-def parse_keys(document: bytes) -> tuple[dict[str | None, Key], list[str]]:
+def parse_keys(document: str | bytes) -> tuple[dict[str | None, Key], list[str]]:
     """Return the usable keys by `kid`, and why others are not usable.
 
     Raises `ValueError` if the document is no JWK Set.

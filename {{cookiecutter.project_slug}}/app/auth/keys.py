@@ -23,6 +23,7 @@ from prometheus_client import Gauge
 
 from app.auth.errors import KeysUnavailableError
 from app.auth.jwks import Key, parse_keys
+from app.auth.shared_keys import Fetched, SharedKeys
 from app.outbound.circuit_breaker import CircuitBreaker, CircuitOpenError
 from app.outbound.http_client import UpstreamClient, UpstreamError, UpstreamResponse
 from app.setting_types import check_provider_url
@@ -82,7 +83,8 @@ class KeySource:
         self.has_failed = False
         #: Set when keys have been fetched.
         self.adopted = asyncio.Event()
-        self.age_seconds = 0.0
+        self.shared = SharedKeys(settings)
+        self.fetched = Fetched("", 0.0, 0.0)
         self.problems: list[str] = []
         self.state_log = StateLog(logger, "no keys of the issuer", "keys of the issuer fetched")
 
@@ -99,12 +101,22 @@ class KeySource:
             raise KeysUnavailableError(self._seconds_to_cool())
         return key
 
+    def restore(self) -> None:
+        """Start with the keys that another worker of the pod has fetched, if there are any."""
+        fetched = self.shared.read()
+        if fetched is not None:
+            with contextlib.suppress(FetchError):
+                self._adopt(fetched)
+
     async def refresh_periodically(self) -> None:
-        """Fetch the keys now, and then before they are too old."""
+        """Fetch the keys now, unless others have, and then before they are too old."""
         try:
             while True:
+                if self.keys:
+                    await self._until_too_old()
                 await asyncio.wait([self._fetch_once()])
-                await self._until_too_old()
+                if not self.keys:
+                    await asyncio.sleep(COOL_DOWN_SECONDS)
         finally:
             if self.fetching is not None:
                 self.fetching.cancel()
@@ -155,7 +167,11 @@ class KeySource:
         self.has_failed = True
         try:
             response = await self._get_keys()
-            self._adopt(response)
+            age_seconds = max_age_seconds(response.headers.get("Cache-Control", ""))
+            body = response.body.decode(errors="replace")
+            fetched = Fetched(body, age_seconds, time.time())
+            self._adopt(fetched)
+            self.shared.write(fetched)
             self.has_failed = False
             self.state_log.succeeded()
         except (FetchError, UpstreamError, CircuitOpenError) as error:
@@ -206,10 +222,10 @@ class KeySource:
             raise FetchError(msg)
         return response
 
-    def _adopt(self, response: UpstreamResponse) -> None:
-        """Replace the keys by those of a response. Raises `FetchError` if it has none."""
+    def _adopt(self, fetched: Fetched) -> None:
+        """Replace the keys by those of a document. Raises `FetchError` if it has none."""
         try:
-            keys, problems = parse_keys(response.body)
+            keys, problems = parse_keys(fetched.document)
         except ValueError as error:
             msg = f"unusable keys: {error!s:.200}"
             raise FetchError(msg) from error
@@ -228,9 +244,9 @@ class KeySource:
         self.keys = keys
         if changed:
             self.on_removal()
-        self.age_seconds = max_age_seconds(response.headers.get("Cache-Control", ""))
+        self.fetched = fetched
         self.adopted.set()
-        _FETCHED.set(time.time())
+        _FETCHED.set(fetched.fetched_at)
 
     def _seconds_since_start(self) -> float:
         return time.monotonic() - self.started_at
@@ -239,9 +255,11 @@ class KeySource:
         return max(1, round(COOL_DOWN_SECONDS - self._seconds_since_start()))
 
     def _seconds_to_refresh(self) -> float:
+        if self.has_failed:
+            return COOL_DOWN_SECONDS
         part = REFRESH_AT - JITTER * random.random()  # noqa: S311
-        age = COOL_DOWN_SECONDS / REFRESH_AT if self.has_failed else self.age_seconds
-        return max(age * part, COOL_DOWN_SECONDS)
+        seconds_kept = time.time() - self.fetched.fetched_at
+        return max(self.fetched.age_seconds * part - max(seconds_kept, 0.0), 0.0)
 
 
 def max_age_seconds(cache_control: str) -> float:
@@ -257,5 +275,6 @@ def max_age_seconds(cache_control: str) -> float:
 async def open_keys(settings: Settings) -> AsyncIterator[KeySource]:
     """Yield the keys, which are kept up to date during the block."""
     keys = KeySource(settings)
+    keys.restore()
     async with background_task(keys.refresh_periodically()):
         yield keys

@@ -5,7 +5,9 @@ And what their clients see. One service serves all of them.
 
 import itertools
 import json
+import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -353,6 +355,18 @@ def test_provider_in_trouble_changes_nothing_for_known_keys(
     key = rotated(provider)
     eventually(lambda: call(service, provider.mint(key)).status_code == 200)
     provider.revoke(key.kid)
+
+
+def test_worker_that_starts_while_the_provider_hangs_knows_the_keys(
+    service: Service, provider: Provider
+) -> None:
+    """They are shared in the pod: workers are replaced after `MAX_REQUESTS`."""
+    (worker,) = (line["pid"] for line in service.lines if "Started server" in line["message"])
+    with provider.trouble(Trouble.FROZEN):
+        os.kill(worker, signal.SIGKILL)
+        service.wait_for_workers(2)
+        eventually(lambda: service.get("/health/ready").status_code == 200)
+        assert call(service, provider.mint()).status_code == 200
 
 
 def test_rejections_and_the_age_of_keys_are_documented_metrics(
