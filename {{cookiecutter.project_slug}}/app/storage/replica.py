@@ -172,8 +172,6 @@ class Replica:
         self.lag = math.inf
         #: The start of the replica's server, which identifies it; None while there is none.
         self.started_at: Any = None
-        #: The position of the replica when it was last asked.
-        self.visible = 0
         self.checks: dict[str, Check] = {"replica": self.check}
 
     def for_request(self, request: Request) -> Reads:
@@ -198,7 +196,7 @@ class Replica:
             msg = f"It is {self.lag:.1f} s old, and may be {limit:g} s."
             raise UnavailableError(msg)
         if self.reason:
-            raise UnavailableError("It does not respond.")
+            raise UnavailableError("It does not respond, or is a second primary.")
 
     async def watch(self) -> None:
         """Compare the replica with the primary until cancelled."""
@@ -214,12 +212,12 @@ class Replica:
         self._follow(replica)
         if replica is None or _is_other_primary(replica, primary):
             self.reason = UNAVAILABLE
-            return
-        self.visible = replica.visible
-        self.lag = self.history.lag(replica.visible)
+            self.lag = math.inf
+        else:
+            self.lag = self.history.lag(replica.visible)
+            is_old = self.lag > self.settings.database_replica_max_lag_seconds
+            self.reason = LAG if is_old else None
         self.metrics.lag.set(self.lag)
-        is_old = self.lag > self.settings.database_replica_max_lag_seconds
-        self.reason = LAG if is_old else None
 
     def _follow(self, replica: State | None) -> None:
         """Close the connections to another server than the one that was asked."""
@@ -246,13 +244,6 @@ class Replica:
             # For all requests, until the next comparison
             self.reason = UNAVAILABLE
         return UNAVAILABLE
-
-    async def has_reached(self, connection: Connection, position: float) -> bool:
-        """Return whether a read on this connection sees a position."""
-        if position > self.visible:
-            state = await _state(connection)
-            self.visible = max(self.visible, state.visible)
-        return position <= self.visible
 
     async def _ask(self, database: Database) -> State | None:
         try:
@@ -290,7 +281,8 @@ class ReplicaReads:
         replica = self.replica
 
         async def read(connection: Connection) -> tuple[str | None, Result | None]:
-            if self.position and not await replica.has_reached(connection, self.position):
+            # Asked on this connection: another one may lead to another server.
+            if self.position and (await _state(connection)).visible < self.position:
                 return POSITION, None
             return None, await work(connection)
 
