@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from benchmarks import BenchError, instructions, load, report
+from benchmarks import BenchError, consumer, instructions, load, report
 from benchmarks.collector import run_collector
 from benchmarks.peer import PACKAGE, PINS, VERSION, Peer
 from benchmarks.servers import Server, fetch
@@ -57,6 +57,7 @@ class Size:
     seconds: float
     starts: int
     settle_seconds: float
+    idle_seconds: float
     workers: tuple[int, ...]
     rates: tuple[int, ...]
     ramp_seconds: float
@@ -68,6 +69,7 @@ FULL = Size(
     seconds=4,
     starts=3,
     settle_seconds=3,
+    idle_seconds=20,
     workers=(1, 2, 3, 4),
     rates=(300, 500, 700, 1000, 1500, 2000, 3000),
     ramp_seconds=4,
@@ -78,6 +80,7 @@ QUICK = Size(
     seconds=1,
     starts=1,
     settle_seconds=0.5,
+    idle_seconds=1,
     workers=(1, 2),
     rates=(300, 1500),
     ramp_seconds=1,
@@ -200,6 +203,16 @@ def measure_post(testbed: Testbed, size: Size) -> Figures:
         return alternate("POST", servers, size, load.POST_CONNECTIONS, "wrk_post.lua")
 
 
+def measure_consumer(testbed: Testbed, size: Size) -> Figures:
+    """Measure the consumer of payments."""
+    print_progress(f"consumer: {size.rounds} rounds ...")
+    figures = consumer.measure(testbed, size.rounds)
+    rate = f"{consumer.per_cpu_second(figures):,.0f} events per second of CPU"
+    share = f"{100 * consumer.share(figures):.0f} % of {consumer.CONCURRENCY} / latency"
+    print_progress(f"  {rate}, {share}")
+    return figures
+
+
 def measure_instructions(testbed: Testbed, peer: Peer | None) -> Figures:
     """Count the instructions of each route, of one client; return nothing without valgrind."""
     try:
@@ -230,7 +243,7 @@ def peer_target(peer: Peer) -> instructions.Target:
 
 
 def measure_idle(testbed: Testbed, peer: Peer | None, size: Size) -> Figures:
-    """Measure the seconds to the first 200, and the idle memory of one and of two workers."""
+    """Measure the seconds to the first 200, and memory and CPU of one and of two idle workers."""
     kinds: dict[str, Callable[[int], Server]] = {
         "bare": lambda workers: testbed.bare(workers=workers),
         "service": lambda workers: testbed.service("/health/live", workers),
@@ -247,16 +260,19 @@ def measure_idle(testbed: Testbed, peer: Peer | None, size: Size) -> Figures:
             with kind(workers) as server:
                 time.sleep(size.settle_seconds)
                 figures[name][f"memory_{workers}"] = server.memory()
+                if workers == 1:
+                    figures[name]["cpu_ms"] = server.worker_cpu_ms(size.idle_seconds)
         print_progress(f"{server.name}: {describe_idle(figures[name])}")
     return figures
 
 
 def describe_idle(figures: Figures) -> str:
-    """Return start and memory of one server as one line."""
+    """Return start, memory and CPU of one server as one line."""
     start = f"first 200 after {median(figures['start_seconds']):.2f} s"
     rss = f"idle worker {figures['memory_1']['worker_rss_mb']:.0f} MB RSS"
+    cpu = f"{figures['cpu_ms']:.1f} ms CPU per second"
     pss = figures["memory_2"].get("workers_pss_mb", float("nan"))
-    return f"{start}, {rss}, two workers {pss:.0f} MB PSS"
+    return f"{start}, {rss}, {cpu}, two workers {pss:.0f} MB PSS"
 
 
 def measure_workers(testbed: Testbed, payment: str, size: Size) -> Figures:
@@ -353,6 +369,8 @@ def measure(testbed: Testbed, size: Size) -> Figures:
         "machine": machine(testbed, peer, size),
         "small": measure_small(testbed, peer, size),
         "traces": measure_traces(testbed, size),
+        # Before others store payments: a new consumer group has all pending ones published again.
+        "consumer": measure_consumer(testbed, size),
         "query": measure_query(testbed, payment, size),
         "post": measure_post(testbed, size),
         "instructions": measure_instructions(testbed, peer),

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import plot
+from benchmarks import consumer, plot
 
 Figures = dict[str, Any]
 NAMES = {"bare": "bare FastAPI", "service": "this template"}
@@ -57,6 +57,8 @@ def summary(figures: Figures) -> str:
         *plain_rows(figures, list(names)),
         *load_rows(figures, "post", "POST of a payment", list(names)),
         *route_rows(figures, list(names)),
+        *consumer_rows(figures, list(names)),
+        *idle_cpu_rows([figures["idle"][name] for name in names]),
         *idle_rows([figures["idle"][name] for name in names]),
     ]
     return table(["", *names.values()], rows)
@@ -114,6 +116,21 @@ def route_rows(figures: Figures, names: list[str]) -> list[list[str]]:
     return [["the last of 100 routes: instructions, the first = 1", *cells]]
 
 
+def consumer_rows(figures: Figures, names: list[str]) -> list[list[str]]:
+    """Return the rows of the consumer, which only the service has."""
+    if "consumer" not in figures:
+        return []
+    measured = figures["consumer"]
+    found = {
+        "consumer: events per second of CPU": shown(consumer.per_cpu_second(measured)),
+        "consumer: share of concurrency / latency": f"{100 * consumer.share(measured):.0f} %",
+    }
+    return [
+        [title, *(value if name == "service" else NOTHING for name in names)]
+        for title, value in found.items()
+    ]
+
+
 def instructions(figures: Figures, name: str, route: str) -> float | None:
     """Return the instructions of one server's route in thousands, None if it has no such route."""
     count: float | None = figures["instructions"].get(name, {}).get(route)
@@ -134,6 +151,14 @@ def idle_rows(idle: list[Figures]) -> list[list[str]]:
         ["their metrics process, PSS", *(shown(value, 0, "MB") for value in metrics)],
         ["start to the first 200", *(shown(seconds, 2, "s") for seconds in starts)],
     ]
+
+
+def idle_cpu_rows(idle: list[Figures]) -> list[list[str]]:
+    """Return the row of the CPU of an idle worker, none if it was not measured."""
+    cpu = [figures.get("cpu_ms") for figures in idle]
+    if not any(cpu):
+        return []
+    return [["idle worker, CPU per second", *(shown(each, 1, "ms") for each in cpu)]]
 
 
 def megabytes(memory: Figures, key: str) -> str:
@@ -237,6 +262,7 @@ def comparison(figures: Figures) -> str:
         f"{summary(figures)}\n"
         "- CPU is user and system time of all processes of a server, including exited ones.\n"
         f"{instructions_note(figures)}"
+        f"{consumer_note(figures)}"
         "- Bare FastAPI runs on the stock gunicorn and uvicorn worker, without access log and "
         f"metrics. It returns the same response, and its pool has the same size ({pool_size}).\n"
         "- This template runs with its defaults: JSON access lines into a pipe that "
@@ -256,6 +282,19 @@ def instructions_note(figures: Figures) -> str:
         "The kernel's are not in them.\n"
         f"- A POST stores a payment with key and event, from {connections} connections. Bare "
         "FastAPI runs the same statement, and has no rate limit and no relay of events.\n"
+    )
+
+
+def consumer_note(figures: Figures) -> str:
+    """Return the line about the consumer."""
+    if "consumer" not in figures:
+        return ""
+    milliseconds = consumer.LATENCY_SECONDS * 1000
+    return (
+        "- The consumer charges and settles payments. Its CPU is that with a gateway that responds "
+        f"at once; its share is that of the {consumer.CONCURRENCY / consumer.LATENCY_SECONDS:g} "
+        f"events a second that {consumer.CONCURRENCY} charges at once can be, at "
+        f"{milliseconds:g} ms each.\n"
     )
 
 

@@ -168,10 +168,23 @@ class Server:
                 total += times.user + times.system
         return total
 
+    def workers(self) -> list[psutil.Process]:
+        """Return the processes that serve."""
+        _, *others = self.processes()
+        return [process for process in others if listens(process, self.port)]
+
+    def worker_cpu_ms(self, seconds: float) -> float:
+        """Return the milliseconds of CPU that its only worker uses per second, over some time."""
+        (worker,) = self.workers()
+        before = worker.cpu_times()
+        time.sleep(seconds)
+        after = worker.cpu_times()
+        return (after.user + after.system - before.user - before.system) * 1000 / seconds
+
     def memory(self) -> dict[str, float]:
         """Return megabytes: RSS of a worker; PSS of workers, master and metrics process."""
         master, *others = self.processes()
-        workers = [process for process in others if listens(process, self.port)]
+        workers = self.workers()
         metrics = [process for process in others if process not in workers]
         largest = max(worker.memory_info().rss for worker in workers)
         used = {"worker_rss_mb": largest / MEGABYTE}

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import BenchError, load, report
+from benchmarks import BenchError, consumer, load, report
 from benchmarks.servers import Server
 from scripts.ports import eventually, free_port
 from tests.conftest import ROOT, missing
@@ -60,6 +60,21 @@ def test_readme_and_results_show_the_figures_of_one_run() -> None:
     found = report.BLOCK.search((ROOT / "README.md").read_text())
     assert found
     assert found.group() == report.block(figures)
+
+
+def test_results_show_the_consumer_and_the_cpu_of_an_idle_worker() -> None:
+    figures = json.loads((RESULTS / "results.json").read_text())
+    figures["consumer"] = {
+        "at_once": {"per_second": [900.0], "cpu_us": [800.0]},
+        "slow": {"per_second": [144.0], "cpu_us": [1000.0]},
+    }
+    for name, milliseconds in {"bare": 2.5, "service": 1.2}.items():
+        figures["idle"][name]["cpu_ms"] = milliseconds
+    text = report.document(figures)
+    rows = [line.split(" | ")[:3] for line in text.splitlines() if line.startswith("| ")]
+    assert ["| consumer: events per second of CPU", report.NOTHING, "1,250"] in rows
+    assert ["| consumer: share of concurrency / latency", report.NOTHING, "90 %"] in rows
+    assert ["| idle worker, CPU per second", "2.5 ms", "1.2 ms"] in rows
 
 
 def test_missing_wrk_is_reported_in_one_line(tmp_path: Path) -> None:
@@ -114,6 +129,9 @@ def test_a_quick_run_measures_everything_and_overwrites_nothing() -> None:
             assert set(figures[part]) == {"bare", "service"}
         assert set(figures["query"]) == {"bare", "service", "plain"}
         assert set(figures["traces"]) == {"off", "10", "100"}
+        assert 0 < consumer.share(figures["consumer"]) <= 1
+        assert consumer.per_cpu_second(figures["consumer"]) > 0
+        assert set(figures["idle"]["service"]) >= {"cpu_ms", "memory_1", "memory_2"}
         assert {"results.svg", "results.png"} <= {path.name for path in directory.iterdir()}
     finally:
         shutil.rmtree(directory)

@@ -36,8 +36,10 @@ WINDOW_BYTES = 1 << 16
 #: Time limit for each response: a constant, and the time that a slow link needs for a window.
 RESPONSE_SECONDS = 1.0
 LINK_BYTES_PER_SECOND = 1 << 16
-#: Interval at which a relay looks for events of other processes.
+#: Interval at which a relay looks for events of other processes. It doubles up to the maximum while
+#: there are none.
 POLL_SECONDS = 1.0
+MAX_POLL_SECONDS = 4.0
 #: Minimum pause after a batch that was not whole, so that many commits share the next one.
 GATHER_SECONDS = 0.05
 #: The pause after an error starts at this, and doubles up to the maximum.
@@ -116,10 +118,12 @@ async def relay(
 
     Set `committed` after each commit of an event in this process: the relay publishes it at once,
     or within `GATHER_SECONDS` of the last batch. Those of other processes wait for up to
-    `POLL_SECONDS`. Any number of relays may run. Streams keep about `max_length` events.
+    `POLL_SECONDS`, in an idle process for up to `MAX_POLL_SECONDS`. Any number of relays may run.
+    Streams keep about `max_length` events.
     """
     state = StateLog(logger, "outbox publishing paused", "outbox publishing resumed")
     backoff_seconds = MIN_PAUSE_SECONDS
+    poll_seconds = POLL_SECONDS
     committed = committed or asyncio.Event()
     async with redis.unhurried() as unhurried:
         publisher = Publisher(database, unhurried, max_length)
@@ -140,7 +144,7 @@ async def relay(
                 state.succeeded()
                 backoff_seconds = MIN_PAUSE_SECONDS
                 if not publisher.has_more:
-                    await _pause(published, committed)
+                    poll_seconds = await _pause(published, committed, poll_seconds)
 
 
 async def _publish_waiting(publisher: "Publisher", redis: RedisClient) -> int:
@@ -154,13 +158,16 @@ async def _publish_waiting(publisher: "Publisher", redis: RedisClient) -> int:
     return await publisher.publish()
 
 
-async def _pause(published: int, committed: asyncio.Event) -> None:
-    """Wait for the next commit in this process, or for the time to look for other events."""
+async def _pause(published: int, committed: asyncio.Event, seconds: float) -> float:
+    """Wait for the next commit in this process, at most `seconds`; return the next limit."""
     if published:
         await asyncio.sleep(GATHER_SECONDS)
+        seconds = POLL_SECONDS
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(POLL_SECONDS):
+        async with asyncio.timeout(seconds):
             await committed.wait()
+            return POLL_SECONDS
+    return min(2 * seconds, MAX_POLL_SECONDS)
 
 
 class Publisher:

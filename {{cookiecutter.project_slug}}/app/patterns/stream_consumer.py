@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import contextvars
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -17,8 +19,11 @@ from app.tasks import StateLog, background_task, describe, run_to_completion
 BEAT_SECONDS = 1.0
 #: Pause after a read that has found no message.
 POLL_SECONDS = 0.1
-#: Maximum wait of a free place for further ones, so that a read fetches several messages.
-GATHER_SECONDS = 0.002
+#: Messages are read ahead that are likely to start within this time: no place waits for a read, and
+#: no message waits here for long while another consumer has a free place.
+AHEAD_SECONDS = 0.03
+#: The weight of a message's duration in the average.
+DURATION_WEIGHT = 1 / 8
 #: Pause after a read that has failed.
 PAUSE_SECONDS = 1.0
 #: Time limit for a cancelled message to end.
@@ -32,6 +37,8 @@ _LAG = Gauge(
     "stream_lag_seconds", "Age of the oldest message that is unread or pending.", ["stream"]
 )
 IsReady = Callable[[], Awaitable[bool]]
+#: Returns up to a number of messages.
+Source = Callable[[int], Awaitable[list[Message]]]
 logger = logging.getLogger("app.stream")
 
 
@@ -51,20 +58,27 @@ class StreamConsumer:
         self.group = handler.group
         self.concurrency = concurrency
         self.is_stopping = False
-        #: Messages in progress, by entry.
+        #: Messages that are being handled, each in a place.
+        self.handling = 0
+        #: Messages in progress, by entry: those, and those that are being acknowledged.
         self.in_progress: dict[bytes, asyncio.Task[None]] = {}
-        #: Set while at least half of the places are free.
-        self.is_half_free = asyncio.Event()
-        self.sources = [self.group.read, self.group.reclaim]
+        #: Messages read ahead, by entry; the first one starts first.
+        self.waiting: dict[bytes, Message] = {}
+        #: The average duration of a message: a second until that is known.
+        self.average_seconds = 1.0
+        #: Set while a read is worth it.
+        self.has_room = asyncio.Event()
+        self.sources: list[Source] = [self.group.read, self.group.reclaim]
 
     async def run(self, grace_seconds: float) -> None:
         """Consume until stopped, then finish the messages in progress.
 
         Time limit for these: `grace_seconds`. Messages that take longer are cancelled, and left to
-        other consumers.
+        other consumers, as are those that have not started.
         """
         async with self.group.reader, background_task(self._heartbeat()):
             await self._consume()
+            await self._give_back()
             await self._finish(grace_seconds)
 
     async def _consume(self) -> None:
@@ -80,69 +94,93 @@ class StreamConsumer:
                 state.succeeded()
 
     async def _fill(self) -> None:
-        """Start messages, then pause. Create the group if Redis does not have it."""
+        """Read and start messages, then pause. Create the group if Redis does not have it."""
         if self.is_ready and not await self.is_ready():
             msg = "this process is not ready"
             raise NotReadyError(msg)
         try:
-            started = await self._start_messages()
+            found = await self._read()
         except ResponseError as error:
             if not str(error).startswith("NOGROUP"):
                 raise
             await self.handler.on_group_missing()
             await self.group.create()
         else:
-            await self._pause(started)
+            await self._pause(found)
 
-    async def _start_messages(self) -> int:
-        """Start as many messages as there is room for; return how many."""
-        started = 0
+    async def _read(self) -> int:
+        """Read as many messages as there is room for; return how many."""
+        found = 0
         # New and idle messages take turns, so that neither waits until the other has no more.
         self.sources.reverse()
         for source in self.sources:
-            room = self.concurrency - len(self.in_progress)
+            room = self._room()
             if room > 0:
                 messages = await source(room)
-                started += self._start(messages)
-        return started
+                found += self._receive(messages)
+        return found
 
-    def _start(self, messages: list[Message]) -> int:
-        """Start those that are not in progress already; return how many.
+    def _room(self) -> int:
+        """Return how many messages may be read: for free places, and ahead."""
+        return self.concurrency + self._ahead() - self.handling - len(self.waiting)
+
+    def _ahead(self) -> int:
+        """Return how many messages start within `AHEAD_SECONDS`, at most one for each place."""
+        expected = self.concurrency * AHEAD_SECONDS / self.average_seconds
+        return min(int(expected), self.concurrency)
+
+    def _receive(self, messages: list[Message]) -> int:
+        """Start messages, or let them wait for a place; return how many are new.
 
         A consumer reclaims its own messages when its heartbeat is late.
         """
-        new = [message for message in messages if message.entry not in self.in_progress]
-        for message in new:
-            task = asyncio.create_task(self.handler.serve(message))
+        known = self.in_progress.keys() | self.waiting.keys()
+        new = {each.entry: each for each in messages if each.entry not in known}
+        self.waiting |= new
+        self._start()
+        return len(new)
+
+    def _start(self) -> None:
+        """Start messages that wait, as long as there are free places."""
+        while self.waiting and self.handling < self.concurrency and not self.is_stopping:
+            message = self.waiting.pop(next(iter(self.waiting)))
+            self.handling += 1
+            release = partial(self._release, time.monotonic())
+            work = self.handler.serve(message, release)
+            # An empty context, and not that of the message whose place this is.
+            task = asyncio.create_task(work, context=contextvars.Context())
             self.in_progress[message.entry] = task
             task.add_done_callback(partial(self._forget, message.entry))
-        self._note_places()
-        return len(new)
+        # For half of those read ahead, so that a read fetches several messages.
+        if self._room() > self._ahead() // 2:
+            self.has_room.set()
+        else:
+            self.has_room.clear()
+
+    def _release(self, start: float) -> None:
+        """Give the place of a message that is handled to the next one."""
+        self.handling -= 1
+        seconds = time.monotonic() - start
+        self.average_seconds += (seconds - self.average_seconds) * DURATION_WEIGHT
+        self._start()
 
     def _forget(self, entry: bytes, _: asyncio.Task[None]) -> None:
         del self.in_progress[entry]
-        self._note_places()
 
-    def _note_places(self) -> None:
-        if 2 * len(self.in_progress) <= self.concurrency:
-            self.is_half_free.set()
-        else:
-            self.is_half_free.clear()
-
-    async def _pause(self, started: int) -> None:
-        """Wait for places if none is free, or for messages if none was found."""
-        if len(self.in_progress) == self.concurrency:
-            tasks = self.in_progress.values()
-            await asyncio.wait(tasks, timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            await self._gather_places()
-        elif started == 0:
+    async def _pause(self, found: int) -> None:
+        """Wait for room, or for messages if none was found."""
+        if self.has_room.is_set() and found == 0:
             await asyncio.sleep(POLL_SECONDS)
-
-    async def _gather_places(self) -> None:
-        """Wait until half of the places are free, but not long: one message may take seconds."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GATHER_SECONDS):
-                await self.is_half_free.wait()
+            async with asyncio.timeout(BEAT_SECONDS):
+                await self.has_room.wait()
+
+    async def _give_back(self) -> None:
+        """Let other consumers have the messages that have not started."""
+        entries = list(self.waiting)
+        self.waiting.clear()
+        with contextlib.suppress(RedisError, OSError):
+            await self.group.give_back(entries)
 
     async def _finish(self, grace_seconds: float) -> None:
         """Wait for the messages in progress, then cancel the rest and wait for these."""
@@ -160,7 +198,7 @@ class StreamConsumer:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             with contextlib.suppress(RedisError, OSError):
-                await run_to_completion(self.group.keep_alive(self.in_progress))
+                await run_to_completion(self.group.keep_alive([*self.in_progress, *self.waiting]))
                 waiting = await run_to_completion(self.group.waiting())
                 for state, number in waiting.messages.items():
                     _WAITING.labels(self.group.name, state).set(number)

@@ -9,7 +9,7 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis.exceptions import RedisError, ResponseError
@@ -127,12 +127,17 @@ class StreamGroup:
         self.failed_reads = max(0, self.failed_reads - 1)
         return found
 
-    async def keep_alive(self, entries: Iterable[bytes]) -> None:
-        """Reset the idle time of messages in progress: no other consumer claims them."""
-        in_progress = list(entries)
-        if in_progress:
+    async def keep_alive(self, entries: list[bytes]) -> None:
+        """Reset the idle time of messages that are handled here: no other consumer claims them."""
+        if entries:
+            await self.redis.xclaim(self.stream, self.group, self.group, 0, entries, justid=True)
+
+    async def give_back(self, entries: list[bytes]) -> None:
+        """Let another consumer reclaim messages at once."""
+        if entries:
+            idle_ms = int(RECLAIM_SECONDS * 1000)
             await self.redis.xclaim(
-                self.stream, self.group, self.group, 0, in_progress, justid=True
+                self.stream, self.group, self.group, 0, entries, idle=idle_ms, justid=True
             )
 
     async def acknowledge(self, message: Message) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Callable
 from enum import StrEnum
 
 import prometheus_client
@@ -71,18 +72,21 @@ class StreamHandler:
         Not called for a message that failed too often: it may succeed once a bug is fixed.
         """
 
-    async def serve(self, message: Message) -> None:
+    async def serve(self, message: Message, release: Callable[[], None]) -> None:
         """Handle a message, then acknowledge or dead-letter it, as a span of its trace.
 
-        Raises nothing but a cancellation.
+        Calls `release` in between: the next message can start. Raises nothing but a cancellation.
         """
         written = message.fields.get(b"traceparent", b"").decode(errors="replace")
         name = message.entry.decode()
         with tracing.handling("redis", self.group.name, name, written, self.group.group):
-            await self._serve(message, name)
+            try:
+                outcome, error = await self._attempt(message)
+            finally:
+                release()
+            await self._conclude(message, outcome, error)
 
-    async def _serve(self, message: Message, name: str) -> None:
-        outcome, error = await self._attempt(message)
+    async def _conclude(self, message: Message, outcome: Outcome, error: Exception | None) -> None:
         if error:
             tracing.mark_failed(error)
         try:
@@ -91,13 +95,12 @@ class StreamHandler:
                     await self.group.acknowledge(message)
                 case Outcome.DEAD_LETTERED:
                     await self._dead_letter(message, error)
-                case Outcome.LATER:
-                    await asyncio.sleep(LATER_SECONDS)
         except (UnavailableError, RedisError, OSError):
             outcome = Outcome.LATER  # it is redelivered, and found done
         except Exception:
             outcome = Outcome.FAILED
-            logger.exception("message %s cannot be concluded, will retry", name)
+            text = "message %s cannot be concluded, will retry"
+            logger.exception(text, message.entry.decode())
         if outcome in {Outcome.DONE, Outcome.DEAD_LETTERED}:
             self.failures.pop(message.entry, None)
         _HANDLED.labels(self.group.name, outcome).inc()
@@ -109,6 +112,7 @@ class StreamHandler:
         except PoisonError as error:
             return Outcome.DEAD_LETTERED, error
         except (RetryLaterError, UnavailableError, RedisError) as error:
+            await asyncio.sleep(LATER_SECONDS)
             return Outcome.LATER, error
         except Exception as error:
             logger.warning("message %s failed", message.entry.decode(), exc_info=error)

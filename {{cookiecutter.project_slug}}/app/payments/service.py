@@ -31,8 +31,10 @@ TOTALS_SECONDS = 10.0
 #: Approximate length of the stream. An event that is trimmed unread is republished while its
 #: payment is pending.
 MAX_EVENTS = 100_000
-#: Interval of the deletion of expired rows, and of the update of the outbox metrics.
-JOBS_SECONDS = 5.0
+#: Interval of the update of the outbox metrics.
+METRICS_SECONDS = 5.0
+#: Interval of the deletion of expired rows, which are hours old.
+DELETION_SECONDS = 30.0
 
 
 class Payments:
@@ -120,14 +122,11 @@ async def open_payments(settings: Settings, storage: Storage) -> AsyncIterator[P
     database = storage.database
     payments = Payments(settings, database, storage.redis)
     relay = outbox.relay(database, storage.redis, MAX_EVENTS, payments.committed)
-    jobs = run_periodically(
-        database,
-        JOBS_SECONDS,
-        outbox.update_metrics,
-        idempotency.delete_expired,
-        inbox.delete_expired,
+    metrics = run_periodically(database, METRICS_SECONDS, outbox.update_metrics)
+    deletion = run_periodically(
+        database, DELETION_SECONDS, idempotency.delete_expired, inbox.delete_expired
     )
-    async with background_task(relay), background_task(jobs):
+    async with background_task(relay), background_task(metrics), background_task(deletion):
         yield payments
 
 

@@ -42,8 +42,9 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         # app/web/middleware.py writes the access log and handles proxy headers.
         "access_log": False,
         "proxy_headers": False,
-        # By default timeout / 2, which kills a worker whose loop is blocked for only that long.
-        "timeout_notify": 1,
+        # With each tick. By default after timeout / 2, which kills a worker whose loop is blocked
+        # for only that long.
+        "timeout_notify": 0,
     }
 
     #: Whether another process, such as systemd, owns the listening sockets. The arbiter sets it.

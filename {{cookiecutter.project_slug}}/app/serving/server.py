@@ -41,8 +41,8 @@ POLL_SECONDS = 0.05
 WATCH_SECONDS = 0.2
 #: The event loop closes listeners and aborted connections in its next iteration.
 NEXT_ITERATION_SECONDS = 0.01
-#: uvicorn calls `on_tick` ten times a second.
-TICKS_PER_SECOND = 10
+#: Pause between two ticks. uvicorn's tenth of a second is most of what an idle worker costs.
+TICK_SECONDS = 1.0
 
 logger = logging.getLogger("app.server")
 
@@ -63,6 +63,8 @@ class ServiceServer(Server):
         self.quick_shutdown_requested_at = math.inf
         self.replacement_requested = False
         self.loop: Any = asyncio.get_running_loop()
+        #: Ends the pause before the next tick.
+        self.is_signaled = asyncio.Event()
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until signaled to stop.
@@ -81,6 +83,12 @@ class ServiceServer(Server):
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     def handle_exit(self, sig: int, frame: FrameType | None = None) -> None:
+        """Handle a signal: request a shutdown, and notice it at once."""
+        self._request_shutdown(sig)
+        # Python calls this between any two instructions.
+        self.loop.call_soon_threadsafe(self.is_signaled.set)
+
+    def _request_shutdown(self, sig: int) -> None:
         """Request a shutdown; with SIGINT or SIGQUIT a quick one, as in gunicorn.
 
         Only the first request counts: a signal to the process group arrives twice.
@@ -90,14 +98,25 @@ class ServiceServer(Server):
         if sig != signal.SIGTERM:
             self.quick_shutdown_requested_at = min(self.quick_shutdown_requested_at, now)
 
+    async def main_loop(self) -> None:
+        """Tick until it is time to stop: once a second, and at each signal."""
+        # 0 is a full second in uvicorn's count.
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._pause_seconds()):
+                    await self.is_signaled.wait()
+            self.is_signaled.clear()
+
+    def _pause_seconds(self) -> float:
+        return min(self._stop_at() - time.monotonic(), TICK_SECONDS)
+
     async def on_tick(self, counter: int) -> bool:
         """Enforce timeouts, request a replacement when due; return whether to stop."""
         self._notice_shutdown()
         self._request_replacement_when_due()
-        if counter % TICKS_PER_SECOND == 0:
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, HttpRequestProtocol | ServiceWebSocket):
-                    connection.enforce_timeouts()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, HttpRequestProtocol | ServiceWebSocket):
+                connection.enforce_timeouts()
         self.should_exit = time.monotonic() >= self._stop_at()
         return await super().on_tick(counter)
 
@@ -109,7 +128,7 @@ class ServiceServer(Server):
         is_orphan = os.getppid() != self.worker.ppid
         if shared_flags.is_draining() or is_orphan:
             is_quick = shared_flags.is_quick_shutdown()
-            self.handle_exit(signal.SIGQUIT if is_quick else signal.SIGTERM)
+            self._request_shutdown(signal.SIGQUIT if is_quick else signal.SIGTERM)
 
     def _request_replacement_when_due(self) -> None:
         """Request a replacement once `MAX_REQUESTS` requests are served."""
@@ -234,7 +253,7 @@ class ServiceServer(Server):
         while True:
             self.worker.notify()
             if shared_flags.is_quick_shutdown():
-                self.handle_exit(signal.SIGQUIT)
+                self._request_shutdown(signal.SIGQUIT)
             self.lifecycle.closing_deadline = self._deadline()
             if time.monotonic() > self._quick_deadline():
                 self._abort_everything()

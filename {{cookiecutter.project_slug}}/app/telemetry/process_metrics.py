@@ -5,7 +5,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Collection
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +19,12 @@ POOL = "db_client_connection_pool_name"
 STATE = "db_client_connection_state"
 DEPENDENCIES = ("postgres", "redis")
 UPDATE_SECONDS = 1.0
-#: Any block of the event loop that is longer than this is seen.
-TICK_SECONDS = 0.1
-TICKS = round(UPDATE_SECONDS / TICK_SECONDS)
+#: Measurements of the event loop's delay in this time. Any block that is longer than the pause
+#: between two is seen. Each wakes an idle process, which costs 0.1 ms.
+TICKS = 10
+IDLE_TICKS = 5
+#: A process that computes for less than this in `UPDATE_SECONDS` is idle.
+IDLE_CPU_SECONDS = 0.02
 #: Seconds: a millisecond is nothing, a tenth of a second is felt.
 DELAY_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -63,6 +67,9 @@ class ProcessMetrics:
     def __init__(self, registry: CollectorRegistry, required: Collection[str]) -> None:
         """`required`: the dependencies without which the process is not ready."""
         self.registry = registry
+        #: The values that were written last: each write is a system call.
+        self.written: dict[Gauge, float] = {}
+        self.process_seconds = time.process_time()
         text = "Delay of the event loop: the time for which a timer that is due waits."
         self.delay = Histogram(
             "worker_event_loop_delay_seconds", text, buckets=DELAY_BUCKETS, registry=registry
@@ -97,14 +104,15 @@ class ProcessMetrics:
             if replica is not None:
                 self._set_sizes("replica", replica.pool)
             retry_writes()
-            for _ in range(TICKS):
-                await self._measure_delay()
+            ticks = IDLE_TICKS if self._is_idle() else TICKS
+            pause = UPDATE_SECONDS / ticks
+            observe_all(self.delay, [await _measure_delay(pause) for _ in range(ticks)])
 
-    async def _measure_delay(self) -> None:
-        # By this clock, since uvloop's counts milliseconds.
-        due = time.perf_counter() + TICK_SECONDS
-        await asyncio.sleep(TICK_SECONDS)
-        self.delay.observe(max(time.perf_counter() - due, 0))
+    def _is_idle(self) -> bool:
+        """Return whether this process has computed little since the last call."""
+        before = self.process_seconds
+        self.process_seconds = time.process_time()
+        return self.process_seconds - before < IDLE_CPU_SECONDS
 
     def update(self, database: Waiting, redis: ConnectionPool | None) -> None:
         """Read the state of the pools."""
@@ -112,18 +120,41 @@ class ProcessMetrics:
         if redis is not None:
             (idle, _), (used, _) = redis.get_connection_count()
             self._set_pool("redis", idle, used, redis.max_connections)
-        self.pending.labels("postgres").set(database.pending)
-        self.timeouts.inc(database.acquire_timeouts - self.counted_timeouts)
-        self.counted_timeouts = database.acquire_timeouts
+        self.set(self.pending.labels("postgres"), database.pending)
+        if database.acquire_timeouts > self.counted_timeouts:
+            self.timeouts.inc(database.acquire_timeouts - self.counted_timeouts)
+            self.counted_timeouts = database.acquire_timeouts
 
     def _set_sizes(self, name: str, pool: Sized) -> None:
         idle = pool.get_idle_size()
         self._set_pool(name, idle, pool.get_size() - idle, pool.get_max_size())
 
     def _set_pool(self, name: str, idle: int, used: int, maximum: int) -> None:
-        self.connections.labels(name, "idle").set(idle)
-        self.connections.labels(name, "used").set(used)
-        self.max_connections.labels(name).set(maximum)
+        self.set(self.connections.labels(name, "idle"), idle)
+        self.set(self.connections.labels(name, "used"), used)
+        self.set(self.max_connections.labels(name), maximum)
+
+    def set(self, gauge: Gauge, value: float) -> None:
+        """Set a gauge if its value has changed."""
+        if self.written.get(gauge) != value:
+            self.written[gauge] = value
+            gauge.set(value)
+
+
+async def _measure_delay(seconds: float) -> float:
+    """Return for how long a timer waits that is due in `seconds`."""
+    # By this clock, since uvloop's counts milliseconds.
+    due = time.perf_counter() + seconds
+    await asyncio.sleep(seconds)
+    return max(time.perf_counter() - due, 0)
+
+
+def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
+    """Observe values, with one write for each bucket: no public method observes many at once."""
+    histogram._sum.inc(sum(values))
+    buckets = [bisect_left(histogram._upper_bounds, value) for value in values]
+    for bucket in set(buckets):
+        histogram._buckets[bucket].inc(buckets.count(bucket))
 
 
 class WorkerMetrics(ProcessMetrics):
@@ -145,7 +176,7 @@ class WorkerMetrics(ProcessMetrics):
     def update(self, database: Waiting, redis: ConnectionPool | None) -> None:
         """Read the CPU time and the memory of this process, and the state of its pools."""
         super().update(database, redis)
-        self.memory.set(_resident_bytes())
+        self.set(self.memory, _resident_bytes())
         # Without that of child processes
         now = os.times()[:2]
         for counter, before, seconds in zip(self.cpu, self.cpu_seconds, now, strict=True):

@@ -6,6 +6,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -352,6 +353,33 @@ async def test_idle_relay_asks_only_whether_there_are_events(
             ids = await add_events(connection)
         await until_published(client, ids)
     assert sum(published) == 1
+
+
+async def test_relay_looks_less_often_while_there_are_no_events(
+    database: Database, client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look wakes an idle process. A commit in this process makes the pauses short again."""
+    looks = 0
+    publish_waiting = outbox._publish_waiting
+
+    async def counted(*arguments: Any) -> int:
+        nonlocal looks
+        looks += 1
+        return await publish_waiting(*arguments)
+
+    monkeypatch.setattr(outbox, "_publish_waiting", counted)
+    monkeypatch.setattr(outbox, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(outbox, "MAX_POLL_SECONDS", 60.0)
+    committed = asyncio.Event()
+    async with relaying(database, client, committed), database.acquire() as connection:
+        await asyncio.sleep(0.5)
+        # 0.01 s, 0.02 s, 0.04 s and so on
+        assert 2 < looks < 8
+        ids = await add_events(connection)
+        committed.set()
+        await until_published(client, ids)
+        before = looks
+        await eventually(lambda: looks >= before + 3)
 
 
 async def test_many_commits_share_batches(

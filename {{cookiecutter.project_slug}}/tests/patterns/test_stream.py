@@ -298,6 +298,72 @@ async def test_shutdown_finishes_messages_within_the_grace_period(client: RedisC
         await eventually(lambda: other.seen.keys() == {"long", "later"})
 
 
+async def test_message_that_would_wait_is_left_to_other_consumers(client: RedisClient) -> None:
+    """Nothing is read ahead while messages take long: here a place is free only after the other."""
+    is_done = asyncio.Event()
+
+    async def wait(_: Message) -> None:
+        await is_done.wait()
+
+    busy = Handler(client, wait)
+    other = Handler(client)
+    await send(client, "1", "2", "3", "4")
+    async with consuming(busy, 2):
+        await eventually(lambda: busy.running == 2)
+        async with consuming(other, 2):
+            await eventually(lambda: other.seen == {"3": 1, "4": 1})
+        is_done.set()
+
+
+async def test_messages_that_are_read_ahead_start_without_a_read(
+    client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They fill each free place at once, in their order."""
+    monkeypatch.setattr(stream_consumer, "AHEAD_SECONDS", 60.0)
+    reads = 0
+    handler = Handler(client)
+    await send(client, *map(str, range(40)))
+    async with consuming(handler, 4) as consumer:
+        read = consumer.group.read
+
+        async def counted(room: int) -> list[Message]:
+            nonlocal reads
+            messages = await read(room)
+            reads += bool(messages)
+            return messages
+
+        consumer.sources = [counted]
+        await eventually(lambda: len(handler.seen) == 40)
+    assert list(handler.seen) == [str(number) for number in range(40)]
+    assert handler.max_running == 4
+    # The first one reads 8: for 4 places, and 4 ahead. The next ones are due when 2 have started.
+    assert reads <= 1 + 32 / 3
+
+
+async def test_shutdown_gives_back_messages_that_have_not_started(
+    client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another consumer has them at once, and not after `RECLAIM_SECONDS`."""
+    monkeypatch.setattr(stream_consumer, "AHEAD_SECONDS", 60.0)
+    is_done = asyncio.Event()
+
+    async def wait(_: Message) -> None:
+        await is_done.wait()
+
+    first = Handler(client, wait)
+    other = Handler(client)
+    await send(client, "1", "2", "3", "4")
+    async with consuming(first, 2) as consumer:
+        await eventually(lambda: len(consumer.waiting) == 2)
+        assert await pending(client) == 4
+        consumer.is_stopping = True
+        async with consuming(other):
+            await eventually(lambda: other.seen == {"3": 1, "4": 1})
+        is_done.set()
+    assert first.seen == {"1": 1, "2": 1}
+    assert await pending(client) == 0
+
+
 @pytest.mark.usefixtures("reclaiming")
 async def test_hung_redis_is_logged_once_and_loses_no_message(
     client: RedisClient,

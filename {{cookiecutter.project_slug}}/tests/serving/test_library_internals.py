@@ -76,7 +76,8 @@ REVIEWED: dict[Function, tuple[str, str]] = {
         "it calls startup, on_tick and shutdown, which server.py replaces",
         "4575b7a50adf",
     ),
-    Server.on_tick: ("server.py decides before it", "60ea49b06ccf"),
+    Server.main_loop: ("server.py replaces it", "afccb353a119"),
+    Server.on_tick: ("server.py decides before it, once a second", "60ea49b06ccf"),
     Server.shutdown: (
         "server.py retires before it, and bounds it by timeout_graceful_shutdown",
         "9b33c5056299",
@@ -131,7 +132,10 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     ServerProtocol.accept: ("websocket_protocol.py negotiates with it", "cd815e1b95a6"),
     WebSocketsSansIOProtocol.shutdown: ("it closes with 1012", "e8ace796ada6"),
     # prometheus_client
-    Histogram.observe: ("http_metrics.py adds to its sum and buckets", "38beca3be1d1"),
+    Histogram.observe: (
+        "http_metrics.py and process_metrics.py add to its sum and buckets",
+        "38beca3be1d1",
+    ),
     MultiProcessCollector._read_metrics: ("multiprocess.py reads files as it does", "c8d3db164cc9"),
     MultiProcessCollector._accumulate_metrics: ("multiprocess.py merges with it", "a7834784c48c"),
     MultiProcessValue: (

@@ -8,8 +8,10 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from app.settings import Settings
@@ -43,6 +45,12 @@ def value(scrape: str, name: str, **labels: str) -> float:
     labels_and_value = r"(?:\{(.*)\})? (\S+)$"
     lines = re.findall(f"^{name}{labels_and_value}", scrape, re.MULTILINE)
     return sum(float(number) for found, number in lines if all(each in found for each in expected))
+
+
+def running_workers(scrape: str) -> list[int]:
+    """Return the pids of the workers."""
+    found = re.findall(r'worker_resident_memory_bytes{pid="(\d+)"}', scrape)
+    return sorted(map(int, found))
 
 
 def exits(scrape: str) -> dict[str, float]:
@@ -111,22 +119,30 @@ def test_blocked_event_loop_is_in_the_histogram(urls: dict[str, str]) -> None:
         eventually(lambda: cpu_seconds() > cpu_before + 0.2)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the context switches of Linux")
+def test_idle_worker_wakes_up_rarely(service: Service) -> None:
+    """Each wake-up costs 0.1 to 0.2 ms of CPU, which is most of what an idle worker costs."""
+    time.sleep(2)  # the requests of other tests
+    workers = [psutil.Process(pid) for pid in running_workers(service.metrics())]
+    before = sum(each.num_ctx_switches().voluntary for each in workers)
+    start = time.monotonic()
+    time.sleep(4)
+    wake_ups = sum(each.num_ctx_switches().voluntary for each in workers) - before
+    assert wake_ups / len(workers) / (time.monotonic() - start) < 14
+
+
 def test_exits_of_workers_are_counted_by_reason(urls: dict[str, str]) -> None:
     """Each kind of exit once; CPU time of the exited workers is kept."""
 
-    def running(scrape: str) -> list[int]:
-        found = re.findall(r'worker_resident_memory_bytes{pid="(\d+)"}', scrape)
-        return sorted(map(int, found))
-
     def signal_one(number: signal.Signals) -> None:
-        os.kill(running(service.metrics())[0], number)
+        os.kill(running_workers(service.metrics())[0], number)
 
     def count(reason: str, number: int = 1) -> None:
         expected[reason] += number
 
         def is_counted() -> bool:
             scrape = service.metrics()
-            return exits(scrape) == expected and len(running(scrape)) == 2
+            return exits(scrape) == expected and len(running_workers(scrape)) == 2
 
         eventually(is_counted)
 
