@@ -30,8 +30,8 @@ COMPUTE_SECONDS = 0.02
 PROCESSES = (1, 2, 4)
 CONCURRENCY = (1, 8, 32)
 #: The time of a point of the grid if nothing else runs, and its limit.
-POINT_SECONDS = 1.5
-LIMIT_SECONDS = 3.0
+POINT_SECONDS = 1.2
+LIMIT_SECONDS = 2.5
 #: The best point handles at least this number of times the messages of the consumer. It is 5 if
 #: nothing else runs. On a busy machine the CPUs are the limit of both.
 LEAST_RATIO = 1.3
