@@ -34,7 +34,7 @@ POINT_SECONDS = 1.2
 LIMIT_SECONDS = 2.5
 #: The best point handles at least this number of times the messages of the consumer. It is 5 if
 #: nothing else runs. On a busy machine the CPUs are the limit of both.
-LEAST_RATIO = 1.3
+LEAST_RATIO = 1.1
 _TABLES = """
     create table lab_messages (
         number integer primary key,
