@@ -32,7 +32,7 @@ auth/                the caller of a request, by its bearer token
 web/                 around every request
     application.py  middleware.py  limits.py  headers.py  proxies.py  threads.py
     problems.py  health.py  routes.py  cors.py  head.py  sse.py  body_limit.py
-    directory.py  quick_route.py
+    directory.py  quick_route.py  document.py
 outbound/            calls of other services
     http_client.py  circuit_breaker.py  client_credentials.py
 storage/             Postgres and Redis

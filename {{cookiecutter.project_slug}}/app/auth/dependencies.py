@@ -20,6 +20,7 @@ from starlette.requests import HTTPConnection
 from app.auth import principal as principals
 from app.auth.authenticator import Authenticator
 from app.auth.errors import InsufficientScopeError
+from app.web.document import SCHEME
 
 _SCOPE = re.compile(r"[!#-\[\]-~]+")
 
@@ -32,7 +33,7 @@ class Authenticated(SecurityBase):
 
     def __init__(self, *scopes: str) -> None:
         self.model = HTTPBearer(bearerFormat="JWT")
-        self.scheme_name = "bearer"
+        self.scheme_name = SCHEME
         self.scopes = frozenset(scopes)
 
     async def __call__(self, connection: HTTPConnection) -> principals.Principal:

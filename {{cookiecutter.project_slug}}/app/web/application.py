@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.web import cors, problems
 from app.web.directory import Directory
+from app.web.document import describe_authentication
 from app.web.middleware import RequestMiddleware
 
 #: FastAPI's own telemetry. What is enabled is looked up per request.
@@ -37,6 +38,15 @@ class Service(FastAPI):
         """Include a router. The first is that of the probes, for which kubelet sends no token."""
         super().include_router(router, **options)
         self.router.dependencies = self.mandatory_dependencies
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the API document."""
+        is_new = self.openapi_schema is None
+        document = super().openapi()
+        if is_new:
+            is_on = self.state.settings.auth_issuer is not None
+            describe_authentication(document, is_on)
+        return document
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or the lifespan: ASGI."""

@@ -268,6 +268,7 @@ def test_document_has_the_security_scheme(service: Service, provider: Provider) 
     assert sorted(required[0]["bearer"]) == ["orders:read", "orders:write"]
     assert document["paths"]["/mine"]["get"]["security"] == [{"bearer": []}]
     assert "security" not in document["paths"]["/health/live"]["get"]
+    assert document["paths"]["/mine"]["get"]["responses"].keys() >= {"400", "401", "403", "503"}
 
 
 def test_principal_is_in_log_lines_hashed(service: Service, provider: Provider) -> None:

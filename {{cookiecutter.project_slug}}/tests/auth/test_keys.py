@@ -59,6 +59,13 @@ async def test_without_an_issuer_everybody_may_do_everything(settings: Settings)
         assert response.status_code == 200
 
 
+def test_document_without_an_issuer_has_no_security_scheme(settings: Settings) -> None:
+    """Clients that trust it would send tokens in vain."""
+    document = create(settings).app.openapi()
+    assert "securitySchemes" not in document["components"]
+    assert "security" not in document["paths"]["/orders"]["get"]
+
+
 async def test_keys_are_fetched_once_for_all_that_wait(
     provider: Provider, source: keys.KeySource
 ) -> None:
