@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from app.settings import Settings
 from app.storage.postgres import Database
 from scripts import dev_services
+from tests import default_token
 from tests.databases import TEMPLATE, copy_database, drop_database
 from tests.run_jobs import RunJobs  # jobs
 from tests.service_process import DEADLINE_SECONDS, Service, serving
@@ -27,7 +28,7 @@ for name in Settings.model_fields:
     os.environ.pop(name.upper(), None)
 
 # It reads the settings when it is imported.
-from app.main import create_app
+from app.main import app, create_app
 
 PROJECT = Path(__file__).parent.parent
 #: For the names of databases.
@@ -76,6 +77,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def anyio_backend() -> str:
     """The event loop of asynchronous tests and fixtures: asyncio's own."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _default_token() -> Iterator[None]:
+    """Have the clients of tests send a token, if the application asks each caller for one."""
+    with default_token.sending(app):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +141,7 @@ def settings(request: pytest.FixtureRequest, redis: dev_services.Redis) -> Setti
     is_clean = "clean_database" in request.fixturenames
     url = request.getfixturevalue("clean_database" if is_clean else "database_url")
     own = {"redis_key_prefix": urlsplit(url).path.strip("/")} if is_clean else {}
-    return Settings(
+    found = Settings(
         **own,
         database_url=SecretStr(url),
         redis_url=SecretStr(redis.url),
@@ -143,6 +151,8 @@ def settings(request: pytest.FixtureRequest, redis: dev_services.Redis) -> Setti
         database_acquire_timeout_seconds=10,
         database_command_timeout_seconds=DEADLINE_SECONDS,
     )
+    trusted = {name.lower(): value for name, value in default_token.settings.items()}
+    return found.model_copy(update=trusted)
 
 
 class InProcess:
@@ -169,7 +179,8 @@ class InProcess:
 @pytest.fixture
 async def client(settings: Settings) -> AsyncIterator[Client]:
     """A client of the application, in this process."""
-    async with InProcess(create_app(settings)) as client:
+    mandatory = app.mandatory_dependencies
+    async with InProcess(create_app(settings, dependencies=mandatory)) as client:
         yield client
 
 

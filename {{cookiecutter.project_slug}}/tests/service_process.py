@@ -20,6 +20,7 @@ from websockets.sync.connection import Connection
 
 from app.settings import Settings
 from scripts.dev_services import free_port
+from tests import default_token
 from tests.streams import Event, parse_events
 
 PROJECT = Path(__file__).parent.parent
@@ -120,7 +121,7 @@ class Service(Running):
         self.process = subprocess.Popen(
             command,
             cwd=PROJECT,
-            env=os.environ | defaults | settings,
+            env=os.environ | defaults | default_token.settings | settings,
             stdout=self.output,
             stderr=subprocess.STDOUT,
         )
@@ -128,7 +129,7 @@ class Service(Running):
         # idle connections: with threads, httpx can close one while it gives it to a request.
         self.http = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}",
-            headers={"Connection": "close"},
+            headers={"Connection": "close", **default_token.headers},
             timeout=DEADLINE_SECONDS,
         )
 
@@ -146,7 +147,8 @@ class Service(Running):
     def websocket(self, path: str, **headers: str) -> Connection:
         """Open a WebSocket, a context manager with `send` and `recv`."""
         url = f"ws://127.0.0.1:{self.port}{path}"
-        return connect(url, additional_headers=headers, open_timeout=DEADLINE_SECONDS)
+        all_headers = default_token.headers | headers
+        return connect(url, additional_headers=all_headers, open_timeout=DEADLINE_SECONDS)
 
     def metrics(self, strip_prefix: bool = True) -> str:
         """Scrape the metrics; without the prefix that is the default of `METRICS_PREFIX`."""

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 import httpx
 from starlette.types import ASGIApp, Message, Scope
 
+from tests import default_token
+
 #: Time limit for the application to send, or to end once its client has left.
 SECONDS = 10.0
 
@@ -110,7 +112,11 @@ class Client(httpx.AsyncClient):
     """A client of an application in this process, with its event streams and WebSockets."""
 
     def __init__(self, app: ASGIApp) -> None:
-        super().__init__(transport=httpx.ASGITransport(app), base_url="http://test")
+        super().__init__(
+            transport=httpx.ASGITransport(app),
+            base_url="http://test",
+            headers=default_token.headers,
+        )
         self.application = app
 
     @contextlib.asynccontextmanager

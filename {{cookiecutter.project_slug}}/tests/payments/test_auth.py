@@ -30,7 +30,11 @@ def provider() -> Iterator[Provider]:
 
 @pytest.fixture
 async def client(settings: Settings, provider: Provider) -> AsyncIterator[Client]:
-    trust = {"auth_issuer": provider.issuer, "auth_audience": AUDIENCE}
+    trust = {
+        "auth_issuer": provider.issuer,
+        "auth_audience": AUDIENCE,
+        "auth_jwks_url": provider.jwks_url,
+    }
     async with InProcess(create_app(settings.model_copy(update=trust))) as client:
         yield client
 

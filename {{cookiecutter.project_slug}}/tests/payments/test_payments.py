@@ -22,6 +22,7 @@ from app.settings import Settings
 from app.storage import redis
 from app.storage.postgres import Connection, Database
 from app.storage.redis import RedisClient, create_redis
+from tests import default_token
 from tests.conftest import InProcess
 from tests.tcp_proxy import proxying
 
@@ -66,7 +67,9 @@ async def test_location_includes_the_root_path(settings: Settings) -> None:
     key = str(uuid4())
     async with (
         service,
-        httpx.AsyncClient(transport=transport, base_url="http://test/api") as client,
+        httpx.AsyncClient(
+            transport=transport, base_url="http://test/api", headers=default_token.headers
+        ) as client,
     ):
         first = await post(client, key)
         second = await post(client, key)
@@ -349,7 +352,9 @@ async def test_caller_over_the_rate_limit_gets_429(
     # A Redis that is slow on a busy machine would let every request pass.
     monkeypatch.setattr(rate_limit, "BUDGET_SECONDS", 10.0)
     monkeypatch.setattr(redis, "TIMEOUT_SECONDS", 10.0)
-    app = create_app(settings.model_copy(update={"rate_limit_per_minute": 2}))
+    # An authenticated caller is the same one at each address.
+    changes = {"rate_limit_per_minute": 2, "auth_issuer": None}
+    app = create_app(settings.model_copy(update=changes))
     async with InProcess(app) as client:
         # An address of this test alone, so that its window begins here.
         client.headers["X-Forwarded-For"] = "203.0.113.8"
