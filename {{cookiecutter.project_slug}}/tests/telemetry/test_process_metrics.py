@@ -3,6 +3,7 @@
 Source: README.md, "Metrics".
 """
 
+import asyncio
 import random
 import time
 
@@ -31,6 +32,16 @@ def test_many_observations_are_the_same_as_one_after_the_other() -> None:
         return {(each.name, str(each.labels)): round(each.value, 6) for each in samples}
 
     assert rounded(at_once) == rounded(one_by_one)
+
+
+async def test_each_timer_that_is_late_is_measured() -> None:
+    measuring = asyncio.create_task(process_metrics._measure_delays(0.01, 3))
+    await asyncio.sleep(0)
+    time.sleep(0.2)  # noqa: ASYNC251 - blocks the loop
+    delays = await measuring
+    assert len(delays) == 3
+    assert delays[0] > 0.15
+    assert min(delays) >= 0
 
 
 def test_process_that_computes_is_not_idle() -> None:
