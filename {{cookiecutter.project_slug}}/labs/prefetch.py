@@ -86,6 +86,12 @@ class Point(NamedTuple):
         return len(self.messages) / (max(message.end for message in self.messages) - start)
 
     @property
+    def settings(self) -> str:
+        """The settings in words."""
+        plural = "" if self.processes == 1 else "es"
+        return f"{self.processes} process{plural} and {self.concurrency} at once"
+
+    @property
     def p50_ms(self) -> float:
         """The median time from start to end."""
         return median(message.end - message.start for message in self.messages) * 1000
@@ -114,12 +120,12 @@ def run(stage: Stage) -> None:
     with broker(stage) as amqp_url:
         consumer, points = asyncio.run(measure_all(stage, amqp_url))
     best = best_point(points)
-    stage.say(f"\nBest: {best.processes} processes, {best.concurrency} at once.")
+    stage.say(f"\nBest: {best.settings}.")
     stage.picture = draw(consumer, points, best)
     rate = best.jobs_per_second
     stage.claims.claim(
-        f"{best.processes} processes with {best.most_handled} messages at once handled "
-        f"{rate:.0f} messages/s, {rate / consumer.jobs_per_second:.1f} times as many",
+        f"with {best.settings}, the worker handled {rate:.0f} messages/s, "
+        f"{rate / consumer.jobs_per_second:.1f} times as many",
         rate > LEAST_RATIO * consumer.jobs_per_second and best.most_handled > 1,
     )
     stage.claims.control(
@@ -251,8 +257,7 @@ def draw(consumer: Point, points: list[Point], best: Point) -> Picture:
     seconds = end - min(message.taken for message in consumer.messages)
     titles = (
         f"prefetch {PREFETCH}: {consumer.jobs_per_second:.0f} messages/s",
-        f"{best.processes} processes, {best.concurrency} at once: "
-        f"{best.jobs_per_second:.0f} messages/s",
+        f"{best.settings}: {best.jobs_per_second:.0f} messages/s",
     )
     for number, (title, point) in enumerate(zip(titles, (consumer, best), strict=True)):
         axes = Axes(
