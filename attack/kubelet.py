@@ -81,6 +81,7 @@ class Pod:
             "BIND": f"{self.address}:{ports['http']}",
             "METRICS_BIND": f"{self.address}:{ports['metrics']}",
             "SECRETS_DIR": str(self.secrets),
+            "AUTH_DISABLED": "true",
             "PROMETHEUS_MULTIPROC_DIR": str(self.directory / "metrics"),
         }
         with (self.directory / "log").open("ab") as log:

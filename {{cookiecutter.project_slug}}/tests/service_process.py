@@ -117,6 +117,8 @@ class Service(Running):
             "DRAIN_SECONDS": "0",
             "BIND": f"127.0.0.1:{self.port}",
             "METRICS_BIND": f"127.0.0.1:{self.metrics_port}",
+            # Or else each start logs a warning.
+            "AUTH_DISABLED": str("AUTH_ISSUER" not in os.environ | settings).lower(),
         }
         self.process = subprocess.Popen(
             command,

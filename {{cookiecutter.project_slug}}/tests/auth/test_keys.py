@@ -10,11 +10,12 @@ from app.auth import authenticator, jwks, keys
 from app.auth.dependencies import AUTHENTICATED, Principal, require
 from app.auth.errors import KeysUnavailableError
 from app.main import create_app
-from app.settings import Settings
-from scripts.dev_services import free_port
+from app.settings import OPEN, Settings
+from scripts.dev_services import Redis, free_port
 from tests.auth.provider import DISCOVERY, JWKS, Provider, Trouble, running_provider
 from tests.auth.tokens import AUDIENCE, signing_key
 from tests.conftest import InProcess
+from tests.service_process import serving
 from tests.streams import Client
 
 
@@ -57,6 +58,15 @@ async def test_without_an_issuer_everybody_may_do_everything(settings: Settings)
         assert (await client.get("/orders")).json() == ""
         response = await client.get("/orders", headers=authorization("invalid"))
         assert response.status_code == 200
+
+
+def test_service_that_authenticates_nobody_warns_once(database_url: str, redis: Redis) -> None:
+    """Not once per worker."""
+    urls = {"DATABASE_URL": database_url, "REDIS_URL": redis.url}
+    with serving(AUTH_DISABLED="false", **urls) as service:
+        service.wait_for_workers(2)
+        warnings = [line for line in service.lines if line["logger"] == "app.auth"]
+        assert [line["message"] for line in warnings] == [OPEN]
 
 
 def test_document_without_an_issuer_has_no_security_scheme(settings: Settings) -> None:
