@@ -65,6 +65,9 @@ def service(
         "DATABASE_REPLICA_URL": both(replica, primary, "prefer-standby"),
         "DATABASE_REPLICA_MAX_LAG_SECONDS": str(MAX_LAG_SECONDS),
         "DATABASE_COMMAND_TIMEOUT_SECONDS": str(COMMAND_TIMEOUT_SECONDS),
+        # Each host gets its share: while other tests run, a connect can last over 0.25 s.
+        "DATABASE_ACQUIRE_TIMEOUT_SECONDS": "4",
+        "READINESS_TIMEOUT_SECONDS": "3",
         "REDIS_URL": redis.url,
         "REDIS_KEY_PREFIX": "payments-replica",
         "LOG_FORMAT": "json",
