@@ -43,13 +43,14 @@ class Authenticated(SecurityBase):
         """
         state = connection.scope.get("state", {})
         authenticator: Authenticator | None = state.get("authenticator")
-        # Another dependency of the route has authenticated it, or middleware of the team.
-        caller: principals.Principal | None = state.get("principal")
-        if authenticator is None:
-            return principals.ANONYMOUS if caller is None else principals.principal_of(connection)
-        if caller is None:
+        if state.get("principal") is not None:
+            # Another dependency of the route has authenticated it, or middleware of the team.
+            caller = principals.principal_of(connection)
+        elif authenticator is not None:
             caller = await authenticator.authenticate(connection.scope)
-        if not self.scopes <= caller.scopes:
+        else:
+            return principals.ANONYMOUS
+        if authenticator is not None and not self.scopes <= caller.scopes:
             raise InsufficientScopeError(authenticator.realm, self.scopes)
         return caller
 
