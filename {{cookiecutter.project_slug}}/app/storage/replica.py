@@ -218,6 +218,10 @@ class Replica:
             is_old = self.lag > self.settings.database_replica_max_lag_seconds
             self.reason = LAG if is_old else None
         self.metrics.lag.set(self.lag)
+        if primary is not None and replica is not None and not replica.is_standby:
+            # It was promoted. By the next comparison another host of the URL may be a standby.
+            # Until the primary responds, reads depend on this one.
+            self.database.close_probe()
 
     def _follow(self, replica: State | None) -> None:
         """Close the connections to another server than the one that was asked."""
@@ -226,9 +230,6 @@ class Replica:
             # Reads that wait for a server that is lost go to the primary now.
             self.database.pool.terminate()
             self.started_at = started_at
-        if replica is not None and not replica.is_standby:
-            # It was promoted. By the next comparison another host of the URL may be a standby.
-            self.database.close_probe()
 
     def failed(self, error: Exception) -> str:
         """Return why a read that has failed goes to the primary. Raises the error of a bug."""

@@ -20,6 +20,7 @@ from tests.auth import tokens
 from tests.auth.provider import DISCOVERY, ELSEWHERE, JWKS, Provider, Trouble, running_provider
 from tests.auth.tokens import AUDIENCE, MISSING, SigningKey, hmac_with, signing_key, unsigned
 from tests.documented_metrics import assert_documented
+from tests.otlp_receiver import Receiver, receiving
 from tests.service_process import Service, eventually, serving
 from tests.serving.raw_http import CLOSE, headers_of, send
 
@@ -37,7 +38,15 @@ def provider() -> Iterator[Provider]:
 
 
 @pytest.fixture(scope="module")
-def service(provider: Provider, database_url: str, redis: Redis) -> Iterator[Service]:
+def receiver() -> Iterator[Receiver]:
+    with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def service(
+    provider: Provider, receiver: Receiver, database_url: str, redis: Redis
+) -> Iterator[Service]:
     variables = {
         "DATABASE_URL": database_url,
         "REDIS_URL": redis.url,
@@ -47,6 +56,8 @@ def service(provider: Provider, database_url: str, redis: Redis) -> Iterator[Ser
         "AUTH_AUDIENCE": AUDIENCE,
         "SERVICE_NAME": "orders",
         "DOCS_ENABLED": "true",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
+        "OTEL_BSP_SCHEDULE_DELAY": "50",
     }
     with serving(APP, **variables) as running:
         running.wait()
@@ -387,11 +398,15 @@ def test_rejections_and_the_age_of_keys_are_documented_metrics(
     assert time.time() - 60 < float(fetched[1]) <= time.time()
 
 
-def test_no_token_is_in_the_output(service: Service, provider: Provider) -> None:
-    """The last test: neither the tokens of the others, nor parts of them."""
+def test_no_token_is_in_the_output(
+    service: Service, provider: Provider, receiver: Receiver
+) -> None:
+    """The last test: neither the tokens of the others, nor parts of them, in logs or traces."""
     call(service, provider.mint(), "/mine/bug", **{"X-Request-ID": "last"})
     eventually(lambda: any(line.get("request_id") == "last" for line in service.lines))
-    output = service.text + service.metrics()
-    assert "eyJ" not in output  # the start of each header: `{"`
+    spans = receiver.wait(lambda spans: any(span.name == "GET /mine/bug" for span in spans))
+    traces = "".join(span.wire for span in spans)
     payload = json.dumps({"iss": provider.issuer})[:-1]
-    assert tokens.to_base64(payload.encode())[:20] not in output
+    for output in (service.text, service.metrics(), traces):
+        assert "eyJ" not in output  # the start of each header: `{"`
+        assert tokens.to_base64(payload.encode())[:20] not in output
