@@ -33,7 +33,7 @@ WITHOUT := and not engine
 .PHONY: help setup demo lint fast test test-all audit attack bench tuning job-figures auth-figures release lock upgrade
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "%-13s%s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## create the environment of the template's tools
 

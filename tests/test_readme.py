@@ -108,7 +108,7 @@ def test_each_script_of_a_project_has_a_reader(bake: Bake, parts: Parts) -> None
     readers += [*project.glob("scripts/**/*.py"), *project.glob("tests/**/*.py")]
     for path in project.glob("scripts/*.py"):
         if path.name != "__init__.py":
-            used = re.compile(rf"scripts(\.|/| import .*){path.stem}\b")
+            used = re.compile(rf"scripts(\.|/| import [\w\s,()]*?)\b{path.stem}\b")
             others = [reader for reader in readers if reader != path]
             assert any(used.search(reader.read_text()) for reader in others), path.name
 

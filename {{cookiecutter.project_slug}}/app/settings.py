@@ -97,9 +97,6 @@ class Settings(BaseSettings):
     database_acquire_timeout_seconds: Positive = 1
     database_retry_seconds: NonNegative = 3
     database_statement_cache_size: NonNegativeInt = 100
-    database_replica_url: ReplicaUrl = SecretStr("")
-    database_replica_max_connections: PositiveInt | None = None
-    database_replica_max_lag_seconds: Positive = 5
     postgres_max_connections: PositiveInt = 200
     redis_url: RedisUrl = SecretStr("redis://127.0.0.1:6379/0")
     readiness_required: Annotated[tuple[Literal["postgres", "redis"], ...], *CommaSeparated] = (
@@ -118,6 +115,11 @@ class Settings(BaseSettings):
     cors_allow_origins: Origins = ()
     root_path: PathPrefix = ""
     forwarded_allow_ips: ForwardedAllowIps = "127.0.0.1,::1"
+
+    # A read replica of Postgres, off without a URL
+    database_replica_url: ReplicaUrl = SecretStr("")
+    database_replica_max_connections: PositiveInt | None = None
+    database_replica_max_lag_seconds: Positive = 5
 
     # Authentication, off without an issuer
     auth_issuer: str | None = None

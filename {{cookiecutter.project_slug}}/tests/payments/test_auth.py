@@ -74,9 +74,12 @@ async def test_idempotency_key_is_the_callers_own(client: Client, provider: Prov
     assert found[0]["payment_id"] != found[1]["payment_id"]
 
 
-async def test_api_document_lists_the_scopes(client: Client) -> None:
+def test_api_document_lists_the_scopes(provider: Provider) -> None:
     """OpenAPI 3.1, "Security Requirement Object"."""
-    document = create_app(Settings(environment="development")).openapi()
+    settings = Settings(
+        environment="development", auth_issuer=provider.issuer, auth_audience=AUDIENCE
+    )
+    document = create_app(settings).openapi()
     for method, path, _, _ in ROUTES[:3]:
         operation = document["paths"][path][method.lower()]
         assert operation["security"]
