@@ -11,7 +11,10 @@ from tests.parts import bake_parts
 from tests.projects import make
 
 #: Those of the server know nothing of the example.
-ROOMS = ("network", "process_pool", "scripts", "sizing", "storage", "telemetry", "web")
+ROOMS = (
+    *("auth", "network", "outbound", "process_pool", "scripts", "sizing", "storage", "telemetry"),
+    "web",
+)
 
 
 @pytest.mark.slow
