@@ -112,18 +112,19 @@ class Service(Running):
         command = [*prefix, sys.executable, "-m", "gunicorn"]
         if app:
             command.append(app)
+        variables = default_token.settings | settings
         defaults = {
             "WEB_CONCURRENCY": "2",
             "DRAIN_SECONDS": "0",
             "BIND": f"127.0.0.1:{self.port}",
             "METRICS_BIND": f"127.0.0.1:{self.metrics_port}",
             # Or else each start logs a warning.
-            "AUTH_DISABLED": str("AUTH_ISSUER" not in os.environ | settings).lower(),
+            "AUTH_DISABLED": str("AUTH_ISSUER" not in os.environ | variables).lower(),
         }
         self.process = subprocess.Popen(
             command,
             cwd=PROJECT,
-            env=os.environ | defaults | default_token.settings | settings,
+            env=os.environ | defaults | variables,
             stdout=self.output,
             stderr=subprocess.STDOUT,
         )
