@@ -235,11 +235,11 @@ async def test_memory_alarm_blocks_new_jobs_but_no_acknowledgement(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """RabbitMQ, "Memory and disk alarms": connections that publish are blocked as a whole."""
-    monkeypatch.setattr(relay, "PUBLISH_SECONDS", 0.5)
     async with working(settings):
         waiting = [await enqueue(database, "wait", Seconds(seconds=0.3)) for _ in range(24)]
         query = "select bool_and(published_at is not null) from jobs"
         await until(lambda: database.pool.fetchval(query))
+        monkeypatch.setattr(relay, "PUBLISH_SECONDS", 0.5)
         await asyncio.to_thread(alarm, rabbitmq, "1MB")
         try:
             # RabbitMQ notices a publisher by its first message.

@@ -139,7 +139,7 @@ def test_payment_is_charged_once_with_the_request_id(
             if call.headers["Idempotency-Key"] == payment_id
         ]
         assert headers["X-Request-ID"] == "from-the-client"
-        # Counted after the acknowledgement, which follows the commit. Other tests leave events, too.
+        # Counted after the acknowledgement, which follows the commit; with events of other tests.
         done = r'stream_messages_handled_total{outcome="done",stream="payment-events"} [1-9]'
         eventually(lambda: re.search(done, consumer.get("/metrics").text))
         call = 'http_client_request_duration_seconds_count{outcome="201",upstream="gateway"}'
