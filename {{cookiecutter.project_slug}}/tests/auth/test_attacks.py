@@ -390,7 +390,8 @@ def test_rejections_and_the_age_of_keys_are_documented_metrics(
     metrics = service.metrics()
     assert_documented(metrics)
     for reason in ("missing", "expired", "scope"):
-        value = re.search(rf'auth_rejected_requests_total{{reason="{reason}"}} (\S+)', metrics)
+        name = f'reason="{reason}"'
+        value = re.search("auth_rejected_requests_total{" + name + r"} (\S+)", metrics)
         assert value is not None, reason
         assert float(value[1]) >= 1
     fetched = re.search(r"^auth_keys_fetched_timestamp_seconds (\S+)", metrics, re.MULTILINE)
