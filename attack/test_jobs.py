@@ -31,7 +31,7 @@ STOPS = 6
 JOB_SECONDS = 0.3
 #: RabbitMQ and a client close a connection on which nothing arrives for two or three times as long.
 HEARTBEAT_SECONDS = 2
-HANG_SECONDS = 4 * HEARTBEAT_SECONDS
+HANG_SECONDS = 6 * HEARTBEAT_SECONDS
 #: A queue that is younger when RabbitMQ 3.10 is killed has no leader afterwards.
 QUEUE_IS_STORED_SECONDS = 2
 #: Time limit for the jobs to end once everything works again.
