@@ -24,6 +24,8 @@ from prerequisites import program
 SPEED = 30
 OBSERVE = PROJECT / "deploy/observe"
 NAME = "service"
+#: The values of the variables of the dashboards.
+VARIABLES = {"$__rate_interval": "10s", "$namespace": ".*", "$instance": ".*", "$job": NAME}
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 #: A duration in an expression: a range, a subquery or an offset.
 DURATION = re.compile(r"(?<=[\[:])(\d+)([smhd])(?=[\]:])|(?<=offset )(\d+)([smhd])")
@@ -115,6 +117,30 @@ class Watch:
     def pages(self) -> set[str]:
         """The alerts that have paged so far."""
         return self.receiver.notified["pages"]
+
+
+def panels_of(dashboard: str) -> list[dict[str, Any]]:
+    """Return the panels of a dashboard, by its name."""
+    file = OBSERVE / f"grafana/dashboards/{dashboard}.json"
+    found: list[dict[str, Any]] = json.loads(rendered(file.read_text()))["panels"]
+    return found
+
+
+def with_values(query: str) -> str:
+    """Return a query of a dashboard with the values of its variables."""
+    for variable, value in VARIABLES.items():
+        query = query.replace(variable, value)
+    return query
+
+
+def panels_without_data(watch: Watch, dashboard: str) -> list[tuple[str, str]]:
+    """Return the title and the letter of each query of a dashboard that finds nothing."""
+    return [
+        (panel["title"], target["refId"])
+        for panel in panels_of(dashboard)
+        for target in panel.get("targets", ())
+        if not watch.query(with_values(target["expr"]))
+    ]
 
 
 @contextlib.contextmanager

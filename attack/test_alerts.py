@@ -18,7 +18,7 @@ from scripts.fake_gateway import FakeGateway, run_gateway
 from tests.payments.test_consumer import Consumer
 from tests.service_process import Service, eventually, frozen, serving
 
-from alerting import NAME, OBSERVE, Watch, rendered, watching
+from alerting import NAME, Watch, panels_of, panels_without_data, watching, with_values
 from load import get, load, post
 from test_faults import workers
 from test_payments import STREAM, consuming
@@ -32,7 +32,6 @@ GOOD = 8 * [get("/", pause=0.02)]
 PAYING = [post("/payments", PAYMENT, statuses=(201, 503, 504), pause=0.5)]
 READING = 32 * [get("/read", statuses=(200, 503, 504), pause=0.1)]
 ALERT_SECONDS = 90
-VARIABLES = {"$__rate_interval": "10s", "$namespace": ".*", "$instance": ".*", "$job": NAME}
 #: nginx is not a part of this test, no collector is there to lose traces, and the machine may have
 #: no CPU limit.
 MAY_BE_EMPTY = {
@@ -145,24 +144,19 @@ def test_failing_gateway_fires_the_circuit_breaker(watch: Watch, gateway: FakeGa
 
 
 def test_every_panel_has_data(watch: Watch, service: Service) -> None:
-    """After the faults above; each query of the dashboards but those of jobs."""
+    """After the faults above; each query of the dashboards; test_jobs.py has those of jobs."""
     key = {"Idempotency-Key": "every-panel"}
     created = service.http.post("/payments", json=PAYMENT, headers=key)
     for _ in range(4):
         service.get(created.headers["location"])
         service.get("/payments/totals")
         time.sleep(1.5)
-    empty = []
-    for name in ("service", "payments"):
-        file = OBSERVE / f"grafana/dashboards/{name}.json"
-        for panel in json.loads(rendered(file.read_text()))["panels"]:
-            for target in panel.get("targets", ()):
-                query = target["expr"]
-                for variable, value in VARIABLES.items():
-                    query = query.replace(variable, value)
-                title = f"{panel['title']}, {target['refId']}"
-                if not watch.query(query) and not {panel["title"], title} & MAY_BE_EMPTY:
-                    empty.append(title)
+    empty = [
+        f"{title}, {letter}"
+        for dashboard in ("service", "payments")
+        for title, letter in panels_without_data(watch, dashboard)
+        if not {title, f"{title}, {letter}"} & MAY_BE_EMPTY
+    ]
     assert empty == []
 
 
@@ -180,11 +174,8 @@ def test_record_the_panels(watch: Watch) -> None:
     """Write the data of the service's panels for `scripts.dashboard_picture` of the template."""
     end = time.time()
     recorded = {}
-    file = OBSERVE / "grafana/dashboards/service.json"
-    for panel in json.loads(rendered(file.read_text()))["panels"]:
+    for panel in panels_of("service"):
         for target in panel.get("targets", ()):
-            query = target["expr"]
-            for variable, value in VARIABLES.items():
-                query = query.replace(variable, value)
+            query = with_values(target["expr"])
             recorded[target["expr"]] = watch.query_range(query, end - 240, end, 2)
     Path(os.environ["DASHBOARD_DATA"]).write_text(json.dumps(recorded))

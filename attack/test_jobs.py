@@ -8,6 +8,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from scripts.dev_rabbitmq import RabbitMQ
@@ -18,6 +19,7 @@ from tests.jobs.conftest import CREATE_EFFECTS
 from tests.jobs.work import ATTEMPTS
 from tests.service_process import eventually, frozen
 
+from alerting import NAME, panels_without_data, watching
 from conftest import ATTACK
 from job_fleet import LEASE_SECONDS, Fleet, working
 from scripts import dev_rabbitmq
@@ -200,6 +202,20 @@ def test_job_that_blocks_its_worker_fails_and_takes_no_other_along(
         wait_until_done(url)
     assert number(url, FAILED, "block") == 1
     assert effects(url) == [1] * 40
+
+
+def test_every_panel_of_jobs_has_data(url: str, settings: dict[str, str], tmp_path: Path) -> None:
+    """Those of a worker that does jobs; the others of a dashboard are in test_alerts.py."""
+    with working(settings, 1) as fleet:
+        targets = {f"{NAME}-jobs": fleet.workers[0].port}
+        with watching(tmp_path, targets) as watch:
+
+            def has_data() -> bool:
+                sql(url, ENQUEUE, "wait", JOB_SECONDS, 4)
+                return panels_without_data(watch, "jobs") == []
+
+            eventually(has_data, DONE_SECONDS)
+        wait_until_done(url)
 
 
 def test_jobs_longer_than_the_grace_are_done_by_another_worker(
