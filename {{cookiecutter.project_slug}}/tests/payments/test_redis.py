@@ -197,10 +197,10 @@ def test_large_events_pass_a_slow_link_once_in_bounded_memory(
             used_megabytes.append(worker_megabytes(service))
             return int(old.xlen(STREAM)) >= 200
 
-        eventually(is_drained)
+        eventually(is_drained, 90)
         proxy.bytes_per_second = 0
         # Another payment is published after these.
         payment_id = pay(service)
-        eventually(lambda: payment_id in published(old))
+        eventually(lambda: payment_id in published(old), 90)
         assert old.xlen(STREAM) == 201
         assert max(used_megabytes) < start_megabytes + 30

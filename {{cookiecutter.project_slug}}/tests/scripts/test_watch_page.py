@@ -191,7 +191,7 @@ def test_recycled_worker_is_shown_within_a_second(
 
         eventually(is_recycled)
         delay = seconds_until(lambda: "recycled after MAX_REQUESTS" in events(browser))
-        eventually(lambda: re.search(r"worker \d+ serves", events(browser)), seconds=10)
+        eventually(lambda: re.search(r"worker \d+ serves", events(browser)), seconds=30)
         assert browser.evaluate("document.querySelectorAll('.worker.new, .worker.gone').length")
         return delay
 
