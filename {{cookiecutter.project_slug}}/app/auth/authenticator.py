@@ -3,7 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from typing import NamedTuple
 
 from starlette.types import Scope
@@ -35,7 +35,7 @@ Verify = Callable[[bytes], Awaitable[Verified]]
 
 
 class Authenticator:
-    """Authenticates the requests of a process."""
+    """Authenticates the requests of a process: `recall`, and if it returns None `authenticate`."""
 
     def __init__(self, settings: Settings, verify: Verify) -> None:
         """`verify` returns what a token means, without `logged`; it raises a `ServiceError`."""
@@ -46,23 +46,31 @@ class Authenticator:
         self.remembered: OrderedDict[bytes, Verified] = OrderedDict()
         errors.start_counting()
 
+    def recall(self, scope: Scope) -> Principal | None:
+        """Return the caller of a request, and note it, if its token is remembered; None if not.
+
+        Raises an error of `app.auth.errors`.
+        """
+        digest = blake2b(self._find_credentials(scope)).digest()
+        verified = self.remembered.get(digest)
+        if verified is None or verified.expires_at <= time.time():
+            return None
+        self.remembered.move_to_end(digest)
+        return _note(verified, scope)
+
     async def authenticate(self, scope: Scope) -> Principal:
-        """Return the caller of a request; note it in the state and in the log lines of the request.
+        """Return the caller of a request, and note it, if its token is valid.
 
         Raises an error of `app.auth.errors`.
         """
         credentials = self._find_credentials(scope)
-        digest = sha256(credentials).digest()
-        verified = self.remembered.get(digest)
-        if verified is not None and verified.expires_at > time.time():
-            self.remembered.move_to_end(digest)
-        else:
-            verified = await self._verify(credentials, digest)
-        scope["state"]["principal"] = verified.principal
-        context = request_context.get()
-        if verified.logged and context is not None:
-            context["principal"] = verified.logged
-        return verified.principal
+        digest = blake2b(credentials).digest()
+        self.remembered.pop(digest, None)
+        verified = await self._verify(credentials)
+        self.remembered[digest] = verified
+        if len(self.remembered) > MAX_REMEMBERED:
+            self.remembered.popitem(last=False)
+        return _note(verified, scope)
 
     def forget(self) -> None:
         """Forget all tokens: a key that has signed some of them is not trusted any more."""
@@ -85,19 +93,14 @@ class Authenticator:
             raise errors.AmbiguousTokenError(self.realm)
         return found
 
-    async def _verify(self, credentials: bytes, digest: bytes) -> Verified:
-        self.remembered.pop(digest, None)
+    async def _verify(self, credentials: bytes) -> Verified:
         scheme, _, token = credentials.partition(b" ")
         if scheme.lower() != b"bearer":
             raise errors.MissingTokenError(self.realm)
         if len(token) > MAX_TOKEN_BYTES:
             raise errors.InvalidTokenError(self.realm, "malformed", "The token is too large.")
         verified = await self.verify(token.strip())
-        verified = verified._replace(logged=self._logged(verified.principal))
-        self.remembered[digest] = verified
-        if len(self.remembered) > MAX_REMEMBERED:
-            self.remembered.popitem(last=False)
-        return verified
+        return verified._replace(logged=self._logged(verified.principal))
 
     def _logged(self, principal: Principal) -> str:
         """Return the principal for log lines.
@@ -111,3 +114,12 @@ class Authenticator:
             return ""
         text = f"{principal.issuer} {principal.subject}"
         return sha256(text.encode()).hexdigest()[:LOGGED_DIGITS]
+
+
+def _note(verified: Verified, scope: Scope) -> Principal:
+    """Note the caller in the state and in the log lines of a request; return it."""
+    scope["state"]["principal"] = verified.principal
+    context = request_context.get()
+    if verified.logged and context is not None:
+        context["principal"] = verified.logged
+    return verified.principal

@@ -31,6 +31,9 @@ class Authenticated(SecurityBase):
     It is a security scheme of the API document, so `/docs` has its "Authorize" button.
     """
 
+    #: Without it in the state, authentication is off: app/web/quick_route.py.
+    switch = "authenticator"
+
     def __init__(self, *scopes: str) -> None:
         self.model = HTTPBearer(bearerFormat="JWT")
         self.scheme_name = SCHEME
@@ -41,13 +44,14 @@ class Authenticated(SecurityBase):
 
         Raises an error of `app.auth.errors`.
         """
-        state = connection.scope.get("state", {})
+        scope = connection.scope
+        state = scope.get("state", {})
         authenticator: Authenticator | None = state.get("authenticator")
         if state.get("principal") is not None:
             # Another dependency of the route has authenticated it, or middleware of the team.
             caller = principals.principal_of(connection)
         elif authenticator is not None:
-            caller = await authenticator.authenticate(connection.scope)
+            caller = authenticator.recall(scope) or await authenticator.authenticate(scope)
         else:
             return principals.ANONYMOUS
         if authenticator is not None and not self.scopes <= caller.scopes:

@@ -9,6 +9,9 @@ The plan knows coroutine functions with parameters of the path, the query, heade
 the `Request`, and with such dependencies, nested ones included. A route that needs anything else,
 such as a body or a dependency with `yield`, is FastAPI's: slower, and the same. So is an invalid
 request. Objects with a coroutine function `__call__` count too, such as those of app/auth.
+
+Such an object may have a `switch`: a name in the state of the process. While the state has nothing
+of that name, the dependency has no effect, so the plan omits it unless its result is an argument.
 """
 
 import inspect
@@ -67,6 +70,8 @@ class Step(NamedTuple):
     request_names: list[str]
     #: The names of the arguments that are results of earlier steps.
     results: list[tuple[str, int]]
+    #: A name in the state of the process without which the function has no effect.
+    switch: str | None
 
 
 class QuickRoute(APIRoute):
@@ -114,6 +119,20 @@ class _Plan:
         self.steps.append(_step(function, results))
         return self._indexes.setdefault(key, len(self.steps) - 1)
 
+    def without_switched(self) -> tuple[str | None, list[Step]]:
+        """Return the first switch, and the steps without those that do nothing while it is off."""
+        used = {index for step in self.steps for _, index in step.results} | {len(self.steps) - 1}
+        switches = [step.switch for step in self.steps if step.switch]
+        switch = switches[0] if switches else None
+        kept: dict[int, int] = {}
+        steps: list[Step] = []
+        for index, step in enumerate(self.steps):
+            if switch is None or step.switch != switch or index in used:
+                kept[index] = len(steps)
+                results = [(name, kept[used_index]) for name, used_index in step.results]
+                steps.append(step._replace(results=results))
+        return switch, steps
+
 
 class _QuickHandler:
     """Handles the requests of a route by its plan, or else as FastAPI does."""
@@ -121,6 +140,7 @@ class _QuickHandler:
     def __init__(self, route: Any, plan: _Plan, usual: Handler) -> None:
         self.usual = usual
         self.steps = plan.steps
+        self.switch, self.steps_without = plan.without_switched()
         self.dependencies = plan.dependencies
         self.known_dependencies = plan.known_dependencies
         self.overrides = route.dependency_overrides_provider
@@ -135,7 +155,7 @@ class _QuickHandler:
         if arguments is None:
             return await self.usual(request)
         results: list[Any] = []
-        for step, values in zip(self.steps, arguments, strict=True):
+        for step, values in arguments:
             for name, index in step.results:
                 values[name] = results[index]
             results.append(await step.call(**values))
@@ -147,18 +167,24 @@ class _QuickHandler:
         has_telemetry = request.scope.get("fastapi.telemetry") is not None
         return overrides or has_telemetry or self.dependencies != self.known_dependencies
 
-    def _read(self, request: Request) -> list[dict[str, Any]] | None:
-        """Return the arguments of each step, without results; None if one is not valid."""
+    def _read(self, request: Request) -> list[tuple[Step, dict[str, Any]]] | None:
+        """Return each step with its arguments, without results; None if one is not valid."""
         arguments = []
-        for step in self.steps:
+        for step in self._steps(request):
             values: dict[str, Any] = dict.fromkeys(step.request_names, request)
             for parameters, source in step.parameters:
                 found, errors = request_params_to_args(parameters, getattr(request, source))
                 if errors:
                     return None
                 values.update(found)
-            arguments.append(values)
+            arguments.append((step, values))
         return arguments
+
+    def _steps(self, request: Request) -> list[Step]:
+        """Return the steps that have an effect in this process."""
+        if self.switch is None or request.scope.get("state", {}).get(self.switch) is not None:
+            return self.steps
+        return self.steps_without
 
     def _respond(self, result: Any, request: Request) -> Response:
         if isinstance(result, Response):
@@ -190,7 +216,9 @@ def _step(function: Dependant, results: list[tuple[str, int]]) -> Step:
     ]
     call = _coroutine_function(function.call)
     names = [function.request_param_name, function.http_connection_param_name]
-    return Step(call, parameters, [name for name in names if name], results)
+    # Not inherited: what a subclass does may have an effect.
+    switch = vars(type(function.call)).get("switch")
+    return Step(call, parameters, [name for name in names if name], results, switch)
 
 
 def _coroutine_function(call: Any) -> Any:

@@ -170,7 +170,7 @@ async def test_remembered_tokens_are_bounded(
         await eventually_ok(client, token)
     remembered = client_authenticator(client).remembered
     assert len(remembered) == 3
-    assert {len(digest) for digest in remembered} == {32}
+    assert {len(digest) for digest in remembered} == {64}
 
 
 async def test_remembered_token_expires(client: Client, provider: Provider) -> None:

@@ -147,3 +147,50 @@ async def test_dependencies_are_not_called_twice_by_an_invalid_request() -> None
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         assert (await client.get("/x")).status_code == 422
     assert calls == ["counted"]
+
+
+class Switched:
+    """A dependency without an effect while the state has no `lock`."""
+
+    switch = "lock"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def __call__(self, request: Request) -> int:
+        """Count the calls."""
+        self.calls += 1
+        return self.calls
+
+
+class Inherited(Switched):
+    """It has no switch of its own."""
+
+
+@pytest.mark.parametrize("state", [{}, {"lock": None}, {"lock": "on"}])
+async def test_dependency_is_omitted_while_its_switch_is_off(state: dict[str, Any]) -> None:
+    """Unless its result is an argument, or it is a subclass, whose method may do more."""
+    omitted = Switched()
+    argument = Switched()
+    inherited = Inherited()
+
+    async def endpoint(calls: Annotated[int, Depends(argument)], number: int) -> list[int]:
+        return [calls, number]
+
+    app = FastAPI()
+    app.router.add_api_route(
+        "/{number}",
+        endpoint,
+        dependencies=[Depends(omitted), Depends(inherited)],
+        route_class_override=QuickRoute,
+    )
+    assert served_by_plan(app) == {"/{number}"}
+
+    async def with_state(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, "state": dict(state)}, receive, send)
+
+    transport = httpx.ASGITransport(with_state)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get("/7")).json() == [1, 7]
+    assert omitted.calls == (1 if state.get("lock") else 0)
+    assert (argument.calls, inherited.calls) == (1, 1)
