@@ -8,7 +8,6 @@ import sys
 
 from benchmarks import BenchError
 from benchmarks.__main__ import prepare_run
-from benchmarks.servers import environment
 from benchmarks.testbed import Testbed, open_testbed
 
 #: Many short rounds: what else the machine does adds to most of them, but not to the quickest.
@@ -20,8 +19,10 @@ def measure(testbed: Testbed) -> None:
     """Run the measurement in the environment of the service. Raises `BenchError`."""
     metrics = testbed.directory / "metrics"
     metrics.mkdir()
-    settings = environment(
-        PYTHONPATH=str(testbed.directory / "apps"),
+    testbed.run_figures(
+        "auth_figures",
+        str(ROUNDS),
+        str(REQUESTS),
         DATABASE_URL=testbed.database.geturl(),
         REDIS_URL=testbed.redis.geturl(),
         PROMETHEUS_MULTIPROC_DIR=str(metrics),
@@ -30,10 +31,6 @@ def measure(testbed: Testbed) -> None:
         AUTH_ISSUER="https://127.0.0.1:9",
         AUTH_AUDIENCE="orders",
     )
-    command = [str(testbed.python), "-m", "auth_figures", str(ROUNDS), str(REQUESTS)]
-    done = subprocess.run(command, cwd=testbed.project, env=settings, check=False)
-    if done.returncode:
-        raise BenchError(f"auth_figures exited with {done.returncode}; see above")
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from benchmarks import BenchError
 from benchmarks.__main__ import prepare_run
-from benchmarks.servers import environment
 from benchmarks.testbed import Testbed, open_testbed
 from scripts import demo
 
@@ -48,24 +47,13 @@ def install_pika(testbed: Testbed) -> Path:
     return python
 
 
-def measure(testbed: Testbed, parts: list[str]) -> None:
-    """Run the measurement in the environment of the service. Raises `BenchError`."""
-    settings = environment(
-        PYTHONPATH=str(testbed.directory / "apps"), SEED_PYTHON=str(install_pika(testbed))
-    )
-    command = [str(testbed.python), "-m", "job_figures", *parts]
-    done = subprocess.run(command, cwd=testbed.project, env=settings, check=False)
-    if done.returncode:
-        raise BenchError(f"job_figures exited with {done.returncode}; see above")
-
-
 def main() -> None:
     """Measure, and print Markdown; on an error, print one line and exit with code 1."""
     parts = os.environ.get("PART", "").split()
     try:
         require_rabbitmq()
         with prepare_run() as directory, open_testbed(directory, "include_jobs=true") as testbed:
-            measure(testbed, parts)
+            testbed.run_figures("job_figures", *parts, SEED_PYTHON=str(install_pika(testbed)))
     except (BenchError, subprocess.CalledProcessError) as error:
         sys.exit(f"job figures failed: {error}")
 

@@ -77,7 +77,7 @@ def overload(axes: Axes, figures: dict[str, Any], key: str, title: str) -> None:
     axes.set_xlabel("offered requests/s")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.55), handlelength=1.2)
+    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.4), handlelength=1.2)
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:

@@ -100,6 +100,28 @@ class Testbed:
         if done.returncode:
             raise BenchError(f"{' '.join(command)[:80]!r} failed: {done.stderr.strip()[-300:]}")
 
+    def run_figures(self, module: str, *arguments: str, **settings: str) -> None:
+        """Run a module of apps/, which measures and prints, in the environment of the service.
+
+        If this run is interrupted, the module is interrupted once, and stops its own servers.
+        Raises `BenchError` if it fails.
+        """
+        with subprocess.Popen(
+            [self.python, "-m", module, *arguments],
+            cwd=self.project,
+            env=environment(PYTHONPATH=str(self.directory / "apps"), **settings),
+            # Ctrl-C must not reach it: this process interrupts it.
+            start_new_session=True,
+        ) as process:
+            try:
+                process.wait()
+            except BaseException:
+                process.send_signal(signal.SIGINT)
+                process.wait()
+                raise
+        if process.returncode:
+            raise BenchError(f"{module} exited with {process.returncode}; see above")
+
     def versions(self) -> dict[str, str]:
         """Return the versions of Python and of the packages that determine the speed."""
         return versions(self.python)

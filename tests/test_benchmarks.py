@@ -4,14 +4,18 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import NoReturn
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
-from benchmarks import BenchError, consumer, load, report
+from benchmarks import BenchError, consumer, load, report, testbed
 from benchmarks.servers import Server
 from scripts.ports import eventually, free_port
 from tests.conftest import ROOT, missing
@@ -112,6 +116,46 @@ def test_requests_that_were_given_up_do_not_count_as_served() -> None:
         seen = load.ramp_step(stuck, rate=50, settle=0, seconds=0.2, patience=0.3)
     assert (seen.answered, seen.shed, seen.given_up, seen.p99_ms) == (0, 0, 50, None)
     assert seen.p99_of_all_ms >= 300
+
+
+#: A module that measures: it stops its servers slowly when it is interrupted.
+FIGURES = """
+import time
+from pathlib import Path
+try:
+    Path("started").touch()
+    time.sleep(60)
+finally:
+    time.sleep(0.5)
+    Path("stopped").touch()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="make bench is for Linux and macOS")
+def test_an_interrupted_run_waits_for_its_module_to_stop_its_servers(tmp_path: Path) -> None:
+    apps = tmp_path / "apps"
+    apps.mkdir()
+    (apps / "figures.py").write_text(FIGURES)
+    unused = urlsplit("")
+    own = testbed.Testbed(tmp_path, tmp_path, Path(sys.executable), unused, unused)
+
+    def interrupt_started() -> None:
+        eventually(lambda: (tmp_path / "started").exists(), READY_SECONDS)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    def handler(*_: object) -> NoReturn:
+        raise BenchError("interrupted")
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    thread = threading.Thread(target=interrupt_started)
+    try:
+        thread.start()
+        with pytest.raises(BenchError, match="interrupted"):
+            own.run_figures("figures")
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert (tmp_path / "stopped").exists()
 
 
 @pytest.mark.slow
