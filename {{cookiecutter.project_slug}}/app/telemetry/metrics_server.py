@@ -28,6 +28,9 @@ from app.telemetry.scrape_server import ScrapeServer, WSGIApp
 
 #: How often the process checks that its parent is still running.
 PARENT_CHECK_SECONDS = 1.0
+#: How often it looks for the directories of killed masters, among all files of /dev/shm and /tmp.
+#: A start removes them too.
+SEARCH_SECONDS = 60.0
 #: The master's signals. A terminal or an init sends them to every process; this one ignores them.
 IGNORED_SIGNALS = (
     signal.SIGTERM,
@@ -58,6 +61,8 @@ class MetricsProcess:
         except OSError as error:
             fail("METRICS_BIND", address, f"cannot listen there: {error.strerror}")
         self.pid = 0
+        #: When to look for the directories of killed masters, by `time.monotonic()`.
+        self.search_at = 0.0
 
     def ensure(self, inherited: Iterable[Any] = ()) -> None:
         """Start the process unless it is running. It closes the `inherited` sockets.
@@ -107,7 +112,9 @@ class MetricsProcess:
         """Archive the metrics of dead processes, and delete the directories of killed masters."""
         try:
             self.workers.archive_dead()
-            remove_abandoned()
+            if time.monotonic() >= self.search_at:
+                self.search_at = time.monotonic() + SEARCH_SECONDS
+                remove_abandoned()
         except Exception:  # would end the process, which serves the metrics
             logger.exception("cannot clean up the metrics directory")
 
