@@ -269,9 +269,10 @@ def test_directory_of_a_killed_master_is_deleted_by_the_next_start(urls: dict[st
         killed.process.kill()
         killed.process.wait()
         assert len(directories(killed)) == 1
+        # Until they notice it, they use the directory.
+        psutil.wait_procs(children, 30)
         with serving(**urls) as following:
             following.wait()
-            psutil.wait_procs(children, 30)
             eventually(lambda: directories(killed) == [])
             assert len(directories(running)) == 1
             assert len(directories(following)) == 1
