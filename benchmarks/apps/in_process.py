@@ -28,6 +28,7 @@ ROUTES = {
     "small": ("GET", "/"),
     "describe": ("GET", "/api/describe"),
     "query": ("GET", "/stored/{payment}"),
+    "plain": ("GET", "/plain/stored/{payment}"),
     "post": ("POST", "/payments"),
     "first": ("GET", "/resource0/item0/5"),
     "last": ("GET", "/resource9/item9/5"),
@@ -166,7 +167,7 @@ def mark() -> None:
 async def serve(number: int, names: list[str]) -> None:
     """Serve the requests of each route, between two marks; exit without a shutdown."""
     payment = ""
-    if any(name.endswith(":query") for name in names):
+    if any(name.endswith((":query", ":plain")) for name in names):
         payment = await store_payment()
     states: dict[str, Any] = {}
     # Never closed: this process exits without it.

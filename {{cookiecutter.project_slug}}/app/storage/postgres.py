@@ -93,12 +93,14 @@ class Database:
         Raises `UnavailableError` when that lasts longer than `DATABASE_RETRY_SECONDS`, or at
         once when a command times out: a server that does not respond may still be executing it.
         """
-
-        async def attempt() -> Result:
-            async with self.acquire() as connection:
-                return await work(connection)
-
-        return await self._until_available(attempt)
+        retries: Retries | None = None
+        while True:
+            try:
+                async with self.acquire() as connection:
+                    return await work(connection)
+            except (ConnectionLostError, TransientError) as error:
+                retries = retries or Retries(self)
+                await retries.pause_after(error)
 
     async def check(self) -> None:
         """Run an empty query on the probe's connection. Raises on any failure."""
@@ -116,7 +118,7 @@ class Database:
             except BaseException as error:
                 self.close_probe()
                 if isinstance(error, (*SHUTDOWN_ERRORS, OSError)):
-                    self._mark_unavailable()
+                    self.mark_unavailable()
                 raise
             self.unavailable_since = None
             return result
@@ -170,29 +172,46 @@ class Database:
         finally:
             self.pending -= 1
 
-    async def _until_available(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
-        """Repeat an attempt that loses its connection or meets a conflict, within the window."""
-        conflict_since: float | None = None
-        for number in itertools.count():
+    async def _acquire_in_time(self) -> Connection:
+        """Lend a connection, within the window if the server is unavailable."""
+        retries = Retries(self)
+        while True:
             try:
-                return await attempt()
-            except ConnectionLostError:
-                if self._mark_unavailable() >= self.settings.database_retry_seconds:
-                    raise
-            except TransientError:
-                now = time.monotonic()
-                conflict_since = conflict_since or now
-                if now - conflict_since >= self.settings.database_retry_seconds:
-                    raise
-            await _back_off(number)
-        raise AssertionError  # unreachable; for mypy
+                return await self._acquire()
+            except ConnectionLostError as error:
+                await retries.pause_after(error)
 
-    def _mark_unavailable(self) -> float:
+    def mark_unavailable(self) -> float:
         """Note an outage; return for how many seconds it has lasted."""
         now = time.monotonic()
         if self.unavailable_since is None:
             self.unavailable_since = now
         return now - self.unavailable_since
+
+
+class Retries:
+    """The retries of an attempt that lost its connection or met a conflict, within the window."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.number = 0
+        self.conflict_since: float | None = None
+
+    async def pause_after(self, error: ConnectionLostError | TransientError) -> None:
+        """Pause before the next attempt, for a random part of a growing time.
+
+        Raises the error once the window is over.
+        """
+        if isinstance(error, ConnectionLostError):
+            seconds = self.database.mark_unavailable()
+        else:
+            self.conflict_since = self.conflict_since or time.monotonic()
+            seconds = time.monotonic() - self.conflict_since
+        if seconds >= self.database.settings.database_retry_seconds:
+            raise error
+        pause = min(self.number * BACKOFF_SECONDS, MAX_BACKOFF_SECONDS)
+        self.number += 1
+        await asyncio.sleep(pause * random.random())  # noqa: S311 - spreads out the callers
 
 
 class Lease:
@@ -207,7 +226,7 @@ class Lease:
         database = self.database
         connection = database.pool.take_idle()
         if connection is None:
-            connection = await database._until_available(database._acquire)
+            connection = await database._acquire_in_time()
         self.connection = connection
         return connection
 
@@ -271,12 +290,6 @@ async def delete_older(
     query = f"delete from {table} where ctid = any(array({old} for update skip locked))"  # noqa: S608
     status = await connection.execute(query, hours, batch)
     return int(status.removeprefix("DELETE "))
-
-
-async def _back_off(attempt: int) -> None:
-    """Pause before the next attempt, for a random part of a growing time."""
-    seconds = min(attempt * BACKOFF_SECONDS, MAX_BACKOFF_SECONDS)
-    await asyncio.sleep(seconds * random.random())  # noqa: S311 - spreads out the callers
 
 
 async def _select(connection: asyncpg.Connection) -> None:

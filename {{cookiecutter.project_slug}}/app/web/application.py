@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.params import Depends
 from fastapi.telemetry import TelemetryConfig
 from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
@@ -31,7 +32,8 @@ class Service(FastAPI):
         """Routes that are added after the first router have the mandatory dependencies."""
         super().__init__(**options)
         # The router calls this in place of its own search.
-        self.router.middleware_stack = Directory(self.router)
+        self.directory = Directory(self.router)
+        self.router.middleware_stack = self.directory
         self.mandatory_dependencies = list(mandatory_dependencies)
 
     def include_router(self, router: APIRouter, **options: Any) -> None:
@@ -56,6 +58,7 @@ class Service(FastAPI):
     def request_middleware(self) -> RequestMiddleware:
         """The outermost middleware. The first call makes it, in the worker: it has metrics."""
         self.middleware_stack = _without_idle_layers(self.build_middleware_stack())
+        remove_exit_stack(self.middleware_stack, self.directory)
         settings = self.state.settings
         process = self.state.lifecycle
         middleware_for_cors = cors.find_middleware(self)
@@ -77,3 +80,12 @@ def _without_idle_layers(stack: ASGIApp) -> ASGIApp:
     if isinstance(stack, ExceptionTelemetryMiddleware) and not any(TELEMETRY.values()):
         stack = stack.app
     return stack
+
+
+def remove_exit_stack(stack: Any, directory: Directory) -> None:
+    """Put the directory in place of FastAPI's innermost layer, which it contains."""
+    while hasattr(stack, "app"):
+        if isinstance(stack.app, AsyncExitStackMiddleware) and stack.app.app is directory.router:
+            stack.app = directory
+            return
+        stack = stack.app

@@ -7,6 +7,7 @@ the last of 100 routes, in routers of ten, costs 240 us of CPU; with the directo
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.routing import (
     APIRoute,
     APIRouter,
@@ -18,6 +19,8 @@ from fastapi.routing import _IncludedRouter as IncludedRouter
 from starlette._utils import get_route_path
 from starlette.routing import BaseRoute, Host, Match, Mount, Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
+
+from app.web.quick_route import App, quick_app
 
 #: The end of a path, as the last of its segments.
 END = None
@@ -32,6 +35,7 @@ class Candidate(NamedTuple):
     #: The segments of its path that have no parameter, up to the first that has one.
     segments: Segments
     #: None for what only the router serves, such as mounts.
+    app: App | None = None
     route: BaseRoute | None = None
     #: What FastAPI knows of a route of an included router: its prefixes, and its dependencies.
     context: Any = None
@@ -50,10 +54,13 @@ class Directory:
 
     So mounts, WebSockets, 404, 405 and redirects are FastAPI's. A change of the routes is noticed
     at the next request.
+
+    It stands in for FastAPI's `AsyncExitStackMiddleware` too, which quick routes do not need.
     """
 
     def __init__(self, router: APIRouter) -> None:
         self.router = router
+        self.router_app: App = AsyncExitStackMiddleware(self._serve_by_router).__call__
         self.top = Level({}, [])
         #: The routes of each router, the outermost first, and a copy that shows a change.
         self.routes: list[list[BaseRoute]] = [[]]
@@ -61,13 +68,14 @@ class Directory:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         """Serve a request. Returns the coroutine unawaited, which saves one frame per request."""
-        route = self._select(scope) if scope["type"] == "http" else None
-        if route is None:
-            return self.router.app(scope, receive, send)
-        return route.handle(scope, receive, send)
+        app = self._select(scope) if scope["type"] == "http" else None
+        return (app or self.router_app)(scope, receive, send)
 
-    def _select(self, scope: Scope) -> BaseRoute | None:
-        """Return the route of a request and add it to the scope; None leaves it to the router."""
+    async def _serve_by_router(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.router.app(scope, receive, send)
+
+    def _select(self, scope: Scope) -> App | None:
+        """Return what serves a request and add its route to the scope; None for the router."""
         # FastAPI's own telemetry records what its router does.
         if scope.get("fastapi.telemetry") is not None:
             return None
@@ -76,23 +84,19 @@ class Directory:
         for candidate in self._find(get_route_path(scope)):
             match, child_scope = candidate.matches(scope)
             if match is Match.FULL:
-                return self._add_to_scope(candidate, child_scope, scope)
+                if candidate.app is not None:
+                    self._add_to_scope(candidate, child_scope, scope)
+                return candidate.app
         return None
 
-    def _add_to_scope(
-        self, candidate: Candidate, child_scope: Scope, scope: Scope
-    ) -> BaseRoute | None:
-        """Add a route to the scope as FastAPI's router does; return it."""
-        route = candidate.route
-        if route is None:
-            return None
+    def _add_to_scope(self, candidate: Candidate, child_scope: Scope, scope: Scope) -> None:
+        """Add a route to the scope as FastAPI's router does."""
         scope.setdefault("router", self.router)
         scope.update(child_scope)
         if candidate.context is not None:
             scope.setdefault("fastapi", {})["effective_route_context"] = candidate.context
-            if isinstance(route, APIRoute):
-                scope["route"] = route
-        return route
+            if isinstance(candidate.route, APIRoute):
+                scope["route"] = candidate.route
 
     def _find(self, path: str) -> list[Candidate]:
         """Return the routes that may match a path."""
@@ -150,10 +154,12 @@ def _candidates(router: APIRouter) -> Iterator[Candidate]:
 def _served(found: RouteContext) -> Candidate:
     """Return a route that the directory serves."""
     context = found._route_context
-    route = found.original_route
+    route: Any = found.original_route
     if context is not None and context.starlette_route is not None:
         route = context.starlette_route
-    return Candidate(found.matches, _segments(found), route, context)
+    quick = quick_app(route, (context or route).app)
+    app = quick or AsyncExitStackMiddleware(route.handle).__call__
+    return Candidate(found.matches, _segments(found), app, route, context)
 
 
 def _match_anything(_: Scope) -> tuple[Match, Scope]:

@@ -12,35 +12,40 @@ request. Objects with a coroutine function `__call__` count too, such as those o
 
 Such an object may have a `switch`: a name in the state of the process. While the state has nothing
 of that name, the dependency has no effect, so the plan omits it unless its result is an argument.
+
+`Directory` serves such a route without FastAPI's application around the handler, which opens three
+exit stacks for dependencies with `yield` and for files, and handles exceptions a second time.
 """
 
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import fields
 from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from fastapi import Request, Response, routing
 from fastapi.datastructures import DefaultPlaceholder
 from fastapi.dependencies.models import Dependant, _get_cache_key
-from fastapi.dependencies.utils import request_params_to_args
+from fastapi.dependencies.utils import get_validation_alias, request_params_to_args
 from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import EndpointContext, ResponseValidationError
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.routing import APIRoute
 from fastapi.utils import is_body_allowed_for_status_code
+from starlette._exception_handler import wrap_app_handling_exceptions
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+#: An ASGI application.
+App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
-#: The kinds of parameters, and the attributes of the request that have their values.
-_SOURCES = {
-    "path_params": "path_params",
-    "query_params": "query_params",
-    "header_params": "headers",
-    "cookie_params": "cookies",
-}
+#: The kinds of parameters, and the attributes of the request that have their values. Those of the
+#: path are simpler: each is there, once.
+_SOURCES = {"query_params": "query_params", "header_params": "headers", "cookie_params": "cookies"}
 #: The fields of a function and of a route that the plan knows. Others must be empty.
 _KNOWN_OF_FUNCTION = {
-    *_SOURCES,
+    *("path_params", *_SOURCES),
     *("dependencies", "name", "call", "request_param_name", "http_connection_param_name"),
     # The scopes concern only the key of FastAPI's cache, and functions with `SecurityScopes`.
     *("use_cache", "path", "scope", "own_oauth_scopes", "parent_oauth_scopes"),
@@ -65,7 +70,9 @@ class Step(NamedTuple):
     """One function of a plan, and its arguments."""
 
     call: Callable[..., Awaitable[Any]]
-    #: The parameters of each source.
+    #: The parameters of the path: the name, the name in the path, the function that validates.
+    path: list[tuple[str, str, Callable[..., Any]]]
+    #: The parameters of each other source.
     parameters: list[tuple[list[Any], str]]
     request_names: list[str]
     #: The names of the arguments that are results of earlier steps.
@@ -149,11 +156,39 @@ class _QuickHandler:
         self.status = route.status_code or 200
         self.path = route.path_format
 
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request: ASGI. Exceptions are handled as in FastAPI's application."""
+        request = Request(scope, receive, send)
+        try:
+            response = await self._call(request)
+        except Exception as error:  # noqa: BLE001 - it is raised again
+            await wrap_app_handling_exceptions(_raise(error), request)(scope, receive, send)
+            return
+        if response is None:
+            await self._serve_as_usual(request)
+        else:
+            await response(scope, receive, send)
+
     async def handle(self, request: Request) -> Response:
         """Return the response. Exceptions are handled around it."""
+        response = await self._call(request)
+        return await self.usual(request) if response is None else response
+
+    async def _serve_as_usual(self, request: Request) -> None:
+        """Serve a request that the plan is not for, as FastAPI does."""
+
+        async def handle(same: Request) -> Response:
+            vars(same).update(vars(request))  # such as the body that was read
+            return await self.usual(same)
+
+        app = AsyncExitStackMiddleware(routing.request_response(handle))
+        await app(request.scope, request._receive, request._send)
+
+    async def _call(self, request: Request) -> Response | None:
+        """Return the response of the plan; None if it is not for this request."""
         arguments = None if self._is_changed(request) else self._read(request)
         if arguments is None:
-            return await self.usual(request)
+            return None
         results: list[Any] = []
         for step, values in arguments:
             for name, index in step.results:
@@ -170,8 +205,13 @@ class _QuickHandler:
     def _read(self, request: Request) -> list[tuple[Step, dict[str, Any]]] | None:
         """Return each step with its arguments, without results; None if one is not valid."""
         arguments = []
+        path_params = request.path_params
         for step in self._steps(request):
             values: dict[str, Any] = dict.fromkeys(step.request_names, request)
+            for name, key, validate in step.path:
+                values[name], errors = validate(path_params.get(key))
+                if errors:
+                    return None
             for parameters, source in step.parameters:
                 found, errors = request_params_to_args(parameters, getattr(request, source))
                 if errors:
@@ -208,6 +248,27 @@ class _QuickHandler:
         return context
 
 
+def quick_app(route: Any, app: Any) -> App | None:
+    """Return the quicker equal of a route's application; None if there is none.
+
+    There is none if an agent, a team or a subclass has put something around the handler.
+    """
+    if not (_is_of_fastapi(type(route).handle) and _is_of_fastapi(app)):
+        return None
+    handler = inspect.getclosurevars(app).nonlocals.get("f")
+    owner = getattr(handler, "__self__", None)
+    return owner.serve if isinstance(owner, _QuickHandler) else None
+
+
+def _raise(error: Exception) -> ASGIApp:
+    """Return an application that raises an error."""
+
+    async def fail(_: Scope, __: Receive, ___: Send) -> None:
+        raise error
+
+    return fail
+
+
 def _step(function: Dependant, results: list[tuple[str, int]]) -> Step:
     parameters = [
         (getattr(function, kind), source)
@@ -215,10 +276,11 @@ def _step(function: Dependant, results: list[tuple[str, int]]) -> Step:
         if getattr(function, kind)
     ]
     call = _coroutine_function(function.call)
+    path = [(each.name, get_validation_alias(each), each.validate) for each in function.path_params]
     names = [function.request_param_name, function.http_connection_param_name]
     # Not inherited: what a subclass does may have an effect.
     switch = vars(type(function.call)).get("switch")
-    return Step(call, parameters, [name for name in names if name], results, switch)
+    return Step(call, path, parameters, [name for name in names if name], results, switch)
 
 
 def _coroutine_function(call: Any) -> Any:
@@ -247,7 +309,7 @@ def _is_known(route: Any) -> bool:
     )
 
 
-def _is_of_fastapi(handler: Handler) -> bool:
-    """Return whether a handler is FastAPI's own. Agents such as Sentry's wrap it, to see all."""
-    code = getattr(handler, "__code__", None)
-    return code is not None and code.co_filename == routing.__file__
+def _is_of_fastapi(function: Any) -> bool:
+    """Return whether a function is FastAPI's own. Agents such as Sentry's wrap it, to see all."""
+    # Some wrappers are objects that look like the function.
+    return type(function) is FunctionType and function.__code__.co_filename == routing.__file__

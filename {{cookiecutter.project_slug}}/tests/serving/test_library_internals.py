@@ -16,6 +16,7 @@ from asyncpg.pool import PoolConnectionHolder, PoolConnectionProxy
 from fastapi import FastAPI, routing
 from fastapi.dependencies import utils as dependencies
 from fastapi.dependencies.models import Dependant, _get_cache_key
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.routing import APIRoute, APIRouter, iter_route_contexts
 from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
 from gunicorn.arbiter import Arbiter
@@ -35,6 +36,7 @@ from redis._parsers.base import BaseParser
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection
+from starlette._exception_handler import wrap_app_handling_exceptions
 from starlette._utils import get_route_path
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
@@ -181,6 +183,15 @@ REVIEWED: dict[Function, tuple[str, str]] = {
         "it calls get_route_handler with the dependencies of including routers, in a variable",
         "bf247f1a8aa8",
     ),
+    routing.request_response: ("quick_route.py does without it", "69a7733a6238"),
+    AsyncExitStackMiddleware.__call__: (
+        "application.py replaces it by directory.py, which calls it for FastAPI's routes",
+        "8868205fc630",
+    ),
+    wrap_app_handling_exceptions: (
+        "quick_route.py calls it once an exception is raised",
+        "d5e41f0fa794",
+    ),
     APIRoute.get_route_handler: ("quick_route.py adds to it", "0823a6823e97"),
     routing.get_request_handler: ("quick_route.py replaces what it returns", "86df3aeddb8e"),
     routing.serialize_response: ("quick_route.py serializes as it does", "69d99624855b"),
@@ -189,6 +200,10 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     dependencies.solve_dependencies: (
         "quick_route.py calls dependencies in the same order, once or again",
         "19825365bd06",
+    ),
+    dependencies.get_validation_alias: (
+        "quick_route.py reads parameters of the path by it",
+        "b4d0648637da",
     ),
     dependencies.request_params_to_args: ("quick_route.py validates with it", "e028df88c5ea"),
     _get_cache_key: ("quick_route.py calls a function once per key of it", "eba06ac99846"),

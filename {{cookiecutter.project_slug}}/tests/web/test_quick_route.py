@@ -7,13 +7,17 @@ from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, routing
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, routing
 from fastapi.routing import APIRoute, iter_route_contexts
+from starlette.types import Receive, Scope, Send
 
 from app.main import create_app
 from app.settings import Settings
-from app.web.quick_route import QuickRoute
+from app.web.application import remove_exit_stack
+from app.web.directory import Directory
+from app.web.quick_route import QuickRoute, quick_app
 from tests.web import every_route
+from tests.web.every_route import OwnError
 
 #: The routes of `every_route` that it serves: all of their functions are coroutine functions, or
 #: objects with one, and need the request and its parameters only.
@@ -127,6 +131,114 @@ def test_handler_that_an_agent_wraps_is_used(monkeypatch: pytest.MonkeyPatch) ->
     route: Any = app.routes[-1]
     assert isinstance(route, APIRoute)
     assert handler_of(route).__name__ == "wrapped"
+
+
+def add_route(router: APIRouter, route_class: type[APIRoute] = QuickRoute) -> Any:
+    """Add a route; return it."""
+    router.add_api_route("/a", through, route_class_override=route_class)
+    return router.routes[-1]
+
+
+def test_plan_has_an_application_of_its_own() -> None:
+    """Of a route of the application, and of a router that it includes."""
+    app = FastAPI()
+    route = add_route(app.router)
+    assert quick_app(route, route.app)
+    router = APIRouter()
+    add_route(router)
+    app.include_router(router, prefix="/v1")
+    included = list(iter_route_contexts(app.routes))[-1]
+    assert quick_app(included.original_route, included.app)
+
+
+class Timed(QuickRoute):
+    """A route as in FastAPI's "Custom Request and APIRoute class": its handler does more."""
+
+    def get_route_handler(self) -> Any:
+        """Return the handler with something around it."""
+        handler = super().get_route_handler()
+
+        async def timed(request: Request) -> Any:
+            return await handler(request)
+
+        return timed
+
+
+class Counted(QuickRoute):
+    """A route with something around FastAPI's method."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        await super().handle(scope, receive, send)
+
+
+@pytest.mark.parametrize("route_class", [Timed, Counted, APIRoute])
+def test_routes_of_other_classes_have_no_application_of_a_plan(route_class: type[APIRoute]) -> None:
+    route = add_route(APIRouter(), route_class)
+    assert quick_app(route, route.app) is None
+
+
+def test_application_that_is_wrapped_is_used() -> None:
+    route = add_route(APIRouter())
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        await route.app(scope, receive, send)
+
+    assert quick_app(route, wrapped) is None
+
+
+def test_method_that_an_agent_wraps_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ddtrace's integration wraps `APIRoute.handle`, to name its spans."""
+    original = APIRoute.handle
+
+    async def wrapped(self: APIRoute, scope: Scope, receive: Receive, send: Send) -> None:
+        await original(self, scope, receive, send)
+
+    monkeypatch.setattr(APIRoute, "handle", wrapped)
+    route = add_route(APIRouter())
+    assert quick_app(route, route.app) is None
+
+
+async def test_handlers_of_exceptions_get_the_request_of_the_route() -> None:
+    """So they can read a body that the route has read."""
+    app = FastAPI()
+    app.router.middleware_stack = Directory(app.router)
+
+    async def fail(request: Request) -> None:
+        await request.body()
+        raise OwnError
+
+    @app.exception_handler(OwnError)
+    async def respond(request: Request, _: Exception) -> Response:
+        return Response(await request.body())
+
+    app.router.add_api_route("/a", fail, methods=["POST"], route_class_override=QuickRoute)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.post("/a", content=b"body")).content == b"body"
+
+
+async def test_plan_opens_no_exit_stacks(settings: Settings) -> None:
+    """FastAPI's routes of the same application have them, to close files and dependencies."""
+    app = create_app(settings)
+    scopes: list[Scope] = []
+
+    async def note(request: Request) -> None:
+        scopes.append(request.scope)
+
+    app.router.add_api_route("/quick", note, route_class_override=QuickRoute)
+    app.router.add_api_route("/plain", note)
+    stack = app.build_middleware_stack()
+    remove_exit_stack(stack, app.directory)
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(stack), base_url="http://test"
+    ) as client:
+        assert (await client.get("/plain")).status_code == 200
+        assert (await client.get("/quick")).status_code == 200
+    plain, quick = scopes
+    assert "fastapi_middleware_astack" in plain
+    assert "fastapi_middleware_astack" not in quick
+    assert "fastapi_inner_astack" not in quick
 
 
 async def test_dependencies_are_not_called_twice_by_an_invalid_request() -> None:
