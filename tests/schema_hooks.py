@@ -1,5 +1,6 @@
 """Hooks for schemathesis: rules that an OpenAPI document cannot express."""
 
+import os
 import re
 from typing import Any
 from uuid import uuid4
@@ -9,6 +10,8 @@ import schemathesis
 #: FastAPI writes the bounds of numbers as floats: an exact reader sees 2**63 as this.
 ROUNDED = 9223372036854776000
 KEY = re.compile(r'"[ -~]{1,255}"|[ -~]{1,255}')
+#: The environment variable with the header of a service that requires a token.
+AUTHORIZATION = "SCHEMATHESIS_AUTHORIZATION"
 
 
 def renew_key(case: Any) -> None:
@@ -45,3 +48,19 @@ def before_call(_: Any, case: Any, __: Any) -> None:
     body = case.body if isinstance(case.body, dict) else {}
     fit_amount(body)
     fit_reference(body)
+
+
+class Token:
+    """The token of each case but those that check whether the service requires it."""
+
+    def get(self, *_: Any) -> str:
+        """Return the header."""
+        return os.environ[AUTHORIZATION]
+
+    def set(self, case: Any, data: str, _: Any) -> None:
+        """Add the header to a case."""
+        case.headers = {**(case.headers or {}), "Authorization": data}
+
+
+if AUTHORIZATION in os.environ:
+    schemathesis.auth()(Token)

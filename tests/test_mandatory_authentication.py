@@ -40,18 +40,23 @@ TESTS = (
 )
 
 
-@pytest.mark.slow
-def test_mandatory_authentication_breaks_no_test(template: Path, tmp_path: Path) -> None:
-    """The line is that of README.md, "Who may call"."""
-    project = bake_to(template, tmp_path, include_jobs=True)
-    link_environment(project)
-    assert MANDATORY.strip() in (project / "README.md").read_text()
+def make_mandatory(project: Path) -> None:
+    """Make authentication mandatory for all routes of a project but the probes and `/`."""
     main = project / "app/main.py"
     text = main.read_text()
     assert text.count(OPEN) == text.count(IMPORT) == 1
     text = text.replace(OPEN, MANDATORY)
     text = text.replace(IMPORT, f"from app.auth.dependencies import AUTHENTICATED\n{IMPORT}")
     main.write_text(text)
+
+
+@pytest.mark.slow
+def test_mandatory_authentication_breaks_no_test(template: Path, tmp_path: Path) -> None:
+    """The line is that of README.md, "Who may call"."""
+    project = bake_to(template, tmp_path, include_jobs=True)
+    link_environment(project)
+    assert MANDATORY.strip() in (project / "README.md").read_text()
+    make_mandatory(project)
     (project / "tests/test_check.py").write_text(CHECK)
     options = ["-q", "-p", "no:cacheprovider", "--numprocesses", "2", "--dist", "loadfile"]
     output = run(project, "python", "-m", "pytest", *options, *TESTS)
