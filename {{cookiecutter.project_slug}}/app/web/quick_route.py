@@ -6,9 +6,10 @@ each of its dependencies. A `QuickRoute` calls the functions by a plan instead. 
     router = APIRouter(prefix="/orders", route_class=QuickRoute)
 
 The plan knows coroutine functions with parameters of the path, the query, headers and cookies, with
-the `Request`, and with such dependencies, nested ones included. A route that needs anything else,
-such as a body or a dependency with `yield`, is FastAPI's: slower, and the same. So is an invalid
-request. Objects with a coroutine function `__call__` count too, such as those of app/auth.
+the `Request`, with one body of JSON, and with such dependencies, nested ones included. A route that
+needs anything else, such as a form or a dependency with `yield`, is FastAPI's: slower, and the
+same. So is an invalid request, and a body without `Content-Type: application/json`. Objects with a
+coroutine function `__call__` count too, such as those of app/auth.
 
 Such an object may have a `switch`: a name in the state of the process. While the state has nothing
 of that name, the dependency has no effect, so the plan omits it unless its result is an argument.
@@ -24,7 +25,7 @@ from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from fastapi import Request, Response, routing
+from fastapi import HTTPException, Request, Response, params, routing
 from fastapi.datastructures import DefaultPlaceholder
 from fastapi.dependencies.models import Dependant, _get_cache_key
 from fastapi.dependencies.utils import get_validation_alias, request_params_to_args
@@ -33,6 +34,7 @@ from fastapi.exceptions import EndpointContext, ResponseValidationError
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.routing import APIRoute
 from fastapi.utils import is_body_allowed_for_status_code
+from pydantic_core import PydanticUndefined as Undefined
 from starlette._exception_handler import wrap_app_handling_exceptions
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -45,7 +47,7 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 _SOURCES = {"query_params": "query_params", "header_params": "headers", "cookie_params": "cookies"}
 #: The fields of a function and of a route that the plan knows. Others must be empty.
 _KNOWN_OF_FUNCTION = {
-    *("path_params", *_SOURCES),
+    *("path_params", *_SOURCES, "body_params"),
     *("dependencies", "name", "call", "request_param_name", "http_connection_param_name"),
     # The scopes concern only the key of FastAPI's cache, and functions with `SecurityScopes`.
     *("use_cache", "path", "scope", "own_oauth_scopes", "parent_oauth_scopes"),
@@ -54,7 +56,7 @@ _UNKNOWN_OF_FUNCTION = [
     each.name for each in fields(Dependant) if each.name not in _KNOWN_OF_FUNCTION
 ]
 _UNKNOWN_OF_ROUTE = [
-    "body_field",
+    "_embed_body_fields",
     "stream_item_field",
     "is_sse_stream",
     "is_json_stream",
@@ -74,6 +76,8 @@ class Step(NamedTuple):
     path: list[tuple[str, str, Callable[..., Any]]]
     #: The parameters of each other source.
     parameters: list[tuple[list[Any], str]]
+    #: The parameter that is the body, if there is one.
+    body: Any
     request_names: list[str]
     #: The names of the arguments that are results of earlier steps.
     results: list[tuple[str, int]]
@@ -148,6 +152,7 @@ class _QuickHandler:
         self.usual = usual
         self.steps = plan.steps
         self.switch, self.steps_without = plan.without_switched()
+        self.has_body = route.body_field is not None
         self.dependencies = plan.dependencies
         self.known_dependencies = plan.known_dependencies
         self.overrides = route.dependency_overrides_provider
@@ -186,7 +191,10 @@ class _QuickHandler:
 
     async def _call(self, request: Request) -> Response | None:
         """Return the response of the plan; None if it is not for this request."""
-        arguments = None if self._is_changed(request) else self._read(request)
+        if self._is_changed(request):
+            return None
+        body = await _read_json(request) if self.has_body else None
+        arguments = None if body is Undefined else self._read(request, body)
         if arguments is None:
             return None
         results: list[Any] = []
@@ -202,7 +210,7 @@ class _QuickHandler:
         has_telemetry = request.scope.get("fastapi.telemetry") is not None
         return overrides or has_telemetry or self.dependencies != self.known_dependencies
 
-    def _read(self, request: Request) -> list[tuple[Step, dict[str, Any]]] | None:
+    def _read(self, request: Request, body: Any) -> list[tuple[Step, dict[str, Any]]] | None:
         """Return each step with its arguments, without results; None if one is not valid."""
         arguments = []
         path_params = request.path_params
@@ -217,6 +225,10 @@ class _QuickHandler:
                 if errors:
                     return None
                 values.update(found)
+            if step.body is not None:
+                values[step.body.name], errors = step.body.validate(body, loc=("body",))
+                if errors:
+                    return None
             arguments.append((step, values))
         return arguments
 
@@ -269,6 +281,18 @@ def _raise(error: Exception) -> ASGIApp:
     return fail
 
 
+async def _read_json(request: Request) -> Any:
+    """Return the value of a body of JSON, as FastAPI parses it; `Undefined` for any other body."""
+    if request.headers.get("content-type") != "application/json":
+        return Undefined
+    try:
+        return await request.json()
+    except HTTPException:
+        raise
+    except Exception:  # noqa: BLE001 - FastAPI meets the same error, and words its response
+        return Undefined
+
+
 def _step(function: Dependant, results: list[tuple[str, int]]) -> Step:
     parameters = [
         (getattr(function, kind), source)
@@ -278,9 +302,10 @@ def _step(function: Dependant, results: list[tuple[str, int]]) -> Step:
     call = _coroutine_function(function.call)
     path = [(each.name, get_validation_alias(each), each.validate) for each in function.path_params]
     names = [function.request_param_name, function.http_connection_param_name]
+    body = next(iter(function.body_params), None)
     # Not inherited: what a subclass does may have an effect.
     switch = vars(type(function.call)).get("switch")
-    return Step(call, path, parameters, [name for name in names if name], results, switch)
+    return Step(call, path, parameters, body, [name for name in names if name], results, switch)
 
 
 def _coroutine_function(call: Any) -> Any:
@@ -295,8 +320,9 @@ def _is_simple(function: Dependant) -> bool:
     is_coroutine = inspect.iscoroutinefunction(call)
     # FastAPI looks behind decorators too.
     is_coroutine_inside = inspect.iscoroutinefunction(inspect.unwrap(call))
+    has_form = any(isinstance(each.field_info, params.Form) for each in function.body_params)
     needs_more = any(getattr(function, name) for name in _UNKNOWN_OF_FUNCTION)
-    return is_coroutine and is_coroutine_inside and not needs_more
+    return is_coroutine and is_coroutine_inside and not has_form and not needs_more
 
 
 def _is_known(route: Any) -> bool:

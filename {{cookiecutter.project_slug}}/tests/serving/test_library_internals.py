@@ -206,6 +206,10 @@ REVIEWED: dict[Function, tuple[str, str]] = {
         "b4d0648637da",
     ),
     dependencies.request_params_to_args: ("quick_route.py validates with it", "e028df88c5ea"),
+    dependencies.request_body_to_args: (
+        "quick_route.py validates a body as it does",
+        "8ae56248184c",
+    ),
     _get_cache_key: ("quick_route.py calls a function once per key of it", "eba06ac99846"),
     # joserfc
     JWSRegistry.get_alg: (
@@ -370,9 +374,9 @@ def test_outermost_middleware_is_server_error_middleware() -> None:
 def test_functions_of_routes_have_the_known_fields() -> None:
     """A plan of quick_route.py leaves a function to FastAPI that uses any field but these."""
     known = {"path_params", "query_params", "header_params", "cookie_params", "dependencies"}
-    known |= {"name", "call", "request_param_name", "use_cache", "path", "scope"}
+    known |= {"body_params", "name", "call", "request_param_name", "use_cache", "path", "scope"}
     known |= {"http_connection_param_name", "own_oauth_scopes", "parent_oauth_scopes"}
-    unknown = {"body_params", "websocket_param_name", "security_scopes_param_name"}
+    unknown = {"websocket_param_name", "security_scopes_param_name"}
     unknown |= {"response_param_name", "background_tasks_param_name", "concurrency"}
     assert {field.name for field in fields(Dependant)} == known | unknown
 

@@ -24,7 +24,7 @@ from fastapi import (
 from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer, SecurityScopes
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.types import Scope
 
@@ -35,11 +35,29 @@ from app.web.quick_route import QuickRoute
 calls: ContextVar[list[str]] = ContextVar("calls")
 
 
+def reject_no(value: str) -> str:
+    """Validate a text."""
+    if value == "no":
+        msg = "must not be no"
+        raise ValueError(msg)
+    return value
+
+
 class Item(BaseModel):
     """A model with an alias and a default."""
 
     number: int
     text: str | None = Field(default=None, serialization_alias="theText")
+
+
+class PickyItem(BaseModel):
+    """A model with types that coerce little, and a validator."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    number: int
+    ratio: float = 1.0
+    text: Annotated[str, AfterValidator(reject_no), Field(max_length=9)] = ""
 
 
 class Filter(BaseModel):
@@ -84,6 +102,12 @@ async def nested_authentication(key: Annotated[str, Depends(authenticate)]) -> s
     """A dependency that rejects by another."""
     called("nested_authentication")
     return key
+
+
+async def with_body(item: Item) -> Item:
+    """A dependency with a body."""
+    called("with_body")
+    return item
 
 
 async def never_cached(path: Annotated[str, Depends(by_request, use_cache=False)]) -> str:
@@ -189,6 +213,7 @@ def create(*, is_quick: bool, dependencies: list[Any] | None = None) -> FastAPI:
         app.router.middleware_stack = Directory(app.router)
     _add_responses(app)
     _add_parameters(app)
+    _add_bodies(app)
     _add_dependencies(app)
     _add_others(app)
     _include_routers(app, route_class)
@@ -328,15 +353,6 @@ def _add_parameters(app: FastAPI) -> None:
     async def converted(number: int) -> int:
         return number
 
-    @app.post("/body")
-    async def body(item: Item, key: Annotated[str, Depends(authenticate)]) -> Item:
-        called(key)
-        return item
-
-    @app.put("/embedded/{number}")
-    async def embedded(number: int, item: Annotated[Item, Body(embed=True)]) -> Any:
-        return [number, item]
-
     @app.post("/raw")
     async def raw(request: Request) -> int:
         return len(await request.body())
@@ -352,6 +368,58 @@ def _add_parameters(app: FastAPI) -> None:
     @app.put("/many/fixed")
     async def fixed() -> str:
         return "fixed"
+
+
+def _add_bodies(app: FastAPI) -> None:
+    @app.post("/body")
+    async def body(item: Item, key: Annotated[str, Depends(authenticate)]) -> Item:
+        called(key)
+        return item
+
+    @app.put("/embedded/{number}")
+    async def embedded(number: int, item: Annotated[Item, Body(embed=True)]) -> Any:
+        return [number, item]
+
+    @app.post("/picky-body")
+    async def picky_body(item: PickyItem, request: Request) -> Any:
+        return [item, await request.json(), await request.body()]
+
+    @app.post("/list-body")
+    async def list_body(numbers: list[int]) -> Any:
+        return numbers
+
+    @app.post("/default-body")
+    async def default_body(item: Item | None = None) -> Any:
+        return item
+
+    @app.post("/any-body")
+    async def any_body(value: Annotated[Any, Body()]) -> Any:
+        return repr(value)
+
+    @app.post("/bytes-body")
+    async def bytes_body(value: Annotated[bytes, Body()]) -> Any:
+        return len(value)
+
+    @app.post("/two-bodies")
+    async def two_bodies(item: Item, other: Annotated[int, Body()]) -> Any:
+        return [item, other]
+
+    @app.post("/body-of-dependency/{number}")
+    async def body_of_dependency(number: int, key: Annotated[Any, Depends(with_body)]) -> Any:
+        return [number, key]
+
+    @app.post("/body-of-both")
+    async def body_of_both(item: Item, same: Annotated[Any, Depends(with_body)]) -> Any:
+        return [item, same, item is same]
+
+    @app.post("/other-body-of-dependency")
+    async def other_body(value: Item, other: Annotated[Any, Depends(with_body)]) -> Any:
+        return [value, other]
+
+    @app.post("/late-body", dependencies=[Depends(authenticate)])
+    async def late_body(item: Item, size: int, tasks: BackgroundTasks) -> Any:
+        tasks.add_task(called, "task")
+        return [item, size]
 
 
 def _add_dependencies(app: FastAPI) -> None:
@@ -521,6 +589,11 @@ def _include_routers(app: FastAPI, route_class: type[APIRoute]) -> None:
     app.include_router(inner)
 
 
+BODY_PATHS = [
+    *("/picky-body", "/list-body", "/default-body", "/any-body", "/bytes-body", "/two-bodies"),
+    *("/body-of-dependency/1", "/body-of-dependency/x", "/body-of-both"),
+    *("/other-body-of-dependency", "/late-body?size=1", "/late-body"),
+]
 #: One request at least for each route, and some that no route matches.
 PATHS = [
     *("/", "", "//", "/nope", "/model", "/model/", "/model/5", "/model/x", "/model/5/"),
@@ -532,6 +605,7 @@ PATHS = [
     *("/query-model?size=x", "/header", "/cookie"),
     *("/uuid/00000000-0000-0000-0000-000000000001/deep/2", "/uuid/x/deep/y", "/file/a/b/c"),
     *("/file/", "/converted/5", "/converted/x", "/body", "/embedded/1", "/embedded/x", "/raw"),
+    *BODY_PATHS,
     *("/many", "/many/a", "/many/fixed", "/by-request/1", "/by-request/x", "/nested/1?size=2"),
     *("/nested/1?size=x", "/nested/x?size=x", "/authenticated/1", "/authenticated/x"),
     *("/nested-authenticated", "/twice", "/twice?size=x", "/yield/1", "/yield/x"),
