@@ -32,6 +32,7 @@ BARE = {
 SERVICE = {
     "small": "stored:small",
     "query": "stored:query",
+    "plain": "stored:plain",
     "post": "stored:post",
     "first_route": "many_service:first",
     "last_route": "many_service:last",

@@ -297,7 +297,8 @@ async def _select(connection: asyncpg.Connection) -> None:
 
 
 async def _database(request: Request) -> Database:
-    database: Database = request.state.database
+    # Not by `request.state`, which is an object more per request: 1 us.
+    database: Database = request.scope["state"]["database"]
     return database
 
 
