@@ -187,9 +187,16 @@ _HTTP_URL = r"https?://([^\s/@?#]*@)?" + _HOST + r"(:\d{1,5})?(/[^\s?#]*)?"
 _LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")
 
 
-def check_provider_url(url: str, environment: str) -> None:
-    """Raise `ValueError` for a URL over which others could replace the keys of the issuer."""
-    _check(url, _HTTP_URL, "https://login.example, without ? and #")
+def check_provider_url(url: str, environment: str, *, is_of_keys: bool = False) -> None:
+    """Raise `ValueError` for a URL over which others could replace the keys of the issuer.
+
+    That of the keys may have a query, as Azure AD B2C has it; that of the issuer has none (OpenID
+    Connect Discovery 1.0, section 3).
+    """
+    if is_of_keys:
+        _check(url, _HTTP_URL + r"(\?[^\s#]*)?", "https://login.example/keys, without #")
+    else:
+        _check(url, _HTTP_URL, "https://login.example, without ? and #")
     parts = urlsplit(url)
     if "@" in parts.netloc:
         msg = "must have no login"

@@ -225,7 +225,8 @@ class Settings(BaseSettings):
             url = getattr(self, name)
             try:
                 if url is not None:
-                    check_provider_url(url, self.environment)
+                    is_of_keys = name == "auth_jwks_url"
+                    check_provider_url(url, self.environment, is_of_keys=is_of_keys)
             except ValueError as error:
                 yield _describe(name.upper(), url, str(error))
 

@@ -89,7 +89,8 @@ class Authenticator:
                 found = value
         if found is None:
             raise errors.MissingTokenError(self.realm)
-        if b"access_token=" in scope["query_string"]:
+        query = scope["query_string"]
+        if query and b"access_token=" in query:
             raise errors.AmbiguousTokenError(self.realm)
         return found
 
@@ -118,8 +119,9 @@ class Authenticator:
 
 def _note(verified: Verified, scope: Scope) -> Principal:
     """Note the caller in the state and in the log lines of a request; return it."""
-    scope["state"]["principal"] = verified.principal
+    principal, _, logged = verified
+    scope["state"]["principal"] = principal
     context = request_context.get()
-    if verified.logged and context is not None:
-        context["principal"] = verified.logged
-    return verified.principal
+    if logged and context is not None:
+        context["principal"] = logged
+    return principal

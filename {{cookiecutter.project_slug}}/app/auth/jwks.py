@@ -48,6 +48,8 @@ def parse_keys(document: str | bytes) -> tuple[dict[str | None, Key], list[str]]
     for jwk in found:
         try:
             kid, key = _parse_key(jwk)
+            if kid in keys:
+                problems.append(f"{kid!r:.100}: another key has the same kid")
             keys.setdefault(kid, key)
         except (ValueError, TypeError, KeyError, AttributeError, JoseError) as error:
             kid = jwk.get("kid") if isinstance(jwk, dict) else None

@@ -196,7 +196,7 @@ class KeySource:
             document = orjson.loads(response.body)
             is_issuers = document["issuer"] == issuer
             url = str(document["jwks_uri"])
-            check_provider_url(url, self.settings.environment)
+            check_provider_url(url, self.settings.environment, is_of_keys=True)
         except (ValueError, TypeError, KeyError) as error:
             msg = f"unusable discovery document: {type(error).__name__}"
             raise FetchError(msg) from error
@@ -208,7 +208,7 @@ class KeySource:
     async def _get(self, url: str) -> UpstreamResponse:
         """Return a response with status 200. A redirect is an error, like all others."""
         parts = urlsplit(url)
-        path = url.partition(parts.netloc)[2]
+        path = parts._replace(scheme="", netloc="").geturl()
         client = UpstreamClient(
             UPSTREAM, f"{parts.scheme}://{parts.netloc}", self.breaker, 1, self.tls
         )

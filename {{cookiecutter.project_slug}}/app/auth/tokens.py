@@ -7,7 +7,7 @@ fetched but the issuer's keys.
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import orjson
 from joserfc import jws
@@ -25,6 +25,8 @@ from app.settings import Settings
 TYPES = frozenset({None, "at+jwt", "application/at+jwt", "jwt"})
 #: The claims that name the client: RFC 9068, Keycloak and Google, Okta, Entra ID.
 CLIENT_CLAIMS = ("client_id", "azp", "cid", "appid")
+#: OpenID Connect Core 1.0, section 2. It is part of keys in Postgres, where 2.7 kB are too many.
+MAX_SUBJECT_CHARACTERS = 255
 #: What reading a token may raise that is no token.
 _UNREADABLE = (JoseError, ValueError, TypeError, RecursionError)
 
@@ -144,7 +146,7 @@ class TokenVerifier:
 
     def _principal(self, claims: Mapping[str, Any]) -> Principal:
         subject = claims.get("sub")
-        if not isinstance(subject, str) or not subject:
+        if not _is_subject(subject):
             raise self._invalid("claims", "The token has no valid sub.")
         found = (claims.get(name) for name in CLIENT_CLAIMS)
         client_id = next((each for each in found if isinstance(each, str)), "")
@@ -161,3 +163,10 @@ class TokenVerifier:
 
     def _invalid(self, reason: str, detail: str) -> InvalidTokenError:
         return InvalidTokenError(self.realm, reason, detail)
+
+
+def _is_subject(value: object) -> TypeGuard[str]:
+    """Return whether a claim can name a caller; Postgres stores no NUL."""
+    if not isinstance(value, str) or not value.isprintable():
+        return False
+    return 0 < len(value) <= MAX_SUBJECT_CHARACTERS

@@ -132,6 +132,12 @@ def forged(provider: Provider, **header: object) -> str:
     return provider.mint(other, header={"kid": "rs256", **header})
 
 
+def nested(provider: Provider) -> str:
+    """Return a token within a signed token (RFC 7519, section 5.2)."""
+    header = {"alg": "RS256", "cty": "JWT", "kid": "rs256"}
+    return tokens.encode(header, provider.mint(), RS256.sign)
+
+
 UNREADABLE = "The token cannot be read."
 WRONG_ALGORITHM = "The algorithm of the token is not accepted."
 WRONG_SIGNATURE = "The signature of the token is not valid."
@@ -164,6 +170,12 @@ ATTACKS: dict[str, tuple[Mint, str]] = {
     "expiry is a text": (lambda p: p.mint(exp="9999999999"), "The token has no valid exp."),
     "expiry is true": (lambda p: p.mint(exp=True), "The token has no valid exp."),
     "no subject": (lambda p: p.mint(sub=MISSING), "The token has no valid sub."),
+    "subject with NUL": (lambda p: p.mint(sub="a\0b"), "The token has no valid sub."),
+    "subject of 256 characters": (lambda p: p.mint(sub="a" * 256), "The token has no valid sub."),
+    "nested token": (lambda p: nested(p), UNREADABLE),
+    "no algorithm": (lambda p: p.mint(header={"alg": MISSING}), UNREADABLE),
+    "algorithm is a list": (lambda p: p.mint(header={"alg": ["RS256"]}), WRONG_ALGORITHM),
+    "kid with a surrogate": (lambda p: p.mint(header={"kid": "\ud800"}), UNKNOWN_KEY),
     "token of a logout": (lambda p: p.mint(header={"typ": "logout+jwt"}), WRONG_TYPE),
     "type is a number": (lambda p: p.mint(header={"typ": 1}), WRONG_TYPE),
     "crit": (lambda p: p.mint(header={"crit": ["exp"], "exp": 1}), UNREADABLE),

@@ -25,6 +25,14 @@ ISSUER = {"AUTH_ISSUER": "https://login.example/", "AUTH_AUDIENCE": "orders"}
             ISSUER | {"AUTH_JWKS_URL": "http://login.example/keys"},
             "AUTH_JWKS_URL=http://login.example/keys: must be https:// outside development",
         ),
+        (
+            ISSUER | {"AUTH_JWKS_URL": "https://login.example/keys#a"},
+            "AUTH_JWKS_URL=https://login.example/keys#a: must be https://",
+        ),
+        (
+            ISSUER | {"AUTH_ISSUER": "https://login.example/?p=a"},
+            "AUTH_ISSUER=https://login.example/?p=a: must be https://",
+        ),
         (ISSUER | {"AUTH_ISSUER": "login.example"}, "AUTH_ISSUER=login.example: must be https://"),
         (ISSUER | {"AUTH_ISSUER": "file:///a"}, "AUTH_ISSUER=file:///a: must be https://"),
         (
