@@ -41,10 +41,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 #: An ASGI application.
 App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+Arguments = dict[str, Any] | None
 
 #: The kinds of parameters, and the attributes of the request that have their values. Those of the
 #: path are simpler: each is there, once.
 _SOURCES = {"query_params": "query_params", "header_params": "headers", "cookie_params": "cookies"}
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 #: The fields of a function and of a route that the plan knows. Others must be empty.
 _KNOWN_OF_FUNCTION = {
     *("path_params", *_SOURCES, "body_params"),
@@ -83,6 +85,8 @@ class Step(NamedTuple):
     results: list[tuple[str, int]]
     #: A name in the state of the process without which the function has no effect.
     switch: str | None
+    #: Whether the request is its only argument, which costs less without its name.
+    takes_only_request: bool
 
 
 class QuickRoute(APIRoute):
@@ -199,6 +203,9 @@ class _QuickHandler:
             return None
         results: list[Any] = []
         for step, values in arguments:
+            if values is None:
+                results.append(await step.call(request))
+                continue
             for name, index in step.results:
                 values[name] = results[index]
             results.append(await step.call(**values))
@@ -210,24 +217,17 @@ class _QuickHandler:
         has_telemetry = request.scope.get("fastapi.telemetry") is not None
         return overrides or has_telemetry or self.dependencies != self.known_dependencies
 
-    def _read(self, request: Request, body: Any) -> list[tuple[Step, dict[str, Any]]] | None:
-        """Return each step with its arguments, without results; None if one is not valid."""
-        arguments = []
-        path_params = request.path_params
+    def _read(self, request: Request, body: Any) -> list[tuple[Step, Arguments]] | None:
+        """Return each step with its arguments, without results; None if one is not valid.
+
+        The arguments of a step that takes the request only are None.
+        """
+        arguments: list[tuple[Step, Arguments]] = []
         for step in self._steps(request):
-            values: dict[str, Any] = dict.fromkeys(step.request_names, request)
-            for name, key, validate in step.path:
-                values[name], errors = validate(path_params.get(key))
-                if errors:
-                    return None
-            for parameters, source in step.parameters:
-                found, errors = request_params_to_args(parameters, getattr(request, source))
-                if errors:
-                    return None
-                values.update(found)
-            if step.body is not None:
-                values[step.body.name], errors = step.body.validate(body, loc=("body",))
-                if errors:
+            values = None
+            if not step.takes_only_request:
+                values = _read_arguments(step, request, body)
+                if values is None:
                     return None
             arguments.append((step, values))
         return arguments
@@ -258,6 +258,26 @@ class _QuickHandler:
         mount_path = request.scope.get("root_path", "").rstrip("/")
         context["path"] = f"{request.method} {mount_path}{self.path}"
         return context
+
+
+def _read_arguments(step: Step, request: Request, body: Any) -> dict[str, Any] | None:
+    """Return the arguments of a step, without results; None if one is not valid."""
+    values: dict[str, Any] = dict.fromkeys(step.request_names, request)
+    path_params = request.path_params
+    for name, key, validate in step.path:
+        values[name], errors = validate(path_params.get(key))
+        if errors:
+            return None
+    for parameters, source in step.parameters:
+        found, errors = request_params_to_args(parameters, getattr(request, source))
+        if errors:
+            return None
+        values.update(found)
+    if step.body is not None:
+        values[step.body.name], errors = step.body.validate(body, loc=("body",))
+        if errors:
+            return None
+    return values
 
 
 def quick_app(route: Any, app: Any) -> App | None:
@@ -301,11 +321,21 @@ def _step(function: Dependant, results: list[tuple[str, int]]) -> Step:
     ]
     call = _coroutine_function(function.call)
     path = [(each.name, get_validation_alias(each), each.validate) for each in function.path_params]
-    names = [function.request_param_name, function.http_connection_param_name]
+    found = [function.request_param_name, function.http_connection_param_name]
+    names = [name for name in found if name]
     body = next(iter(function.body_params), None)
     # Not inherited: what a subclass does may have an effect.
     switch = vars(type(function.call)).get("switch")
-    return Step(call, path, parameters, body, [name for name in names if name], results, switch)
+    needs_more = parameters or path or results or function.body_params
+    takes_only_request = bool(names) and not needs_more and names == _first_parameter(call)
+    return Step(call, path, parameters, body, names, results, switch, takes_only_request)
+
+
+def _first_parameter(call: Any) -> list[str]:
+    """Return the name of the first parameter, if it may be passed without its name."""
+    # Not that of a decorated function, which its wrapper may not accept.
+    parameters = inspect.signature(call, follow_wrapped=False).parameters.values()
+    return [each.name for each in list(parameters)[:1] if each.kind in _POSITIONAL]
 
 
 def _coroutine_function(call: Any) -> Any:
