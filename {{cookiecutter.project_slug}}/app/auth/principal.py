@@ -34,7 +34,7 @@ def principal_of(connection: HTTPConnection) -> Principal:
     Its subject scopes idempotency keys and rate limits. An authentication of a team's own sets
     `request.state.principal` to a `Principal`, or to the text of a subject.
     """
-    found = getattr(connection.state, "principal", None)
+    found = connection.scope.get("state", {}).get("principal")
     if isinstance(found, Principal):
         return found
     return Principal(str(found)) if found else ANONYMOUS

@@ -11,6 +11,7 @@ around the end of one.
 
 import asyncio
 import contextvars
+import functools
 import ipaddress
 import math
 import time
@@ -162,7 +163,12 @@ def caller(request: Request) -> str:
     name = principal_of(request).subject
     if name:
         return f"principal:{name}"
-    host = request.client.host if request.client else ""
+    return _network(request.client.host if request.client else "")
+
+
+@functools.lru_cache(maxsize=MAX_REMEMBERED)
+def _network(host: str) -> str:
+    """Return the network of a client. To parse an address costs more than the rest of a check."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

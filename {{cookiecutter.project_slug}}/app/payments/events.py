@@ -8,17 +8,15 @@ from app.patterns.outbox import Event
 from app.patterns.stream_group import Message
 from app.patterns.stream_handler import PoisonError
 from app.payments import repository
-from app.payments.schemas import Payment
 from app.storage.postgres import Connection
 
 STREAM = "payment-events"
 CREATED = "payment.created"
 
 
-def created_event(payment: Payment) -> Event:
-    """Return the event of a payment. Every event of one payment has the same ID."""
-    event_id = uuid5(payment.payment_id, CREATED)
-    return Event(STREAM, event_id, CREATED, payment.model_dump_json())
+def created_event(payment_id: UUID, payload: str) -> Event:
+    """Return the event of a payment, as JSON. Every event of one payment has the same ID."""
+    return Event(STREAM, uuid5(payment_id, CREATED), CREATED, payload)
 
 
 async def republish_pending(connection: Connection, limit: int) -> int:
@@ -28,7 +26,8 @@ async def republish_pending(connection: Connection, limit: int) -> int:
     """
     due = await repository.claim_due(connection, limit)
     for payment in due:
-        await outbox.add(connection, *created_event(payment))
+        event = created_event(payment.payment_id, payment.model_dump_json())
+        await outbox.add(connection, *event)
     return len(due)
 
 

@@ -57,19 +57,21 @@ class Payments:
         payment = Payment(
             payment_id=uuid4(), status="pending", created_at=datetime.now(UTC), **new.model_dump()
         )
-        event = created_event(payment)
+        body = payment.model_dump_json()
+        event = created_event(payment.payment_id, body)
+        response = _created(payment.payment_id, body, root_path)
         content = new.model_dump_json(exclude_unset=True).encode()
-        claim = Claim(f"POST /payments {principal}", key, content, _created(payment, root_path))
+        claim = Claim(f"POST /payments {principal}", key, content, response)
 
         async def create_once(connection: Connection) -> StoredResponse:
             if await repository.create(connection, claim, payment, request_id(), event):
-                return claim.response
+                return response
             return await idempotency.replay(connection, claim)
 
         # Safe to retry after a lost connection, since the key is committed with the payment.
-        response = await self.database.retry(create_once)
+        stored = await self.database.retry(create_once)
         self.committed.set()
-        return response
+        return stored
 
     async def get(self, payment_id: UUID) -> Payment | None:
         """Return the payment, or None if it does not exist.
@@ -110,10 +112,9 @@ class Payments:
         return Page(items=items, next_cursor=str(next_cursor))
 
 
-def _created(payment: Payment, root_path: str) -> StoredResponse:
-    location = f"{root_path}/payments/{payment.payment_id}"
-    headers = {"Location": location, "Cache-Control": "no-store"}
-    return StoredResponse(201, headers, payment.model_dump_json().encode())
+def _created(payment_id: UUID, body: str, root_path: str) -> StoredResponse:
+    headers = {"Location": f"{root_path}/payments/{payment_id}", "Cache-Control": "no-store"}
+    return StoredResponse(201, headers, body.encode())
 
 
 @contextlib.asynccontextmanager

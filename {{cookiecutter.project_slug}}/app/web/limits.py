@@ -170,6 +170,7 @@ class Limits:
         deadline = 0.0
         max_bytes = -1
         is_complete = False
+        server = getattr(receive, "__self__", None)
 
         async def limited() -> Message:
             nonlocal size_bytes, deadline, max_bytes, is_complete
@@ -178,12 +179,10 @@ class Limits:
             if max_bytes < 0:  # only now is the request routed
                 max_bytes, seconds = self._start_body(exchange, body_bytes)
                 deadline = time.monotonic() + seconds
-            seconds_left = None if self.is_debugged() else deadline - time.monotonic()
-            try:
-                async with asyncio.timeout(seconds_left):
-                    message = await receive()
-            except TimeoutError:
-                raise RejectedError(408) from None
+            if getattr(server, "more_body", True):
+                message = await self._receive_until(deadline, receive)
+            else:  # the server has all of it
+                message = await receive()
             size_bytes += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
             if size_bytes > max_bytes:
@@ -195,6 +194,15 @@ class Limits:
             return message
 
         return limited
+
+    async def _receive_until(self, deadline: float, receive: Receive) -> Message:
+        """Return the next part of a body. Raises `RejectedError` if it does not arrive in time."""
+        seconds_left = None if self.is_debugged() else deadline - time.monotonic()
+        try:
+            async with asyncio.timeout(seconds_left):
+                return await receive()
+        except TimeoutError:
+            raise RejectedError(408) from None
 
     def _start_body(self, exchange: Exchange, body_bytes: int) -> tuple[int, float]:
         """Return the size and time limit of a body whose route is known.
