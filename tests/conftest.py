@@ -142,6 +142,28 @@ def start_order(item: pytest.Item) -> tuple[int, bool]:
     return place, is_slow
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that runs less of the tests that generate projects."""
+    parser.addoption(
+        "--ends-of-lists",
+        action="store_true",
+        help="run tests that generate projects with the first and the last of their parameters",
+    )
+
+
+def inner_parameters(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests that generate a project, but for the first and last of each function."""
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if "template" in getattr(item, "fixturenames", ()):
+            functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return [item for function in functions.values() for item in function[1:-1]]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Start the slowest files first: xdist distributes whole files in this order."""
+    if config.getoption("ends_of_lists"):
+        left_out = inner_parameters(items)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=start_order)

@@ -2,10 +2,11 @@
 
 import os
 import pwd
+import shutil
 import subprocess
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SERVICE_BIN
 
 #: Variables of the calling environment that would change the result of the project's make.
 STEERING = {"MAKEFLAGS", "MFLAGS", "VENV", "UV_CACHE_DIR", "DATABASE_URL", "REDIS_URL"}
@@ -14,6 +15,17 @@ STEERING = {"MAKEFLAGS", "MFLAGS", "VENV", "UV_CACHE_DIR", "DATABASE_URL", "REDI
 def tools() -> Path:
     """Return the directory whose `bin` contains the uv of this repository."""
     return Path(os.environ.get("TOOLS", ROOT / ".tools")).resolve()
+
+
+def copy_types(cache: Path) -> None:
+    """Let mypy start in this directory with the cache of the service, if there is one.
+
+    It compares the hash of each file, so that it reads only those that differ. Without it, mypy
+    reads all packages again.
+    """
+    service = SERVICE_BIN.parent / "cache/mypy"
+    if service.exists():
+        shutil.copytree(service, cache)
 
 
 def environment(**variables: str) -> dict[str, str]:

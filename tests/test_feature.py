@@ -6,6 +6,7 @@ The types of one are checked at the end of its guide: test_first_feature.py.
 import os
 import re
 import runpy
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, SERVICE_BIN, SOURCE, bake_to, missing, tree
-from tests.projects import environment, make
+from tests.projects import copy_types, environment, make
 
 FEATURE = ROOT / SOURCE / "scripts/feature"
 NAMES: dict[str, Any] = runpy.run_path(str(FEATURE / "names.py"))
@@ -186,22 +187,37 @@ def test_layer_without_a_place_is_reported() -> None:
 
 
 def link_environment(project: Path) -> None:
-    """Give a project the environment of the service, without installing it again."""
+    """Give a project the environment of the service, without installing it again.
+
+    Its Python is a script that runs the service's own. So the modules have one path in all
+    projects, and are compiled once.
+    """
+    python = SERVICE_BIN / "python"
     if not (SERVICE_BIN / "alembic").exists():
         missing(f"{SERVICE_BIN}, which `make setup` installs,")
-    (project / ".venv").mkdir()
-    for path in SERVICE_BIN.parent.iterdir():
-        if path.name not in {"cache", "ready"}:
-            (project / ".venv" / path.name).symlink_to(path)
-    (project / ".venv/ready").touch()
+    venv = project / ".venv"
+    for directory in ("bin", "cache/coverage"):
+        (venv / directory).mkdir(parents=True)
+    for path in SERVICE_BIN.iterdir():
+        if not path.name.startswith("python"):
+            (venv / "bin" / path.name).symlink_to(path)
+    (venv / "bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(str(python))} "$@"\n')
+    (venv / "bin/python").chmod(0o755)
+    compiled = SERVICE_BIN.parent / "cache/pycache"
+    compiled.mkdir(parents=True, exist_ok=True)
+    (venv / "cache/pycache").symlink_to(compiled)
+    copy_types(venv / "cache/mypy")
+    (venv / "ready").touch()
 
 
 def run(project: Path, *command: str) -> str:
     """Run a program of the project's environment; return its output, fail with it."""
+    cache = {"PYTHONPYCACHEPREFIX": str(project / ".venv/cache/pycache")}
+    inherited = {name: os.environ[name] for name in os.environ if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         [str(project / ".venv/bin" / command[0]), *command[1:]],
         cwd=project,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        env=inherited | cache,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         check=False,

@@ -1,6 +1,5 @@
 """docs/first-feature.md of the service: each of its steps is applied, and the result is green."""
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -94,7 +93,8 @@ def test_guide_leads_to_a_green_service(
         apply(project, step)
     check(project)
     if include_example:
-        run(project, "mypy", "--cache-dir", os.devnull, "app/main.py", "tests/orders")
+        mypy_cache = str(project / ".venv/cache/mypy")
+        run(project, "mypy", "--cache-dir", mypy_cache, "app/main.py", "tests/orders")
     tests = ["tests/orders", "tests/test_settings.py", "-k", "orders or readme or env_example"]
     output = run(project, "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
     assert " passed" in output

@@ -1,4 +1,8 @@
-"""A fork of the template, made by the steps of docs/forking.md, passes the fast tests."""
+"""A fork of the template, made by the steps of docs/forking.md, passes the fast tests.
+
+Tests that generate projects, from a list of answers or of edits, run with both ends of the list:
+a change of the fork breaks all of its entries or none. Those of files run with all files.
+"""
 
 import os
 import re
@@ -140,9 +144,10 @@ def fork(template: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_fork_passes_the_fast_tests(fork: Path, tmp_path: Path) -> None:
+def test_fork_passes_the_fast_tests(fork: Path) -> None:
+    options = ["-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-m", "not slow", "--ends-of-lists", *options],
         cwd=fork,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "GNUMAKEFLAGS": WITHOUT_INDEX},
         stdout=subprocess.PIPE,

@@ -21,19 +21,12 @@ from websockets.sync.connection import Connection
 from app.settings import Settings
 from scripts.dev_services import free_port
 from tests import default_token
+from tests.patience import slowness
 from tests.streams import Event, parse_events
 
 PROJECT = Path(__file__).parent.parent
 #: A start needs 10 s on a machine that runs other tests. Less than GRACEFUL_TIMEOUT_SECONDS.
 DEADLINE_SECONDS = 30.0
-
-
-def slowness() -> float:
-    """Return how many times slower a process is on this machine for the other ones that run.
-
-    1.0 as long as each process that wants a CPU has one.
-    """
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def eventually(condition: Callable[[], object], seconds: float = DEADLINE_SECONDS) -> None:
@@ -81,7 +74,7 @@ class Running:
     def stop(self, number: int = signal.SIGTERM, seconds: float = DEADLINE_SECONDS) -> int:
         """Send a signal and return the exit code."""
         self.process.send_signal(number)
-        return self.process.wait(seconds)
+        return self.process.wait(seconds * slowness())
 
     @property
     def text(self) -> str:
@@ -144,7 +137,7 @@ class Service(Running):
         self.http = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}",
             headers={"Connection": "close", **default_token.headers},
-            timeout=DEADLINE_SECONDS,
+            timeout=DEADLINE_SECONDS * slowness(),
         )
 
     def get(self, path: str, **headers: str) -> httpx.Response:

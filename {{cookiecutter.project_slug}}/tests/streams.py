@@ -14,6 +14,7 @@ import httpx
 from starlette.types import ASGIApp, Message, Scope
 
 from tests import default_token
+from tests.patience import patience, slowness
 
 #: Time limit for the application to send, or to end once its client has left.
 SECONDS = 10.0
@@ -73,7 +74,9 @@ class Connection:
         """Return the next message. Raises the error of the application, or `TimeoutError`."""
         getting = asyncio.create_task(self.outgoing.get())
         waiting = {getting, self.task}
-        await asyncio.wait(waiting, timeout=SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            waiting, timeout=SECONDS * slowness(), return_when=asyncio.FIRST_COMPLETED
+        )
         await asyncio.sleep(0)
         if getting.done():
             return getting.result()
@@ -86,7 +89,7 @@ class Connection:
     async def leave(self, message: Message) -> None:
         """Disconnect, and wait until the application has ended."""
         self.incoming.put_nowait(message)
-        async with asyncio.timeout(SECONDS):
+        async with patience(SECONDS):
             await self.task
 
 

@@ -16,6 +16,7 @@ from app.outbound.client_credentials import ClientCredentials
 from app.outbound.http_client import UpstreamClient, UpstreamError
 from tests.auth.provider import TOKEN, Provider, Trouble
 from tests.outbound.test_http_client import Handler, Upstream, respond, run_upstream
+from tests.patience import patience
 
 SECRET = "secret-1"
 PATIENT_SECONDS = 30.0
@@ -54,7 +55,7 @@ async def client(upstream: Upstream, tokens: ClientCredentials) -> AsyncIterator
 
 
 async def eventually(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENT_SECONDS):
+    async with patience(PATIENT_SECONDS):
         while not condition():  # noqa: ASYNC110 - of another thread
             await asyncio.sleep(0.01)
 
@@ -337,7 +338,7 @@ async def test_close_ends_a_request_in_progress(provider: Provider) -> None:
     with provider.trouble(Trouble.FROZEN):
         waiting = asyncio.create_task(tokens.token())
         await eventually(lambda: provider.fetches[TOKEN])
-        async with asyncio.timeout(PATIENT_SECONDS):
+        async with patience(PATIENT_SECONDS):
             await tokens.aclose()
             with pytest.raises(asyncio.CancelledError):
                 await waiting

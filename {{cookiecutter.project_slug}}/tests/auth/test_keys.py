@@ -15,6 +15,7 @@ from scripts.dev_services import Redis, free_port
 from tests.auth.provider import DISCOVERY, JWKS, Provider, Trouble, running_provider
 from tests.auth.tokens import AUDIENCE, signing_key
 from tests.conftest import InProcess
+from tests.patience import patience
 from tests.service_process import serving
 from tests.streams import Client
 
@@ -121,7 +122,7 @@ async def test_service_starts_without_its_provider_and_recovers(
 
 
 async def eventually_ok(client: Client, token: str) -> httpx.Response:
-    async with asyncio.timeout(20):
+    async with patience(20):
         while True:
             response = await client.get("/orders", headers=authorization(token))
             if response.status_code == 200:
@@ -136,7 +137,7 @@ async def test_keys_are_refreshed_before_they_are_too_old(
     monkeypatch.setattr(keys, "COOL_DOWN_SECONDS", 0.05)
     monkeypatch.setattr(keys, "MIN_AGE_SECONDS", 0.1)
     provider.cache_control = "max-age=0"
-    async with create(with_issuer(settings, provider.issuer)), asyncio.timeout(20):
+    async with create(with_issuer(settings, provider.issuer)), patience(20):
         while provider.fetches[JWKS] < 3:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 

@@ -59,6 +59,9 @@ print(json.dumps(values), file=sys.__stdout__)
 """
 GUNICORN_VARIABLES = ("bind", "timeout", "graceful_timeout", "keepalive")
 
+#: Settings by their values: each rule reads them, and they are immutable.
+_valid_settings: dict[str, Settings] = {}
+
 
 class UnreadableError(Exception):
     """A part of the deployment that cannot be checked. The message says how to fix it."""
@@ -148,6 +151,13 @@ def validate_settings(source: str, environment: Mapping[str, Any]) -> Settings:
     for name, value in environment.items():
         if is_setting(name) and value not in (None, ""):
             values[name.lower()] = value
+    key = repr(sorted(values.items()))
+    if key not in _valid_settings:
+        _valid_settings[key] = _validate(source, values)
+    return _valid_settings[key]
+
+
+def _validate(source: str, values: dict[str, Any]) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:

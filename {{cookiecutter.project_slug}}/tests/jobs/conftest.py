@@ -25,6 +25,7 @@ from scripts.dev_rabbitmq import RabbitMQ
 from scripts.dev_services import free_port
 from tests.jobs.broker_server import Certificate, require_rabbitmq
 from tests.jobs.work import Nothing
+from tests.patience import patience
 from tests.service_process import DEADLINE_SECONDS, PROJECT, Running, eventually
 
 CREATE_EFFECTS = """
@@ -125,7 +126,7 @@ async def until(
     condition: Callable[[], Awaitable[object]], seconds: float = DEADLINE_SECONDS
 ) -> None:
     """Wait until a condition returns something true."""
-    async with asyncio.timeout(seconds):
+    async with patience(seconds):
         while not await condition():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 

@@ -23,6 +23,7 @@ from app.settings import Settings
 from app.storage.postgres import Database
 from scripts.dev_rabbitmq import RabbitMQ
 from tests.jobs.conftest import Environment, until
+from tests.patience import patience
 
 pytestmark = pytest.mark.process
 
@@ -87,7 +88,7 @@ async def publish(
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     message = aio_pika.Message(content, message_id=message_id or "m-1", headers=dict(headers))
     # The consumer declares the queue.
-    async with asyncio.timeout(10):
+    async with patience(10):
         while True:
             with contextlib.suppress(aio_pika.exceptions.DeliveryError):
                 await channel.default_exchange.publish(message, queue)

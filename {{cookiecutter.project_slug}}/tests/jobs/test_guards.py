@@ -16,6 +16,7 @@ from app.jobs.starts import Job, SupersededError
 from app.storage.postgres import Database
 from tests.jobs.conftest import Environment, enqueue, row
 from tests.jobs.work import Nothing
+from tests.patience import patience
 
 #: Less than the time limit of a command.
 BLOCKED_SECONDS = 1.0
@@ -66,7 +67,7 @@ async def a_locked_job_does_not_delay_the_others(database: Database) -> None:
     second = await enqueue(database, "a")
     async with database.acquire() as connection, connection.transaction():
         await connection.execute("select from jobs where job_id = $1 for update", first)
-        async with asyncio.timeout(BLOCKED_SECONDS):
+        async with patience(BLOCKED_SECONDS):
             assert [job.job_id for job in await claim(database)] == [second]
 
 

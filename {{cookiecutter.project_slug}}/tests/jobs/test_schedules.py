@@ -26,6 +26,7 @@ from app.jobs.schedules import BATCH, Missed, Schedule, Schedules, Tick
 from app.settings import load_settings
 from app.storage.postgres import Connection, Database
 from app.tasks import background_task
+from tests.patience import patience
 
 PROJECT = Path(__file__).parents[2]
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -289,7 +290,7 @@ async def test_row_that_another_worker_has_locked_is_left_to_it(
     try:
         async with other.transaction():
             await other.execute("select from schedules for update")
-            async with asyncio.timeout(5):
+            async with patience(5):
                 assert await schedules.look(database) == 0
         assert await schedules.look(database) == 1
     finally:
@@ -414,7 +415,7 @@ async def test_worker_killed_in_its_transaction_leaves_the_time_to_others(
 
 async def eventually(look: Callable[[], Awaitable[object]], seconds: float = 30) -> None:
     """Wait until `look` returns something true."""
-    async with asyncio.timeout(seconds):
+    async with patience(seconds):
         while not await look():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 

@@ -12,6 +12,7 @@ from app.storage import redis as redis_storage
 from app.storage.postgres import Database
 from app.storage.redis import RedisClient, create_redis
 from scripts import dev_services
+from tests.patience import patience
 from tests.tcp_proxy import TcpProxy, proxying
 
 #: Time limit of a Redis command on a busy machine.
@@ -80,7 +81,7 @@ async def proxied(
 
 async def eventually(look: Callable[[], bool], seconds: float = 30) -> None:
     """Wait until `look` returns true."""
-    async with asyncio.timeout(seconds):
+    async with patience(seconds):
         while not look():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

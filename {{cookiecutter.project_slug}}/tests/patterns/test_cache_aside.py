@@ -11,6 +11,7 @@ from app.patterns.cache_aside import BUDGET_SECONDS, Cache
 from app.patterns.fail_open import COOL_DOWN_SECONDS
 from app.storage.redis import RedisClient
 from scripts import dev_services
+from tests.patience import patience
 from tests.patterns.conftest import PATIENT_SECONDS, eventually
 from tests.service_process import frozen
 
@@ -66,7 +67,7 @@ async def test_value_read_before_a_change_is_not_stored_after_it(
         another_process = Cache(client, "test")
         await another_process.delete("a")
         # A new reader does not wait for the load of the slow one.
-        async with asyncio.timeout(30):
+        async with patience(30):
             assert await cache.get("a", changed.load) == b"new"
         source.go.set()
         assert await slow == b"old"

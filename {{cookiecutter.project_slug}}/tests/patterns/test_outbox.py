@@ -18,6 +18,7 @@ from app.patterns.outbox import Publisher
 from app.storage.postgres import Connection, Database
 from app.storage.redis import RedisClient
 from scripts import dev_services
+from tests.patience import patience
 from tests.patterns.conftest import entries, eventually
 from tests.service_process import frozen
 from tests.tcp_proxy import TcpProxy
@@ -258,7 +259,7 @@ async def relaying(
 
 async def until_published(client: RedisClient, ids: list[UUID]) -> None:
     expected = {str(event_id) for event_id in ids}
-    async with asyncio.timeout(60):
+    async with patience(60):
         while True:
             with contextlib.suppress(RedisError):
                 if set(await published_ids(client)) >= expected:

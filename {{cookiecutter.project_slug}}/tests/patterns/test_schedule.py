@@ -24,6 +24,7 @@ from app.patterns.schedule import every
 from app.settings import Settings, load_settings
 from app.storage.postgres import Connection, Database
 from app.tasks import background_task
+from tests.patience import patience
 from tests.patterns.conftest import eventually
 
 PROJECT = Path(__file__).parents[2]
@@ -89,7 +90,7 @@ async def rows(database: Database) -> list[tuple[float, int]]:
 
 async def until(database: Database, number: int) -> list[tuple[float, int]]:
     """Wait for this number of runs, and return them."""
-    async with asyncio.timeout(60):
+    async with patience(60):
         while True:
             found = await rows(database)
             if len(found) >= number:

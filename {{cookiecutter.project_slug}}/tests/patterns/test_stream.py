@@ -18,6 +18,7 @@ from app.patterns.stream_group import Message, StreamGroup
 from app.patterns.stream_handler import MAX_FAILURES, PoisonError, RetryLaterError, StreamHandler
 from app.storage.redis import RedisClient
 from scripts import dev_services
+from tests.patience import patience
 from tests.patterns.conftest import entries, eventually
 from tests.service_process import frozen
 from tests.tcp_proxy import TcpProxy
@@ -421,7 +422,7 @@ async def test_rejected_dead_letter_is_retried(client: RedisClient) -> None:
     async with consuming(handler):
         await eventually(lambda: handler.poison_messages > 1)
         await client.delete(client.key("events.dead"))
-        async with asyncio.timeout(30):
+        async with patience(30):
             while not await client.exists(client.key("events.dead")):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
     dead_letters = await entries(client, "events.dead")

@@ -20,6 +20,7 @@ from app.process_pool import process
 from app.process_pool.pool import CallTimeoutError, CrashError, PoolFullError, ProcessPool
 from app.process_pool.process import PoolProcess
 from app.settings import Settings
+from tests.patience import patience
 from tests.process_pool import work
 from tests.service_process import eventually
 
@@ -109,7 +110,7 @@ async def test_killed_idle_process_is_replaced() -> None:
         victim = pool.idle[0].pid
         os.kill(victim, signal.SIGKILL)
         await eventually_ended(victim)
-        async with asyncio.timeout(20):
+        async with patience(20):
             assert await pool.run(work.pid) != victim
 
 
@@ -137,7 +138,7 @@ async def test_process_is_replaced_after_its_calls() -> None:
     """The standard library's pool hangs with this limit: python/cpython issue 115634."""
     async with opened(max_waiting=100, calls_per_process=10) as pool:
         first = pool.idle[0].pid
-        async with asyncio.timeout(60):
+        async with patience(60):
             while first in await asyncio.gather(*[pool.run(work.pid) for _ in range(20)]):
                 pass  # calls do not wait for the successor
             await eventually_ended(first)
@@ -172,7 +173,7 @@ async def test_hanging_warm_up_is_killed_and_repeated(
     async with ProcessPool(SETTINGS, warm_up=warm_up, warm_up_seconds=2) as pool:
         with pytest.raises(UnavailableError):
             await pool.run(work.pid)
-        async with asyncio.timeout(60):
+        async with patience(60):
             await pool.wait_until_warm()
         assert await pool.run(work.pid)
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))

@@ -21,8 +21,9 @@ from scripts.dev_services import Postgres
 from scripts.watch.polling import WAITING_SECONDS
 from scripts.watch.server import open_server
 from scripts.watch.view import View
+from tests.patience import slowness
 from tests.scripts.browser import Browser, browsing
-from tests.service_process import PROJECT, Service, eventually, frozen, serving, slowness
+from tests.service_process import PROJECT, Service, eventually, frozen, serving
 
 #: From the time at which the service shows it to anyone who asks, on a machine that does nothing
 #: else.

@@ -47,7 +47,7 @@ def websocket(service: Service) -> Iterator[Connection]:
 def stream(service: Service) -> Iterator[Iterator[str]]:
     """Open a stream, of which the first line has been received."""
     url = f"http://127.0.0.1:{service.port}/events?seconds=60"
-    with httpx.stream("GET", url, timeout=10) as response:
+    with httpx.stream("GET", url, timeout=DEADLINE_SECONDS) as response:
         lines = response.iter_lines()
         assert next(lines) == "data: 0"
         yield lines

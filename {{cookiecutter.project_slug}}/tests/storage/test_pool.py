@@ -19,6 +19,7 @@ from app.storage import pool as pool_module
 from app.storage.pool import Pool
 from app.storage.postgres import Connection, Database
 from scripts.dev_services import Postgres
+from tests.patience import patience
 from tests.service_process import eventually
 from tests.session_state import no_session_state, session_state
 
@@ -193,7 +194,7 @@ async def test_idle_connections_are_closed(pool: Pool, monkeypatch: pytest.Monke
     await fill_rest(pool)
     assert pool.get_size() == CONNECTIONS - 1
     monkeypatch.setattr(pool_module, "MAX_IDLE_SECONDS", 0.2)
-    async with asyncio.timeout(20):
+    async with patience(20):
         while pool.get_size() > 1:  # noqa: ASYNC110 - a timer of the pool changes it
             await asyncio.sleep(0.01)
     assert await used.fetchval("select 1") == 1

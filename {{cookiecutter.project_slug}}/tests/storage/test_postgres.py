@@ -17,6 +17,7 @@ from app.storage.postgres import Connection, Database
 from app.storage.redis import create_redis
 from app.telemetry.process_metrics import POOL, WorkerMetrics
 from scripts.dev_services import Postgres
+from tests.patience import patience
 from tests.service_process import frozen
 
 #: One of them is the readiness probe's.
@@ -66,7 +67,7 @@ async def seconds_until_failure(database: Database) -> float:
 
 async def assert_nothing_leaked(database: Database) -> None:
     """Assert that the pool can lend all of its connections, and that they work."""
-    async with asyncio.timeout(20):
+    async with patience(20):
         lent = [database.acquire() for _ in range(CONNECTIONS - 1)]
         assert [await select_one(await each.__aenter__()) for each in lent] == [1] * len(lent)
         for each in lent:
@@ -176,7 +177,7 @@ async def test_timed_out_command_is_cancelled_at_the_server(
         "select count(*) from pg_stat_activity "
         "where query like 'select pg_sleep%' and state = 'active'"
     )
-    async with asyncio.timeout(20):
+    async with patience(20):
         while await admin.fetchval(running):  # noqa: ASYNC110 - the server may cancel it later
             await asyncio.sleep(0.05)
     await assert_nothing_leaked(database)

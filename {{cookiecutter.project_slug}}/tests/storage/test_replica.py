@@ -40,6 +40,7 @@ from app.storage.replica import (
     open_replica,
 )
 from scripts.dev_services import Postgres
+from tests.patience import patience
 from tests.service_process import frozen
 from tests.standby import Standby, standby
 
@@ -86,7 +87,7 @@ class Servers:
     async def until_replayed(self, position: str) -> None:
         """Wait until the standby itself reports this position."""
         query = "select pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
-        async with asyncio.timeout(20):
+        async with patience(20):
             while not await self.standby.fetchval(query, position):  # noqa: ASYNC110 - a server
                 await asyncio.sleep(0.02)
 
@@ -142,7 +143,7 @@ async def position_of(source: Source) -> str:
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    async with asyncio.timeout(seconds):
+    async with patience(seconds):
         while not condition():  # noqa: ASYNC110 - the state of other servers
             await asyncio.sleep(0.02)
 
@@ -170,7 +171,7 @@ async def test_idle_primary_does_not_make_the_replica_old(
 ) -> None:
     """`now() - pg_last_xact_replay_timestamp()` would: it is over the limit here."""
     last = "select extract(epoch from now() - pg_last_xact_replay_timestamp()) > $1"
-    async with asyncio.timeout(10):
+    async with patience(10):
         while not await servers.standby.fetchval(last, MAX_LAG_SECONDS):
             assert await servers.read() == (1, server.port)
             await asyncio.sleep(0.05)

@@ -22,6 +22,7 @@ from app.errors import UnavailableError
 from app.settings import Settings
 from app.storage.postgres import Connection, Database
 from scripts.dev_services import Redis
+from tests.patience import patience
 from tests.service_process import Service, serving
 from tests.storage.database_routes import raise_error
 
@@ -314,7 +315,7 @@ def send(service: Service, number: int, stopped: Event) -> list[int]:
 async def until(clients: list[Future[list[int]]], more: int) -> None:
     """Wait until every client has got this many further responses."""
     goals = [count + more for count in PROGRESS]
-    async with asyncio.timeout(60):
+    async with patience(60):
         while any(count < goal for count, goal in zip(PROGRESS, goals, strict=True)):
             assert not any(client.done() for client in clients)
             await asyncio.sleep(0.05)

@@ -1,5 +1,6 @@
 """Rules for compose.yaml and its nginx.conf: on one machine, too, the parts agree."""
 
+import functools
 import re
 from typing import Any
 
@@ -25,9 +26,19 @@ def services(d: Deployed) -> dict[str, Document]:
     """Return the services of compose.yaml and its overrides, with the defaults of variables."""
     found: dict[str, Document] = {}
     for text in (d.compose, *d.compose_overrides.values()):
-        for name, service in yaml.safe_load(DEFAULT.sub(r"\1", text))["services"].items():
+        for name, service in read_services(text).items():
             found[name] = found.get(name, {}) | service
     return found
+
+
+@functools.cache
+def read_services(text: str) -> dict[str, Document]:
+    """Return the services of one file, shared by all callers.
+
+    Each rule reads them, and the files of all overlays are the same.
+    """
+    services: dict[str, Document] = yaml.safe_load(DEFAULT.sub(r"\1", text))["services"]
+    return services
 
 
 def place(d: Deployed, name: str) -> str:
