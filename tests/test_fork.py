@@ -1,7 +1,7 @@
 """A fork of the template, made by the steps of docs/forking.md, passes the fast tests.
 
 Tests that generate projects, from a list of answers or of edits, run with both ends of the list:
-a change of the fork breaks all of its entries or none. Those of files run with all files.
+what a fork changes rarely breaks only an entry in between. Those of files run with all files.
 """
 
 import os
