@@ -27,7 +27,8 @@ def create_app(
 ) -> Service:
     """Return the application. It opens nothing before its lifespan starts.
 
-    Every route has the `dependencies`, for example authentication, except for the probes and `/`.
+    Every route has the `dependencies`, for example authentication, except for the probes, `/`, and
+    the API documentation, which a browser loads without a token.
     """
     app = Service(
         title=settings.service_name,

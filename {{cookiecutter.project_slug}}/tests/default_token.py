@@ -46,6 +46,23 @@ def sending(app: FastAPI) -> Iterator[None]:
             headers.clear()
 
 
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Have the clients send no token during the block, in which tests have providers of their own.
+
+    A service that starts in it trusts no other provider.
+    """
+    kept_settings = settings.copy()
+    kept_headers = headers.copy()
+    settings.clear()
+    headers.clear()
+    try:
+        yield
+    finally:
+        settings.update(kept_settings)
+        headers.update(kept_headers)
+
+
 def scopes(app: FastAPI) -> list[str]:
     """Return the scopes that the routes require: OpenAPI, "Security Requirement Object".
 

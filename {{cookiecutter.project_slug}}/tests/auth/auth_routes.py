@@ -1,6 +1,9 @@
 """The service with mandatory authentication, and with keys that are refreshed soon."""
 
+from collections.abc import AsyncIterator
+
 from fastapi import APIRouter, WebSocket
+from fastapi.responses import StreamingResponse
 
 from app.auth import keys
 from app.auth.dependencies import AUTHENTICATED, Principal, require
@@ -31,6 +34,17 @@ async def mine(principal: Principal) -> dict[str, object]:
 async def written() -> str:
     """Require scopes."""
     return "written"
+
+
+@router.get("/stream")
+async def stream() -> StreamingResponse:
+    """Send two parts."""
+
+    async def parts() -> AsyncIterator[str]:
+        yield "sec"
+        yield "ret"
+
+    return StreamingResponse(parts())
 
 
 @router.post("/body")

@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif trouble is Trouble.REDIRECT:
             self._send(302, location, b"")
         else:
-            path = self.path.removeprefix(ELSEWHERE)
+            path = self.path.partition("?")[0].removeprefix(ELSEWHERE)
             response = self.server.respond(path, dict(self.headers), body)
             is_oversized = trouble is Trouble.OVERSIZED
             padding = {"padding": "x" * OVERSIZED_BYTES} if is_oversized else {}

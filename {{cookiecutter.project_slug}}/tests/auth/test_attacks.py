@@ -262,6 +262,32 @@ def test_probes_and_root_are_open_and_all_else_is_not(service: Service, provider
         pass
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("HEAD", "/mine", 401),
+        ("HEAD", "/mine/written", 401),
+        ("GET", "/mine?a=b", 401),
+        ("POST", "/mine", 405),
+        ("OPTIONS", "/mine", 405),
+        ("GET", "/mine/", 307),
+        ("GET", "/nothing", 404),
+        ("GET", "/mine/stream", 401),
+    ],
+)
+def test_each_method_of_a_route_requires_a_token(
+    service: Service, method: str, path: str, status: int
+) -> None:
+    """A response without a token shows which routes there are, as the API document does."""
+    response = service.http.request(method, path)
+    assert response.status_code == status
+    assert b"secret" not in response.content
+
+
+def test_stream_requires_a_token_at_its_start(service: Service, provider: Provider) -> None:
+    assert call(service, provider.mint(), "/mine/stream").text == "secret"
+
+
 def test_missing_scope_is_403_with_the_scopes(service: Service, provider: Provider) -> None:
     """RFC 6750, section 3.1."""
     path = "/mine/written"
@@ -282,8 +308,9 @@ def test_scheme_is_case_insensitive(service: Service, provider: Provider) -> Non
 
 
 def test_document_has_the_security_scheme(service: Service, provider: Provider) -> None:
-    """So the Authorize button of /docs works. It needs a token too, as every route."""
-    document = call(service, provider.mint(), "/openapi.json").json()
+    """So the Authorize button of /docs works, which loads it without a token."""
+    assert service.get("/docs").status_code == 200
+    document = service.get("/openapi.json").json()
     assert document["components"]["securitySchemes"] == {
         "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
     }

@@ -263,6 +263,23 @@ def test_unusable_key_is_left_out(changes: dict[str, object], problem: str) -> N
     assert problem in text
 
 
+def test_first_of_two_keys_with_the_same_id_is_used() -> None:
+    """Providers should not publish such (RFC 7517, section 4.5), so the log names it."""
+    other = signing_key("EdDSA").jwk | {"kid": EC["kid"]}
+    document = httpx.Request("POST", "http://a", json={"keys": [EC, other]}).content
+    found, problems = jwks.parse_keys(document)
+    assert [key.algorithms for key in found.values()] == [{"ES256"}]
+    assert problems == ["'es256': another key has the same kid"]
+
+
+async def test_url_of_the_keys_may_have_a_query(settings: Settings, provider: Provider) -> None:
+    """Azure AD B2C names its policy there."""
+    provider.metadata = {"jwks_uri": f"{provider.jwks_url}?p=policy"}
+    source = keys.KeySource(with_issuer(settings, provider.issuer))
+    await source.find("es256")
+    assert provider.fetches == {DISCOVERY: 1, f"{JWKS}?p=policy": 1}
+
+
 @pytest.mark.parametrize("document", [b"[]", b"{}", b'{"keys": {}}', b"<html>", b'{"keys": [1]}'])
 def test_document_without_keys_is_an_error_or_empty(document: bytes) -> None:
     try:
