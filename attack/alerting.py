@@ -6,6 +6,7 @@ the interval of a group. Thresholds stay as they are. So minutes of an outage ar
 
 import contextlib
 import json
+import math
 import re
 import subprocess
 import threading
@@ -98,6 +99,11 @@ class Watch:
         found: list[dict[str, Any]] = response.json()["data"]["result"]
         return found
 
+    def values(self, expression: str) -> list[float]:
+        """Return the values that a query finds, without those that are no number."""
+        values = [float(each["value"][1]) for each in self.query(expression)]
+        return [value for value in values if not math.isnan(value)]
+
     def query_range(
         self, expression: str, start: float, end: float, step: int
     ) -> list[dict[str, Any]]:
@@ -133,14 +139,18 @@ def with_values(query: str) -> str:
     return query
 
 
-def panels_without_data(watch: Watch, dashboard: str) -> list[tuple[str, str]]:
-    """Return the title and the letter of each query of a dashboard that finds nothing."""
-    return [
-        (panel["title"], target["refId"])
+def queries_of(dashboard: str) -> dict[str, str]:
+    """Return the queries of a dashboard, by the title of their panel and their letter."""
+    return {
+        f"{panel['title']}, {target['refId']}": with_values(target["expr"])
         for panel in panels_of(dashboard)
         for target in panel.get("targets", ())
-        if not watch.query(with_values(target["expr"]))
-    ]
+    }
+
+
+def queries_without_data(watch: Watch, dashboard: str) -> list[str]:
+    """Return the names of the queries of a dashboard that find nothing."""
+    return [name for name, query in queries_of(dashboard).items() if not watch.query(query)]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,13 @@ from app.storage.redis import RedisDependency
 app = create_app(load_settings())
 
 
+@app.get("/bug")
+async def bug() -> None:
+    """Raise."""
+    msg = "a bug"
+    raise RuntimeError(msg)
+
+
 @app.get("/cached")
 async def cached(redis: RedisDependency) -> int:
     """Write to Redis and read it back."""

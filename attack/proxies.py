@@ -29,8 +29,13 @@ def configuration(template: str, values: dict[str, object]) -> str:
 
 
 @contextlib.contextmanager
-def proxy(name: str, port: int, instances: tuple[int, int]) -> Iterator[None]:
-    """Run nginx or haproxy on a loopback port, in front of the ports of two instances."""
+def proxy(
+    name: str, port: int, instances: tuple[int, int], connections: int = 2048
+) -> Iterator[None]:
+    """Run nginx or haproxy on a loopback port, in front of the ports of two instances.
+
+    `connections` is the limit of nginx, for those of clients and those to the service.
+    """
     executable, *options, template = COMMANDS[name]
     path = program(executable)
     # Neither needs root.
@@ -42,6 +47,7 @@ def proxy(name: str, port: int, instances: tuple[int, int]) -> Iterator[None]:
             "PORT": port,
             "PORT_1": instances[0],
             "PORT_2": instances[1],
+            "CONNECTIONS": connections,
         }
         file.write_text(configuration(template, values))
         if user:

@@ -19,7 +19,7 @@ from tests.jobs.conftest import CREATE_EFFECTS
 from tests.jobs.work import ATTEMPTS
 from tests.service_process import eventually, frozen
 
-from alerting import NAME, panels_without_data, watching
+from alerting import NAME, queries_without_data, watching
 from conftest import ATTACK
 from job_fleet import LEASE_SECONDS, Fleet, working
 from scripts import dev_rabbitmq
@@ -212,7 +212,7 @@ def test_every_panel_of_jobs_has_data(url: str, settings: dict[str, str], tmp_pa
 
             def has_data() -> bool:
                 sql(url, ENQUEUE, "wait", JOB_SECONDS, 4)
-                return panels_without_data(watch, "jobs") == []
+                return queries_without_data(watch, "jobs") == []
 
             eventually(has_data, DONE_SECONDS)
         wait_until_done(url)

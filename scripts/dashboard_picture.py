@@ -23,6 +23,7 @@ ROWS = ("Now", "Requests", "Objectives")
 WIDTH_INCHES = 16.0
 UNIT_INCHES = 0.32
 DPI = 100
+LEGEND_SIZES = (9, 8.5, 8, 7.5, 7)
 MAX_SERIES = 6
 THEMES = {
     "light": {"back": "#f4f5f5", "panel": "#ffffff", "text": "#24292e", "grid": "#dde0e3"},
@@ -116,17 +117,24 @@ def draw_lines(axes: Axes, panel: Panel, found: list[Series], theme: dict[str, s
     axes.yaxis.set_major_formatter(lambda value, _: value_text(value, defaults["unit"]))
     axes.set_xticks([])
     if any(name for name, _ in shown):
-        # Below the panel, where it covers no line.
-        place = {"loc": "upper left", "bbox_to_anchor": (-0.01, -0.02), "borderpad": 0.1}
-        axes.legend(
+        draw_legend(axes, panel, theme)
+
+
+def draw_legend(axes: Axes, panel: Panel, theme: dict[str, str]) -> None:
+    """Draw the names below the panel, where they cover no line, as large as its width permits."""
+    place = {"loc": "upper left", "bbox_to_anchor": (-0.01, -0.02), "borderpad": 0.1}
+    for size in LEGEND_SIZES:
+        drawn = axes.legend(
             **place,
-            fontsize=9,
+            fontsize=size,
             ncols=4 if panel["gridPos"]["w"] > 8 else 3,
             frameon=False,
             labelcolor=theme["text"],
             handlelength=1,
             columnspacing=1,
         )
+        if drawn.get_window_extent().x1 <= axes.get_window_extent().x1:
+            return
 
 
 def draw(axes: Axes, panel: Panel, data: dict[str, Any], theme: dict[str, str]) -> None:

@@ -78,8 +78,9 @@ def control_groups(root: Path) -> Iterator[Path]:
     mounts = root / "sys/fs/cgroup"
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        # "unified" is the mount of v2 next to v1. Names repeat: v2 has no controllers.
-        for name in dict.fromkeys((controllers, *controllers.split(","), "unified")):
+        # v2 has no controllers here, and is the last line. "unified" is its mount next to v1.
+        names = (controllers, *controllers.split(",")) if controllers else ("", "unified")
+        for name in dict.fromkeys(names):
             mount = mounts / name
             group = mount / path.lstrip("/")
             for directory in (group, *group.parents):

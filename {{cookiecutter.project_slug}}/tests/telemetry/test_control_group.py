@@ -65,6 +65,19 @@ def test_control_group_v1(tmp_path: Path) -> None:
     }
 
 
+def test_v2_next_to_v1_is_not_read_for_the_controllers_of_v1(tmp_path: Path) -> None:
+    """v2 has a file `cpu.stat` without the controller of the CPU too, without throttling."""
+    files = {
+        "proc/self/cgroup": "9:name=systemd:/\n3:cpuacct:/pod\n2:cpu:/pod\n0::/\n",
+        f"{GROUPS}/cpu/pod/cpu.stat": "nr_periods 5\nthrottled_time 1500000000\n",
+        f"{GROUPS}/cpuacct/pod/cpuacct.usage": "12500000000",
+        f"{GROUPS}/unified/cpu.stat": "usage_usec 99000000\nuser_usec 1\n",
+    }
+    found = collect(tmp_path, files)
+    assert found["cgroup_cpu_usage_seconds_total"] == 12.5
+    assert found["cgroup_cpu_throttled_seconds_total"] == 1.5
+
+
 def test_limits_are_those_of_the_host_without_a_control_group(tmp_path: Path) -> None:
     found = collect(tmp_path, {})
     assert found.keys() == {"cgroup_cpu_limit", "cgroup_memory_limit_bytes"}
