@@ -1,4 +1,4 @@
-"""Routes at two thirds of the cost: what FastAPI finds out for each request is decided once.
+"""Routes at half of the cost: what FastAPI finds out for each request is decided once.
 
 FastAPI looks for parameters, a body and security scopes per request, for the route and again for
 each of its dependencies. A `QuickRoute` calls the functions by a plan instead. Opt in by router:
