@@ -12,6 +12,7 @@ import importlib
 import itertools
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -160,8 +161,11 @@ async def measure(rounds: int, requests: int) -> dict[str, Variant]:
         variant.microseconds.clear()
     gc.collect()
     gc.freeze()
+    order = list(variants.values())
     for _ in range(rounds):
-        for variant in variants.values():
+        # The one before leaves its traces in the caches and branch predictors of the processor.
+        random.shuffle(order)
+        for variant in order:
             await variant.run(requests)
     return variants
 

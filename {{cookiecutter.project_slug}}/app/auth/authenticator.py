@@ -29,6 +29,8 @@ class Verified(NamedTuple):
     expires_at: float
     #: The principal in log lines; empty to have none.
     logged: str = ""
+    #: The header up to the signature. Without that it is of no use to others.
+    signed: bytes = b""
 
 
 Verify = Callable[[bytes], Awaitable[Verified]]
@@ -38,11 +40,11 @@ class Authenticator:
     """Authenticates the requests of a process: `recall`, and if it returns None `authenticate`."""
 
     def __init__(self, settings: Settings, verify: Verify) -> None:
-        """`verify` returns what a token means, without `logged`; it raises a `ServiceError`."""
+        """`verify` returns what a token means, without the rest; it raises a `ServiceError`."""
         self.realm = settings.service_name
         self.log_principal = settings.log_principal
         self.verify = verify
-        #: By the digest of the header, the latest last: no token stays in memory.
+        #: By the digest of the signature, the latest last: no token stays in memory.
         self.remembered: OrderedDict[bytes, Verified] = OrderedDict()
         errors.start_counting()
 
@@ -51,9 +53,10 @@ class Authenticator:
 
         Raises an error of `app.auth.errors`.
         """
-        digest = blake2b(self._find_credentials(scope)).digest()
+        signed, _, signature = self._find_credentials(scope).rpartition(b".")
+        digest = blake2b(signature).digest()
         verified = self.remembered.get(digest)
-        if verified is None or verified.expires_at <= time.time():
+        if verified is None or verified.signed != signed or verified.expires_at <= time.time():
             return None
         self.remembered.move_to_end(digest)
         return _note(verified, scope)
@@ -64,10 +67,11 @@ class Authenticator:
         Raises an error of `app.auth.errors`.
         """
         credentials = self._find_credentials(scope)
-        digest = blake2b(credentials).digest()
+        signed, _, signature = credentials.rpartition(b".")
+        digest = blake2b(signature).digest()
         self.remembered.pop(digest, None)
         verified = await self._verify(credentials)
-        self.remembered[digest] = verified
+        self.remembered[digest] = verified._replace(signed=signed)
         if len(self.remembered) > MAX_REMEMBERED:
             self.remembered.popitem(last=False)
         return _note(verified, scope)
@@ -119,7 +123,7 @@ class Authenticator:
 
 def _note(verified: Verified, scope: Scope) -> Principal:
     """Note the caller in the state and in the log lines of a request; return it."""
-    principal, _, logged = verified
+    principal, _, logged, _ = verified
     scope["state"]["principal"] = principal
     context = request_context.get()
     if logged and context is not None:

@@ -174,6 +174,21 @@ async def test_remembered_tokens_are_bounded(
     assert {len(digest) for digest in remembered} == {64}
 
 
+async def test_signature_of_a_remembered_token_is_not_valid_for_other_claims(
+    client: Client, provider: Provider
+) -> None:
+    """Tokens are remembered by their signatures. None is in memory: only what it signs."""
+    token = provider.mint(scope="orders:read")
+    await eventually_ok(client, token)
+    signature = token.rpartition(".")[2]
+    other = provider.mint(scope="orders:read", sub="admin").rpartition(".")[0]
+    for forged in (f"{other}.{signature}", f".{signature}", signature):
+        response = await client.get("/orders", headers=authorization(forged))
+        assert response.status_code == 401
+    assert signature not in str(client_authenticator(client).remembered)
+    await eventually_ok(client, token)
+
+
 async def test_remembered_token_expires(client: Client, provider: Provider) -> None:
     token = provider.mint(scope="orders:read")
     await eventually_ok(client, token)
