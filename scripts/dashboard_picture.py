@@ -21,9 +21,8 @@ from scripts.dashboards import CONTENTS
 #: The rows that fit a screen and can still be read.
 ROWS = ("Now", "Requests", "Objectives")
 WIDTH_INCHES = 16.0
-UNIT_INCHES = 0.32
+UNIT_INCHES = 0.35
 DPI = 100
-LEGEND_SIZES = (9, 8.5, 8, 7.5, 7)
 MAX_SERIES = 6
 THEMES = {
     "light": {"back": "#f4f5f5", "panel": "#ffffff", "text": "#24292e", "grid": "#dde0e3"},
@@ -121,17 +120,18 @@ def draw_lines(axes: Axes, panel: Panel, found: list[Series], theme: dict[str, s
 
 
 def draw_legend(axes: Axes, panel: Panel, theme: dict[str, str]) -> None:
-    """Draw the names below the panel, where they cover no line, as large as its width permits."""
+    """Draw the names below the panel, where they cover no line, in columns that its width has."""
     place = {"loc": "upper left", "bbox_to_anchor": (-0.01, -0.02), "borderpad": 0.1}
-    for size in LEGEND_SIZES:
+    for columns in (4, 3, 2) if panel["gridPos"]["w"] > 8 else (3, 2):
         drawn = axes.legend(
             **place,
-            fontsize=size,
-            ncols=4 if panel["gridPos"]["w"] > 8 else 3,
+            fontsize=9,
+            ncols=columns,
             frameon=False,
             labelcolor=theme["text"],
             handlelength=1,
             columnspacing=1,
+            labelspacing=0.3,
         )
         if drawn.get_window_extent().x1 <= axes.get_window_extent().x1:
             return
@@ -182,7 +182,7 @@ def picture(data: dict[str, Any], theme: dict[str, str]) -> Figure:
             figure.text(*position, panel["title"], color=theme["text"], size=14, weight="bold")
             continue
         margin = 0.008 if panel["type"] == "stat" else 0.046
-        below = 0.3 if panel["type"] == "stat" else 1.5
+        below = 0.3 if panel["type"] == "stat" else 1.8
         size = (place["w"] / 24 - margin - 0.008, (place["h"] - 1.2 - below) / height)
         axes = figure.add_axes((left + margin, bottom + below / height, *size))
         draw(axes, panel, data, theme)

@@ -120,7 +120,8 @@ BUDGET = (
     f" / sum(sum_over_time({select('job:http_requests:rate5m', POD)}[30d]))"
     f" / (1 - max({select('job:availability:objective', OBJECTIVE)})), -1)"
 )
-MISSING = f"{total('worker_processes_planned')} - {total('worker_processes')}"
+#: While a worker is recycled, there is one more than planned.
+MISSING = f"clamp_min({total('worker_processes_planned')} - {total('worker_processes')}, 0)"
 NGINX_STATES = (
     'label_replace({__name__=~"nginx_connections_(active|reading|writing|waiting)"}, '
     '"state", "$1", "__name__", "nginx_connections_(.*)")'
