@@ -132,7 +132,13 @@ def interpreter(version: str) -> str:
 
 
 #: The slowest files, slowest first.
-SLOWEST = ["test_ordinary_user.py", "test_service.py", "test_generated.py"]
+SLOWEST = [
+    "test_ordinary_user.py",
+    "test_service.py",
+    "test_generated.py",
+    "test_combinations.py",
+    "test_fork.py",
+]
 
 
 def start_order(item: pytest.Item) -> tuple[int, bool]:

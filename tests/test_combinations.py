@@ -1,7 +1,8 @@
 """The generated project passes its own checks with some of its parts, on this Python.
 
 Its tests are those of its features, and those that compare what the parts edit: settings, routes,
-migrations, manifests. Those of the runtime are run with all parts and with none.
+migrations, manifests. Those of the runtime are run with all parts and with none; those of the
+example's gateway, replica, traces and outages of Redis with all parts.
 """
 
 import pytest
@@ -15,7 +16,7 @@ TESTS = "tests/test_main.py tests/test_settings.py tests/test_migrations.py"
 #: Empty: the tests of the combinations around it are enough.
 FEATURES: dict[Parts, str] = {
     ("jobs", "conversations"): "tests/conversations tests/deploy",
-    ("example",): "tests/payments tests/deploy",
+    ("example",): "tests/payments/test_payments.py tests/payments/test_consumer.py tests/deploy",
     ("example", "jobs"): "",
     ("jobs",): "",
 }
