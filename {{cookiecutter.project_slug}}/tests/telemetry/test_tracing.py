@@ -44,10 +44,7 @@ def empty(receiver: Receiver) -> None:
 
 @pytest.fixture(scope="module")
 def urls(database_url: str, redis: dev_services.Redis) -> dict[str, str]:
-    # Without authentication there is a warning.
-    authentication = {"AUTH_DISABLED": "true"}
-    urls = {"DATABASE_URL": database_url, "REDIS_URL": redis.url}
-    return urls | authentication | {"LOG_FORMAT": "json"}
+    return {"DATABASE_URL": database_url, "REDIS_URL": redis.url, "LOG_FORMAT": "json"}
 
 
 @pytest.fixture(scope="module")
