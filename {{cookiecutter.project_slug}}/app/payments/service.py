@@ -132,7 +132,7 @@ async def open_payments(settings: Settings, storage: Storage) -> AsyncIterator[P
 
 
 async def _payments(request: Request) -> Payments:
-    payments: Payments = request.state.payments
+    payments: Payments = request.scope["state"]["payments"]
     return payments
 
 

@@ -313,7 +313,7 @@ async def add_write_position(request: Request, response: Response) -> None:
 
     It adds the position of the write to the response, if there is a replica.
     """
-    replica: Source = request.state.replica
+    replica: Source = request.scope["state"]["replica"]
     await replica.add_write_position(response)
 
 
@@ -342,7 +342,8 @@ def _is_other_primary(replica: State, primary: State | None) -> bool:
 
 
 async def _replica(request: Request) -> Reads:
-    source: Source = request.state.replica
+    # Not by `request.state`, which is an object more per request: 1 us.
+    source: Source = request.scope["state"]["replica"]
     return source.for_request(request)
 
 
