@@ -19,13 +19,14 @@ exit stacks for dependencies with `yield` and for files, and handles exceptions 
 """
 
 import inspect
+import json
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import fields
 from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from fastapi import HTTPException, Request, Response, params, routing
+from fastapi import Request, Response, params, routing
 from fastapi.datastructures import DefaultPlaceholder
 from fastapi.dependencies.models import Dependant, _get_cache_key
 from fastapi.dependencies.utils import get_validation_alias, request_params_to_args
@@ -36,6 +37,7 @@ from fastapi.routing import APIRoute
 from fastapi.utils import is_body_allowed_for_status_code
 from pydantic_core import PydanticUndefined as Undefined
 from starlette._exception_handler import wrap_app_handling_exceptions
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 #: An ASGI application.
@@ -302,15 +304,20 @@ def _raise(error: Exception) -> ASGIApp:
 
 
 async def _read_json(request: Request) -> Any:
-    """Return the value of a body of JSON, as FastAPI parses it; `Undefined` for any other body."""
+    """Return the value of a body of JSON, as FastAPI parses it; `Undefined` for any other body.
+
+    Raises `HTTPException` as FastAPI does: that of a limit, or 400 if the body cannot be read.
+    """
     if request.headers.get("content-type") != "application/json":
         return Undefined
     try:
         return await request.json()
+    except json.JSONDecodeError:
+        return Undefined
     except HTTPException:
         raise
-    except Exception:  # noqa: BLE001 - FastAPI meets the same error, and words its response
-        return Undefined
+    except Exception as error:
+        raise HTTPException(400, "There was an error parsing the body") from error
 
 
 def _step(function: Dependant, results: list[tuple[str, int]]) -> Step:

@@ -7,10 +7,12 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Annotated, Any
 
 import pytest
-from fastapi import FastAPI, Form, HTTPException
+from fastapi import FastAPI, Form
 from fastapi.dependencies import utils as dependencies
+from starlette.exceptions import HTTPException
 from starlette.types import Message
 
+from app.errors import UnavailableError
 from app.web.quick_route import QuickRoute
 from tests.web import every_route
 from tests.web.every_route import BODY_PATHS
@@ -170,8 +172,13 @@ async def call(app: FastAPI, receive: Receive) -> Any:
         [part(b'{"number": 1}'), DISCONNECT],
         [HTTPException(413, "too large", {"Connection": "close"})],
         [part(b'{"number": 1}'), HTTPException(408)],
+        # Nothing is read again after an error.
+        [HTTPException(413), part(b'{"number": 1}', is_last=True)],
+        [UnavailableError("no space"), part(b'{"number": 1}', is_last=True)],
+        [OSError("broken"), part(b'{"number": 1}', is_last=True)],
+        [ValueError("broken"), part(b'{"number": 1}', is_last=True)],
         [part(b'{"number": 1}'), OSError("broken")],
-        [OSError("broken")],
+        [DISCONNECT, part(b'{"number": 1}', is_last=True)],
     ],
 )
 async def test_body_in_parts_is_read_as_by_fastapi(pair: Pair, messages: list[Any]) -> None:
