@@ -32,12 +32,12 @@ auth/                the caller of a request, by its bearer token
 web/                 around every request
     application.py  middleware.py  limits.py  headers.py  proxies.py  threads.py
     problems.py  health.py  routes.py  cors.py  head.py  sse.py  body_limit.py
-    directory.py  quick_route.py  document.py
+    directory.py  quick_route.py  quick_plan.py  document.py
 outbound/            calls of other services
     http_client.py  circuit_breaker.py  client_credentials.py
 storage/             Postgres and Redis
-    postgres.py  postgres_errors.py  query_log.py  redis.py  traced_postgres.py  traced_redis.py
-    replica.py
+    pool.py  postgres.py  postgres_errors.py  query_log.py  redis.py
+    traced_postgres.py  traced_redis.py  replica.py
 telemetry/           logs, metrics, traces
     logs.py  gcp_logs.py  access_log.py  stdout.py  context.py
     tracing.py  trace_setup.py  trace_export.py  span_encoding.py  exemplars.py

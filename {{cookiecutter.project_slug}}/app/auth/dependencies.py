@@ -31,7 +31,7 @@ class Authenticated(SecurityBase):
     It is a security scheme of the API document, so `/docs` has its "Authorize" button.
     """
 
-    #: Without it in the state, authentication is off: app/web/quick_route.py.
+    #: While it is None in the state, authentication is off: app/web/quick_route.py.
     switch = "authenticator"
 
     def __init__(self, *scopes: str) -> None:
@@ -42,11 +42,12 @@ class Authenticated(SecurityBase):
     async def __call__(self, connection: HTTPConnection) -> principals.Principal:
         """Return the caller of a request or of a WebSocket.
 
-        Raises an error of `app.auth.errors`.
+        Raises an error of `app.auth.errors`, and `KeyError` without the application's lifespan:
+        nobody passes while it is not known whether authentication is on.
         """
         scope = connection.scope
-        state = scope.get("state", {})
-        authenticator: Authenticator | None = state.get("authenticator")
+        state = scope["state"]
+        authenticator: Authenticator | None = state["authenticator"]
         if state.get("principal") is not None:
             # Another dependency of the route has authenticated it, or middleware of the team.
             caller = principals.principal_of(connection)

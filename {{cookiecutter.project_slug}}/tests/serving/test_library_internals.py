@@ -198,19 +198,19 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     routing._build_response_args: ("quick_route.py has the same status", "f456f86fd758"),
     routing._extract_endpoint_context: ("quick_route.py reports errors with it", "c03793914323"),
     dependencies.solve_dependencies: (
-        "quick_route.py calls dependencies in the same order, once or again",
+        "quick_plan.py calls dependencies in the same order, once or again",
         "19825365bd06",
     ),
     dependencies.get_validation_alias: (
-        "quick_route.py reads parameters of the path by it",
+        "quick_plan.py reads parameters of the path by it",
         "b4d0648637da",
     ),
-    dependencies.request_params_to_args: ("quick_route.py validates with it", "e028df88c5ea"),
+    dependencies.request_params_to_args: ("quick_plan.py validates with it", "e028df88c5ea"),
     dependencies.request_body_to_args: (
-        "quick_route.py validates a body as it does",
+        "quick_plan.py validates a body as it does",
         "8ae56248184c",
     ),
-    _get_cache_key: ("quick_route.py calls a function once per key of it", "eba06ac99846"),
+    _get_cache_key: ("quick_plan.py calls a function once per key of it", "eba06ac99846"),
     # joserfc
     JWSRegistry.get_alg: (
         "auth/tokens.py allows by the same list, without its warning of EdDSA",
@@ -372,7 +372,7 @@ def test_outermost_middleware_is_server_error_middleware() -> None:
 
 
 def test_functions_of_routes_have_the_known_fields() -> None:
-    """A plan of quick_route.py leaves a function to FastAPI that uses any field but these."""
+    """A plan of quick_plan.py leaves a function to FastAPI that uses any field but these."""
     known = {"path_params", "query_params", "header_params", "cookie_params", "dependencies"}
     known |= {"body_params", "name", "call", "request_param_name", "use_cache", "path", "scope"}
     known |= {"http_connection_param_name", "own_oauth_scopes", "parent_oauth_scopes"}
