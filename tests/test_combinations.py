@@ -2,7 +2,7 @@
 
 Its tests are those of its features, and those that compare what the parts edit: settings, routes,
 migrations, manifests. Those of the runtime are run with all parts and with none; those of the
-example's gateway, replica, traces and outages of Redis with all parts.
+example's authentication, gateway, replica, traces and outages of Redis with all parts.
 """
 
 import pytest
