@@ -157,7 +157,7 @@ class _QuickHandler:
         return arguments
 
     def _steps(self, request: Request) -> list[Step]:
-        """Return the steps that have an effect in this process; all, without a switch in its state."""
+        """Return the steps that have an effect here: all, if the state does not have the switch."""
         if self.switch is None or request.scope.get("state", {}).get(self.switch, True) is not None:
             return self.steps
         return self.steps_without
