@@ -177,6 +177,12 @@ async def _close(connection: AbstractConnection) -> None:
 class Publisher(Link):
     """Publishes messages; each is confirmed when a majority of the queue's replicas has it."""
 
+    def __init__(self, url: str, label: str, outage: Outage, declare: "Declare") -> None:
+        super().__init__(url, label, outage, declare)
+        #: The channel on which messages are counted, by one caller at a time.
+        self.counting: AbstractChannel | None = None
+        self.is_counting = asyncio.Lock()
+
     async def ready(self) -> None:
         """Return while RabbitMQ accepts messages.
 
@@ -202,14 +208,22 @@ class Publisher(Link):
 
     async def count_ready(self, queue: str) -> int:
         """Return how many messages wait in a queue. Raises an error if there is no such queue."""
-        self.require_channel()
-        if self.connection is None:
-            raise ConnectionError(self.reason)
-        # On a channel of its own: an error, and a timeout as well, closes the channel.
-        async with self.connection.channel(publisher_confirms=False) as channel:
+        async with self.is_counting:
+            if self.connection is None:
+                raise ConnectionError(self.reason)
+            # On a channel of its own: an error, and a timeout as well, closes the channel.
+            channel = self.counting or await self.connection.channel(publisher_confirms=False)
+            self.counting = None
             underlay = await channel.get_underlay_channel()
             declared = await underlay.queue_declare(queue, passive=True)
+            # It stays open. With one per count, a busy machine has seen RabbitMQ end the connection
+            # of the publisher: 504, "expected 'channel.open'".
+            self.counting = channel
         return int(declared.message_count or 0)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.counting = None
 
 
 class Consumer(Link):
