@@ -144,7 +144,7 @@ class _QuickHandler:
     def _read(self, request: Request, body: Any) -> list[tuple[Step, Arguments]] | None:
         """Return each step with its arguments, without results; None if one is not valid.
 
-        The arguments of a step that takes the request only are None.
+        The arguments of a step with the request as its only argument are None.
         """
         arguments: list[tuple[Step, Arguments]] = []
         for step in self._steps(request):
