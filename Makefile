@@ -81,7 +81,7 @@ test-all: test attack ## all tests, including those that need Docker, nginx or h
 audit: setup $(AUDIT_READY) ## run hadolint, checkov, zizmor and others on the deployment files
 	@$(PYTEST) tests/test_audit.py
 
-attack: setup ## attack a running service: floods, faults, restarts behind proxies, rolling updates, jobs; 19 minutes
+attack: setup ## attack a running service: floods, faults, restarts behind proxies, rolling updates, jobs; 18 minutes
 	@$(IN_SERVICE) setup
 	@"$$SERVICE_BIN/python" -m pytest attack
 
