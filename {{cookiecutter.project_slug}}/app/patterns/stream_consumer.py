@@ -66,6 +66,8 @@ class StreamConsumer:
         self.waiting: dict[bytes, Message] = {}
         #: The average duration of a message: a second until that is known.
         self.average_seconds = 1.0
+        #: Held while messages are kept alive.
+        self.keeping_alive = asyncio.Lock()
         #: Set while a read is worth it.
         self.has_room = asyncio.Event()
         self.sources: list[Source] = [self.group.read, self.group.reclaim]
@@ -179,8 +181,10 @@ class StreamConsumer:
         """Let other consumers have the messages that have not started."""
         entries = list(self.waiting)
         self.waiting.clear()
-        with contextlib.suppress(RedisError, OSError):
-            await self.group.give_back(entries)
+        # A keep-alive that is on its way would reset their idle time once more.
+        async with self.keeping_alive:
+            with contextlib.suppress(RedisError, OSError):
+                await self.group.give_back(entries)
 
     async def _finish(self, grace_seconds: float) -> None:
         """Wait for the messages in progress, then cancel the rest and wait for these."""
@@ -198,7 +202,9 @@ class StreamConsumer:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             with contextlib.suppress(RedisError, OSError):
-                await run_to_completion(self.group.keep_alive([*self.in_progress, *self.waiting]))
+                async with self.keeping_alive:
+                    entries = [*self.in_progress, *self.waiting]
+                    await run_to_completion(self.group.keep_alive(entries))
                 waiting = await run_to_completion(self.group.waiting())
                 for state, number in waiting.messages.items():
                     _WAITING.labels(self.group.name, state).set(number)

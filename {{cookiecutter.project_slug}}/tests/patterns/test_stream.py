@@ -365,6 +365,38 @@ async def test_shutdown_gives_back_messages_that_have_not_started(
     assert await pending(client) == 0
 
 
+async def test_slow_keep_alive_does_not_take_back_what_a_shutdown_gives(
+    client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_consumer, "AHEAD_SECONDS", 60.0)
+    is_done = asyncio.Event()
+
+    async def wait(_: Message) -> None:
+        await is_done.wait()
+
+    first = Handler(client, wait)
+    other = Handler(client)
+    keep_alive = first.group.keep_alive
+    is_on_its_way = asyncio.Event()
+
+    async def delayed(kept: list[bytes]) -> None:
+        is_on_its_way.set()
+        await asyncio.sleep(0.5)
+        await keep_alive(kept)
+
+    monkeypatch.setattr(first.group, "keep_alive", delayed)
+    await send(client, "1", "2")
+    async with consuming(first, 1) as consumer:
+        await eventually(lambda: len(consumer.waiting) == 1)
+        is_on_its_way.clear()
+        await is_on_its_way.wait()
+        consumer.is_stopping = True
+        await asyncio.sleep(1)
+        async with consuming(other):
+            await eventually(lambda: other.seen == {"2": 1})
+        is_done.set()
+
+
 @pytest.mark.usefixtures("reclaiming")
 async def test_hung_redis_is_logged_once_and_loses_no_message(
     client: RedisClient,
