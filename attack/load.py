@@ -160,27 +160,27 @@ class _Client:
         """Send a request and count its response; return the reason of a failure, or ''."""
         try:
             async with asyncio.timeout(self.kind.timeout_seconds):
-                status = await self._request()
+                status, body = await self._request()
         except (OSError, _ClosedError) as error:
             self._close()
             return _describe(error)
         self.result.responses[self.kind.name, status] += 1
-        return "" if status in self.kind.statuses else f"status {status}"
+        return "" if status in self.kind.statuses else f"status {status}: {_detail(body)}"
 
-    async def _request(self) -> int:
-        """Return the status of the response."""
+    async def _request(self) -> tuple[int, bytes]:
+        """Return the status and the body of the response."""
         reader, writer = await self._connect()
         writer.write(self.kind.request.replace(KEY.encode(), uuid4().hex.encode()))
         try:
             headers = (await reader.readuntil(b"\r\n\r\n")).lower()
-            await reader.readexactly(_content_length(headers))
+            body = await reader.readexactly(_content_length(headers))
         except asyncio.IncompleteReadError as error:
             place = "within the response" if error.partial else "before the response"
             msg = f"closed {place}"
             raise _ClosedError(msg) from None
         if not self.kind.keeps_alive or b"\r\nconnection: close\r\n" in headers:
             self._close()
-        return int(headers[9:12])
+        return int(headers[9:12]), body
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Return the open connection, or a new one."""
@@ -203,6 +203,14 @@ class _Client:
 def _content_length(headers: bytes) -> int:
     _, _, rest = headers.partition(b"\r\ncontent-length:")
     return int(rest.split(b"\r\n", 1)[0])
+
+
+def _detail(body: bytes) -> str:
+    """Return the detail of a problem (RFC 9457), or the beginning of another body."""
+    try:
+        return str(json.loads(body)["detail"])
+    except (ValueError, TypeError, KeyError):
+        return body[:100].decode(errors="replace")
 
 
 def _describe(error: OSError | _ClosedError) -> str:

@@ -87,11 +87,15 @@ def _create_dispatcher(settings: Settings, database: Database) -> Dispatcher:
 
 
 def _create_processes(settings: Settings) -> ProcessPool:
-    """Create the pool for computations, which wait for a free process as long as their job may."""
+    """Create the pool for computations, which wait for a free process as long as their job may.
+
+    They delay neither the event loop of this worker nor other services in its control group.
+    """
     return ProcessPool(
         settings,
         processes=settings.job_processes or max(1, round(detect_resources().cpus)),
         max_waiting=None,
         timeout_seconds=None,
         calls_per_process=settings.job_calls_per_process,
+        is_background=True,
     )

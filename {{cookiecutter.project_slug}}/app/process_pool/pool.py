@@ -64,6 +64,7 @@ class ProcessPool:
         calls_per_process: int = 1000,
         warm_up: WarmUp | None = None,
         warm_up_seconds: float = 60,
+        is_background: bool = False,
     ) -> None:
         """Of `processes` per worker. `max_waiting` more calls wait; those beyond get a 503.
 
@@ -72,6 +73,9 @@ class ProcessPool:
         replaced after `calls_per_process`, which limits the effect of a memory leak. `warm_up` is
         called in each process before its first call, such as to load a model. One that takes longer
         than `warm_up_seconds` is killed and started again; the startup probe allows a minute too.
+
+        `is_background` gives the processes only the CPU time that no other process of their control
+        group or session wants: they delay none, and wait while others use all CPUs.
         """
         self.settings = settings
         self.size = processes
@@ -80,6 +84,7 @@ class ProcessPool:
         self.calls_per_process = calls_per_process
         self.warm_up = warm_up
         self.warm_up_seconds = warm_up_seconds
+        self.is_background = is_background
         self.processes: set[PoolProcess] = set()
         #: The last one is used first: its memory is in the caches.
         self.idle: list[PoolProcess] = []
@@ -199,7 +204,12 @@ class ProcessPool:
     async def _start_until_it_succeeds(self, predecessor: PoolProcess | None) -> None:
         while True:
             try:
-                process = await PoolProcess.start(self.settings, self.warm_up, self.warm_up_seconds)
+                process = await PoolProcess.start(
+                    self.settings,
+                    self.warm_up,
+                    self.warm_up_seconds,
+                    is_background=self.is_background,
+                )
                 break
             except Exception as error:  # noqa: BLE001 - a warm-up may raise anything
                 self.state.failed(describe(error))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import pickle
@@ -69,7 +70,12 @@ class PoolProcess:
 
     @classmethod
     async def start(
-        cls, settings: Settings, warm_up: WarmUp | None, warm_up_seconds: float
+        cls,
+        settings: Settings,
+        warm_up: WarmUp | None,
+        warm_up_seconds: float,
+        *,
+        is_background: bool,
     ) -> Self:
         """Start a process and warm it up. Raises what that raises, or `OSError`.
 
@@ -83,7 +89,8 @@ class PoolProcess:
         )
         process = cls(popen, calls_stream, output_stream, logs_json=log_format == "json")
         try:
-            first_call = pickle.dumps((child.start, (options, warm_up), None))
+            first = functools.partial(child.start, is_background=is_background)
+            first_call = pickle.dumps((first, (options, warm_up), None))
             read_result(await process.warm_up(first_call, warm_up_seconds))
         except BaseException:
             await process.end()

@@ -56,8 +56,9 @@ class Process:
             env=self.variables,
             stdout=self.output,
             stderr=subprocess.STDOUT,
-            # Ctrl-C must not reach it before this process stops it.
-            start_new_session=True,
+            # Ctrl-C must not reach it before this process stops it. It stays in this session: Linux
+            # divides the CPU time among sessions first, and priorities count within one.
+            process_group=0,
         )
 
     async def __aexit__(self, *_: object) -> None:

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -86,6 +87,14 @@ async def test_pool_without_limits_rejects_and_interrupts_no_call() -> None:
     async with opened(max_waiting=None, timeout_seconds=None) as pool:
         calls = [pool.run(work.pid) for _ in range(50)]
         assert len(set(await asyncio.gather(*calls))) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has the policy")
+@pytest.mark.parametrize("is_background", [False, True])
+async def test_background_uses_only_the_cpu_time_that_is_left(*, is_background: bool) -> None:
+    async with opened(is_background=is_background) as pool:
+        policy = os.sched_getscheduler(await pool.run(work.pid))
+        assert policy == (os.SCHED_IDLE if is_background else os.SCHED_OTHER)
 
 
 async def test_killed_process_fails_its_own_call_only(caplog: pytest.LogCaptureFixture) -> None:
@@ -196,10 +205,10 @@ async def test_failed_start_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patch:
         patch.setattr(process, "_spawn", fail)
         with pytest.raises(BlockingIOError):
-            await PoolProcess.start(SETTINGS, None, 60)
+            await PoolProcess.start(SETTINGS, None, 60, is_background=False)
     await asyncio.to_thread(eventually, lambda: this.num_fds() == before)
     for number in range(8):
-        start = asyncio.create_task(PoolProcess.start(SETTINGS, None, 60))
+        start = asyncio.create_task(PoolProcess.start(SETTINGS, None, 60, is_background=False))
         for _ in range(number):
             await asyncio.sleep(0)
         start.cancel()
