@@ -36,9 +36,10 @@ PAYMENT = {"amount": 1250, "currency": "EUR", "reference": "compose"}
 PULLED_ONLY = {"grafana", "jaeger"}
 #: The instances that Prometheus scrapes with SCALE=2, by job.
 TARGETS = {PROJECT: 2, f"{PROJECT}-consumer": 1, f"{PROJECT}-jobs": 1, "nginx": 1}
-#: The load is about requests that a stop loses. On a machine that runs other suites as well, a new
-#: connection to Postgres may take longer than the second after which the service responds 503.
-PATIENT = {"api": {"environment": {"DATABASE_ACQUIRE_TIMEOUT_SECONDS": 10}}}
+#: The tests are about containers that start and stop. On a machine that runs other suites as well,
+#: a connection to Postgres may take longer than the second after which a service responds 503.
+ENVIRONMENT = "    POSTGRES_MAX_CONNECTIONS: 200\n"
+PATIENT = f"{ENVIRONMENT}    DATABASE_ACQUIRE_TIMEOUT_SECONDS: 10\n"
 LABEL = f"--filter=label=com.docker.compose.project={PROJECT}"
 
 
@@ -65,7 +66,10 @@ def project(
     needs_engine()
     output = tmp_path_factory.mktemp("compose")
     path = bake_to(template, output, project_slug=PROJECT, include_jobs=True)
-    (path / "compose.override.yaml").write_text(yaml.safe_dump({"services": PATIENT}))
+    compose = path / "compose.yaml"
+    text = compose.read_text()
+    assert text.count(ENVIRONMENT) == 1
+    compose.write_text(text.replace(ENVIRONMENT, PATIENT))
     yield path
     make(path, "down", **ports)
     docker("image", "rm", "--force", *docker("image", "ls", "--quiet", PROJECT).split())
@@ -112,11 +116,17 @@ def test_up_returns_when_everything_is_ready(up: str, ports: dict[str, str]) -> 
     assert 'dependency_up{dependency="postgres"} 1.0' in metrics
 
 
+def created_by(response: httpx.Response) -> str:
+    """Return the path of what a POST has created."""
+    assert response.is_success, response.text
+    return response.headers["location"]
+
+
 def end_conversation(address: str) -> dict[str, Any]:
     """Create a job over HTTP, and return it once it has ended."""
     lines = {"lines": ["It works, thanks"]}
-    created = httpx.post(f"{address}/conversations", json=lines).headers["location"]
-    job = httpx.post(f"{address}{created}/end").headers["location"]
+    created = created_by(httpx.post(f"{address}/conversations", json=lines))
+    job = created_by(httpx.post(f"{address}{created}/end"))
     eventually(lambda: httpx.get(f"{address}{job}").json()["status"] == "succeeded")
     found: dict[str, Any] = httpx.get(f"{address}{job}").json()
     return found
