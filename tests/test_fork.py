@@ -149,7 +149,7 @@ def test_fork_passes_the_fast_tests(fork: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "not slow", "--ends-of-lists", *options],
         cwd=fork,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "GNUMAKEFLAGS": WITHOUT_INDEX},
+        env=os.environ | {"GNUMAKEFLAGS": WITHOUT_INDEX},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
