@@ -120,7 +120,7 @@ class Pool:
         self.places = [Place(self) for _ in range(size)]
         #: Places that are not lent: those without a connection first, the last used one last.
         self.free = deque(self.places)
-        self.waiting: deque[asyncio.Future[Place]] = deque()
+        self.waiting: deque[asyncio.Future[Place | None]] = deque()
         self.resets: set[asyncio.Task[None]] = set()
         self.sweep: asyncio.TimerHandle | None = None
         self.closing = False
@@ -142,15 +142,19 @@ class Pool:
         the errors of a connect.
         """
         connection = self.take_idle()
-        if connection is not None:
-            return connection
+        return await self.wait_for_connection(seconds) if connection is None else connection
+
+    async def wait_for_connection(self, seconds: float | None = None) -> Connection:
+        """Lend a connection, like `acquire`, where none is idle."""
         if self.closing:
             raise asyncpg.InterfaceError("the pool is closing")
-        async with asyncio.timeout(seconds):
-            place = await self._take_place()
-            if not place.is_usable():
+        loop = asyncio.get_running_loop()
+        deadline = None if seconds is None else loop.time() + seconds
+        place = self.free.pop() if self.free else await self._wait_for_place(deadline)
+        if not place.is_usable():
+            async with asyncio.timeout_at(deadline):
                 await self._open(place)
-            return place.lend()
+        return place.lend()
 
     def release(self, lent: Connection, *, is_successful: bool = True) -> None:
         """Take a connection back, at once.
@@ -179,7 +183,7 @@ class Pool:
         try:
             async with asyncio.timeout(seconds):
                 for _ in self.places:
-                    place = await self._take_place()
+                    place = self.free.pop() if self.free else await self._wait_for_place()
                     await place.close()
         except TimeoutError:
             pass
@@ -236,21 +240,41 @@ class Pool:
         finally:
             self.release(connection, is_successful=is_successful)
 
-    async def _take_place(self) -> Place:
-        """Return the next free place; callers get one in their order."""
-        if self.free:
-            return self.free.pop()
-        waiter: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+    async def _wait_for_place(self, deadline: float | None = None) -> Place:
+        """Return the next place that is released; callers get one in their order.
+
+        Raises `TimeoutError` at the deadline. Most requests of a busy worker wait here, so it has
+        a timer of its own: `asyncio.timeout` costs 2 us more.
+        """
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[Place | None] = loop.create_future()
         self.waiting.append(waiter)
+        timer = None if deadline is None else loop.call_at(deadline, self._give_up, waiter)
         try:
-            return await waiter
+            place = await waiter
         except asyncio.CancelledError:
-            if waiter.cancelled():
-                with contextlib.suppress(ValueError):
-                    self.waiting.remove(waiter)
-            else:  # the place came in the same moment
-                self._put(waiter.result())
+            self._stop_waiting(waiter)
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if place is None:
+            raise TimeoutError
+        return place
+
+    def _give_up(self, waiter: "asyncio.Future[Place | None]") -> None:
+        """End a wait without a place, unless it has one."""
+        if not waiter.done():
+            self.waiting.remove(waiter)
+            waiter.set_result(None)
+
+    def _stop_waiting(self, waiter: "asyncio.Future[Place | None]") -> None:
+        """End a wait that is cancelled."""
+        if waiter.cancelled():
+            with contextlib.suppress(ValueError):
+                self.waiting.remove(waiter)
+        elif (place := waiter.result()) is not None:  # it came in the same moment
+            self._put(place)
 
     def _put(self, place: Place) -> None:
         """Give a place to the next caller that waits."""
