@@ -1,7 +1,6 @@
 """The generated project passes its own lint, types and tests without the parts.
 
-With all of them it does in `test_service.py` and `test_ordinary_user.py`, with some of them in
-`test_combinations.py`.
+With all of them it does in `test_ordinary_user.py`, with some of them in `test_combinations.py`.
 """
 
 import pytest
