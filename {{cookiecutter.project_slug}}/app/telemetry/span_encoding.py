@@ -1,21 +1,25 @@
-"""Encodes spans for OpenTelemetry's exporter, in half the time of its own encoder.
+"""Encodes spans for OpenTelemetry's exporter, in a third of the time of its own encoder.
 
 Both use the same classes of protobuf. OpenTelemetry's encoder makes each message out of others, and
-protobuf copies a message into another by encoding and decoding it. Here each is made in its place.
+protobuf copies a message into another by encoding and decoding it. Here each is made in its place,
+and the attributes that many spans share, such as the method of a request, are encoded once.
 """
 
-import contextlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans, SpanFlags
+from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans, Span, SpanFlags
 from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.util.types import AttributeValue
 
 _VALUES = {str: "string_value", bool: "bool_value", int: "int_value", float: "double_value"}
 _HAS_FLAG = SpanFlags.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK
 _REMOTE_PARENT = _HAS_FLAG | SpanFlags.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
+#: The attributes that are kept encoded.
+CACHED_ATTRIBUTES = 256
 
 
 def encode(spans: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
@@ -34,34 +38,57 @@ def encode(spans: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
 
 def _add(span: ReadableSpan, group: ScopeSpans) -> None:
     """Add a span; by OpenTelemetry's encoder if it has events, links, lists or invalid values."""
+    attributes = None
     if not span.events and not span.links:
-        with contextlib.suppress(KeyError, ValueError):
-            group.spans.add(**_fields(span))
-            return
-    group.spans.extend(encode_spans([span]).resource_spans[0].scope_spans[0].spans)
+        attributes = _encode_attributes(span)
+    if attributes is None:
+        group.spans.extend(encode_spans([span]).resource_spans[0].scope_spans[0].spans)
+    else:
+        _set_fields(span, group.spans.add(), attributes)
 
 
-def _fields(span: ReadableSpan) -> dict[str, Any]:
-    """Return the fields of a span's message. Raises `KeyError` for a value of another type."""
+def _encode_attributes(span: ReadableSpan) -> bytes | None:
+    """Return the attributes as a part of the span's message; None if this is not possible."""
+    try:
+        return b"".join([_encode_attribute(*each) for each in (span.attributes or {}).items()])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+@lru_cache(CACHED_ATTRIBUTES, typed=True)
+def _encode_attribute(key: str, value: AttributeValue) -> bytes:
+    """Return a span's message that has only this attribute.
+
+    Raises `KeyError` for a value of another type, `TypeError` for a list, `ValueError` for a value
+    that protobuf rejects.
+    """
+    message = Span()
+    attribute = message.attributes.add(key=key)
+    setattr(attribute.value, _VALUES[type(value)], value)
+    return bytes(message.SerializeToString())
+
+
+def _set_fields(span: ReadableSpan, message: Any, attributes: bytes) -> None:
+    """Set the fields of a new message. Those that are not set are 0 or empty."""
+    # Encoded messages, one after the other, are those of the merged message (protobuf, "Encoding").
+    message.MergeFromString(attributes)
     ids = span.context
+    message.trace_id = ids.trace_id.to_bytes(16)
+    message.span_id = ids.span_id.to_bytes(8)
+    if ids.trace_state:
+        message.trace_state = ids.trace_state.to_header()
     parent = span.parent
-    attributes = (span.attributes or {}).items()
-    return {
-        "trace_id": ids.trace_id.to_bytes(16),
-        "span_id": ids.span_id.to_bytes(8),
-        "trace_state": ids.trace_state.to_header(),
-        "parent_span_id": parent.span_id.to_bytes(8) if parent else b"",
-        "flags": _REMOTE_PARENT if parent and parent.is_remote else _HAS_FLAG,
-        "name": span.name,
-        # OpenTelemetry's numbers begin at 0; in OTLP that means that it is not known.
-        "kind": span.kind.value + 1,
-        "start_time_unix_nano": span.start_time,
-        "end_time_unix_nano": span.end_time,
-        "attributes": [
-            {"key": key, "value": {_VALUES[type(value)]: value}} for key, value in attributes
-        ],
-        "dropped_attributes_count": span.dropped_attributes,
-        "dropped_events_count": span.dropped_events,
-        "dropped_links_count": span.dropped_links,
-        "status": {"code": span.status.status_code.value, "message": span.status.description},
-    }
+    if parent:
+        message.parent_span_id = parent.span_id.to_bytes(8)
+    message.flags = _REMOTE_PARENT if parent and parent.is_remote else _HAS_FLAG
+    message.name = span.name
+    # OpenTelemetry's numbers begin at 0; in OTLP that means that it is not known.
+    message.kind = span.kind.value + 1
+    message.start_time_unix_nano = span.start_time
+    message.end_time_unix_nano = span.end_time
+    message.dropped_attributes_count = span.dropped_attributes
+    message.dropped_events_count = span.dropped_events
+    message.dropped_links_count = span.dropped_links
+    message.status.code = span.status.status_code.value
+    if span.status.description:
+        message.status.message = span.status.description

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from random import getrandbits
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from opentelemetry import context, trace
@@ -36,10 +36,15 @@ CARRIER_KEYS = frozenset({"traceparent", "tracestate"})
 #: The part of a trace ID by which `TraceIdRatioBased` samples.
 _SAMPLED_BITS = (1 << 64) - 1
 _TRACE_ID_BITS = (1 << 128) - 1
+#: All flags of W3C's level 2, by their bits: `sampled` and `random-trace-id`.
+_TRACE_FLAGS = tuple(TraceFlags(bits) for bits in range(4))
 _UNSET = Status(StatusCode.UNSET)
 _FAILED = Status(StatusCode.ERROR)
 #: The flag `sampled` in log lines, by whether it is set.
 _FLAGS = {False: "00", True: "01"}
+
+#: The key of the active span in OpenTelemetry's context.
+(_SPAN_KEY,) = trace.set_span_in_context(trace.INVALID_SPAN, context.Context())
 
 #: The tracing of this process, or None while it is off; trace_setup.py sets it.
 current: "Tracing | None" = None
@@ -102,8 +107,8 @@ class Tracing:
         is_sampled = self.sampling.includes(number, parent)
         span = RequestSpan(self.export, scope["method"], number, parent, is_sampled)
         # A request is a task of its own, so nothing has to detach it.
-        context.attach(trace.set_span_in_context(cast("Span", span)))
-        ids = f"{number:048x}"
+        context.attach(context.Context({_SPAN_KEY: span}))
+        ids = number.to_bytes(24).hex()
         keys["trace_id"] = ids[16:]
         keys["span_id"] = ids[:16]
         keys["trace_flags"] = _FLAGS[is_sampled]
@@ -118,7 +123,7 @@ class RequestSpan:
     this one only if something else than `finish` adds to it, see `__getattr__`.
     """
 
-    #: The SDK's span in place of this one; once this one is sent, one that ignores all calls.
+    #: The SDK's span in place of this one.
     sdk_span: Span | None = None
     #: The IDs as OpenTelemetry's object.
     ids: SpanContext | None = None
@@ -136,7 +141,8 @@ class RequestSpan:
         self.method = method
         self.number = number
         self.parent = parent
-        self.is_sampled = is_sampled
+        #: Whether it is sampled, and has not been sent.
+        self.is_recorded = is_sampled
         if is_sampled:
             self.start_ns = time.time_ns()
             if export.needs_sdk_spans:
@@ -149,16 +155,19 @@ class RequestSpan:
     def get_span_context(self) -> SpanContext:
         """Return the IDs, and what else the services learn that this one calls."""
         if self.ids is None:
-            is_random = self.parent.trace_flags.random_trace_id if self.parent else True
-            flags = TraceFlags(self.is_sampled + TraceFlags.RANDOM_TRACE_ID * is_random)
-            state = self.parent.trace_state if self.parent else None
+            bits = TraceFlags.RANDOM_TRACE_ID
+            state = None
+            if self.parent:
+                bits &= self.parent.trace_flags
+                state = self.parent.trace_state
+            flags = _TRACE_FLAGS[bits | self.is_recorded]
             trace_id = self.number & _TRACE_ID_BITS
             self.ids = SpanContext(trace_id, self.number >> 128, False, flags, state)
         return self.ids
 
     def is_recording(self) -> bool:
         """Return whether the request is sampled, and goes on."""
-        return self.sdk_span.is_recording() if self.sdk_span else self.is_sampled
+        return self.sdk_span.is_recording() if self.sdk_span else self.is_recorded
 
     def finish(
         self, scope: Scope, labels: tuple[str, str, int], path: str, error_type: str
@@ -187,7 +196,7 @@ class RequestSpan:
     def _send(self, name: str, attributes: dict[str, Any], status: Status) -> None:
         if self.sdk_span is None:
             self.export.send_request(self, name, attributes, status)
-            self.sdk_span = NonRecordingSpan(self.get_span_context())
+            self.is_recorded = False
             return
         self.sdk_span.update_name(name)
         self.sdk_span.set_attributes(attributes)
@@ -195,7 +204,7 @@ class RequestSpan:
         self.sdk_span.end()
 
     def _make_sdk_span(self) -> Span:
-        if not self.is_sampled:
+        if not self.is_recorded:
             return NonRecordingSpan(self.get_span_context())
         # The SDK asks for the ID of a new trace only.
         ids = self.get_span_context()

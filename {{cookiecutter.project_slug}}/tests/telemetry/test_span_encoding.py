@@ -46,6 +46,7 @@ SPANS = {
     "plain": [span(), span(context=IDS, attributes={"method": "GET", "status": 200})],
     "every kind": [span(kind=kind) for kind in SpanKind],
     "values": [span(attributes={"a": "é", "b": True, "c": -1, "d": 0.5, "e": "", "f": 0})] * 2,
+    "equal values of other types": [span(attributes={"a": each}) for each in (1, True, 1.0, 1)],
     "rare values": [
         span(attributes={"a": value, "b": 1}) for value in ([1, 2], ("a",), None, {"x": 1}, b"a")
     ],
