@@ -31,7 +31,7 @@ def test_process_is_closed_but_for_its_probes(service: Service) -> None:
     assert service.get("/", Authorization="").status_code == 200
 """
 #: Those that send most of the requests, to the application in the process and to a real one; and
-#: those that have a provider of their own.
+#: those that have a provider or a mandatory dependency of their own.
 TESTS = (
     "tests/test_check.py",
     "tests/test_main.py",
@@ -39,6 +39,7 @@ TESTS = (
     "tests/conversations/test_conversations.py",
     "tests/jobs/test_router.py",
     "tests/payments/test_payments.py",
+    "tests/serving/test_seams.py",
 )
 
 

@@ -3,7 +3,8 @@
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from hashlib import blake2b, sha256
+from dataclasses import dataclass
+from hashlib import sha256
 from typing import NamedTuple
 
 from starlette.types import Scope
@@ -27,10 +28,18 @@ class Verified(NamedTuple):
     principal: Principal
     #: The time at which it expires, by `time.time()`, the leeway included.
     expires_at: float
-    #: The principal in log lines; empty to have none.
-    logged: str = ""
+
+
+@dataclass(slots=True)
+class Remembered:
+    """A verified token without its signature."""
+
     #: The header up to the signature. Without that it is of no use to others.
-    signed: bytes = b""
+    signed: bytes
+    expires_at: float
+    principal: Principal
+    #: The principal in log lines; empty to have none.
+    logged: str
 
 
 Verify = Callable[[bytes], Awaitable[Verified]]
@@ -40,26 +49,31 @@ class Authenticator:
     """Authenticates the requests of a process: `recall`, and if it returns None `authenticate`."""
 
     def __init__(self, settings: Settings, verify: Verify) -> None:
-        """`verify` returns what a token means, without the rest; it raises a `ServiceError`."""
+        """`verify` returns what a token means; it raises a `ServiceError`."""
         self.realm = settings.service_name
         self.log_principal = settings.log_principal
         self.verify = verify
-        #: By the digest of the signature, the latest last: no token stays in memory.
-        self.remembered: OrderedDict[bytes, Verified] = OrderedDict()
+        #: By the hash of the header, the latest last: no signature stays in memory.
+        self.remembered: OrderedDict[int, Remembered] = OrderedDict()
         errors.start_counting()
 
     def recall(self, scope: Scope) -> Principal | None:
         """Return the caller of a request, and note it, if its token is remembered; None if not.
 
+        The header up to the signature must be the same, and the hash of the whole, 64 bits. To find
+        a header with that hash takes 2**63 attempts on average, each of which is verified.
+
         Raises an error of `app.auth.errors`.
         """
-        signed, _, signature = self._find_credentials(scope).rpartition(b".")
-        digest = blake2b(signature).digest()
-        verified = self.remembered.get(digest)
-        if verified is None or verified.signed != signed or verified.expires_at <= time.time():
+        credentials = self._find_credentials(scope)
+        key = hash(credentials)
+        known = self.remembered.get(key)
+        if known is None or not credentials.startswith(known.signed):
             return None
-        self.remembered.move_to_end(digest)
-        return _note(verified, scope)
+        if known.expires_at <= time.time():
+            return None
+        self.remembered.move_to_end(key)
+        return _note(known, scope)
 
     async def authenticate(self, scope: Scope) -> Principal:
         """Return the caller of a request, and note it, if its token is valid.
@@ -67,14 +81,15 @@ class Authenticator:
         Raises an error of `app.auth.errors`.
         """
         credentials = self._find_credentials(scope)
-        signed, _, signature = credentials.rpartition(b".")
-        digest = blake2b(signature).digest()
-        self.remembered.pop(digest, None)
-        verified = await self._verify(credentials)
-        self.remembered[digest] = verified._replace(signed=signed)
+        key = hash(credentials)
+        self.remembered.pop(key, None)
+        principal, expires_at = await self._verify(credentials)
+        signed, _, _ = credentials.rpartition(b".")
+        known = Remembered(signed, expires_at, principal, self._logged(principal))
+        self.remembered[key] = known
         if len(self.remembered) > MAX_REMEMBERED:
             self.remembered.popitem(last=False)
-        return _note(verified, scope)
+        return _note(known, scope)
 
     def forget(self) -> None:
         """Forget all tokens: a key that has signed some of them is not trusted any more."""
@@ -104,8 +119,7 @@ class Authenticator:
             raise errors.MissingTokenError(self.realm)
         if len(token) > MAX_TOKEN_BYTES:
             raise errors.InvalidTokenError(self.realm, "malformed", "The token is too large.")
-        verified = await self.verify(token.strip())
-        return verified._replace(logged=self._logged(verified.principal))
+        return await self.verify(token.strip())
 
     def _logged(self, principal: Principal) -> str:
         """Return the principal for log lines.
@@ -121,11 +135,10 @@ class Authenticator:
         return sha256(text.encode()).hexdigest()[:LOGGED_DIGITS]
 
 
-def _note(verified: Verified, scope: Scope) -> Principal:
+def _note(known: Remembered, scope: Scope) -> Principal:
     """Note the caller in the state and in the log lines of a request; return it."""
-    principal, _, logged, _ = verified
-    scope["state"]["principal"] = principal
+    scope["state"]["principal"] = known.principal
     context = request_context.get()
-    if logged and context is not None:
-        context["principal"] = logged
-    return principal
+    if known.logged and context is not None:
+        context["principal"] = known.logged
+    return known.principal

@@ -1,6 +1,7 @@
 """The keys of the issuer: when they are fetched, and what happens without them."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 
 import httpx
@@ -164,20 +165,23 @@ def client_authenticator(client: Client) -> authenticator.Authenticator:
 async def test_remembered_tokens_are_bounded(
     client: Client, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The oldest is forgotten. Tokens are kept as digests."""
+    """The one that was not used for the longest time is forgotten."""
     monkeypatch.setattr(authenticator, "MAX_REMEMBERED", 3)
     minted = [provider.mint(scope="orders:read", jti=str(number)) for number in range(5)]
-    for token in minted:
+    for token in (*minted[:3], minted[0], *minted[3:]):
         await eventually_ok(client, token)
     remembered = client_authenticator(client).remembered
-    assert len(remembered) == 3
-    assert {len(digest) for digest in remembered} == {64}
+    assert list(remembered) == [key_of(minted[number]) for number in (0, 3, 4)]
+
+
+def key_of(token: str) -> int:
+    return hash(f"Bearer {token}".encode())
 
 
 async def test_signature_of_a_remembered_token_is_not_valid_for_other_claims(
     client: Client, provider: Provider
 ) -> None:
-    """Tokens are remembered by their signatures. None is in memory: only what it signs."""
+    """No token is in memory: only what its signature signs."""
     token = provider.mint(scope="orders:read")
     await eventually_ok(client, token)
     signature = token.rpartition(".")[2]
@@ -185,18 +189,41 @@ async def test_signature_of_a_remembered_token_is_not_valid_for_other_claims(
     for forged in (f"{other}.{signature}", f".{signature}", signature):
         response = await client.get("/orders", headers=authorization(forged))
         assert response.status_code == 401
-    assert signature not in str(client_authenticator(client).remembered)
+    remembered = client_authenticator(client).remembered
+    assert token.rpartition(".")[0] in str(remembered)
+    assert signature not in str(remembered)
     await eventually_ok(client, token)
+
+
+async def test_header_with_the_hash_of_a_remembered_token_is_not_valid_for_other_claims(
+    client: Client, provider: Provider
+) -> None:
+    """Two headers may have the same hash. What is signed is compared too."""
+    token = provider.mint(scope="orders:read")
+    await eventually_ok(client, token)
+    remembered = client_authenticator(client).remembered
+    signature = token.rpartition(".")[2]
+    other = provider.mint(scope="orders:read", sub="admin").rpartition(".")[0]
+    forged = f"{other}.{signature}"
+    remembered[key_of(forged)] = remembered[key_of(token)]
+    response = await client.get("/orders", headers=authorization(forged))
+    assert response.status_code == 401
+
+
+def test_hash_of_a_header_cannot_be_guessed() -> None:
+    """Remembered tokens rely on 64 bits, which depend on each byte of the header."""
+    assert sys.hash_info.width == 64
+    assert sys.hash_info.algorithm.startswith("siphash")
+    assert sys.hash_info.cutoff == 0
 
 
 async def test_remembered_token_expires(client: Client, provider: Provider) -> None:
     token = provider.mint(scope="orders:read")
     await eventually_ok(client, token)
     remembered = client_authenticator(client).remembered
-    for digest, verified in remembered.items():
-        remembered[digest] = verified._replace(expires_at=0.0)
+    remembered[key_of(token)].expires_at = 0.0
     assert (await client.get("/orders", headers=authorization(token))).status_code == 200
-    assert {verified.expires_at > 0 for verified in remembered.values()} == {True}
+    assert remembered[key_of(token)].expires_at > 0
 
 
 @pytest.mark.parametrize(

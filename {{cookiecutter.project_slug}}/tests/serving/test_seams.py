@@ -20,6 +20,7 @@ from app.settings import Settings
 from app.telemetry import logs
 from app.telemetry.metrics_prefix import PrefixedMetrics
 from scripts.dev_services import Redis
+from tests import default_token
 from tests.conftest import InProcess
 from tests.service_process import Service, eventually, serving
 
@@ -29,6 +30,13 @@ TOKEN = {"Authorization": "Bearer token"}
 #: Probes, and the name of the service.
 OPEN_PATHS = ["/", "/health/live", "/health/startup", "/health/ready"]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gunicorn does not run on Windows")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_default_token() -> Iterator[None]:
+    """Have these tests start from a service that asks for nothing, whatever `app.main` says."""
+    with default_token.suspended():
+        yield
 
 
 @pytest.fixture(scope="module")
