@@ -5,7 +5,6 @@ from functools import cached_property
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
-from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.params import Depends
 from fastapi.telemetry import TelemetryConfig
 from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
@@ -13,7 +12,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.web import cors, problems
-from app.web.directory import Directory
+from app.web.directory import use_directory
 from app.web.document import describe_authentication
 from app.web.middleware import RequestMiddleware
 
@@ -31,9 +30,7 @@ class Service(FastAPI):
     def __init__(self, *, mandatory_dependencies: Sequence[Depends] = (), **options: Any) -> None:
         """Routes that are added after the first router have the mandatory dependencies."""
         super().__init__(**options)
-        # The router calls this in place of its own search.
-        self.directory = Directory(self.router)
-        self.router.middleware_stack = self.directory
+        use_directory(self)
         self.mandatory_dependencies = list(mandatory_dependencies)
 
     def include_router(self, router: APIRouter, **options: Any) -> None:
@@ -58,7 +55,6 @@ class Service(FastAPI):
     def request_middleware(self) -> RequestMiddleware:
         """The outermost middleware. The first call makes it, in the worker: it has metrics."""
         self.middleware_stack = _without_idle_layers(self.build_middleware_stack())
-        remove_exit_stack(self.middleware_stack, self.directory)
         settings = self.state.settings
         process = self.state.lifecycle
         middleware_for_cors = cors.find_middleware(self)
@@ -80,12 +76,3 @@ def _without_idle_layers(stack: ASGIApp) -> ASGIApp:
     if isinstance(stack, ExceptionTelemetryMiddleware) and not any(TELEMETRY.values()):
         stack = stack.app
     return stack
-
-
-def remove_exit_stack(stack: Any, directory: Directory) -> None:
-    """Put the directory in place of FastAPI's innermost layer, which it contains."""
-    while hasattr(stack, "app"):
-        if isinstance(stack.app, AsyncExitStackMiddleware) and stack.app.app is directory.router:
-            stack.app = directory
-            return
-        stack = stack.app

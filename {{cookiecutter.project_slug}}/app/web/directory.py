@@ -7,6 +7,7 @@ the last of 100 routes, in routers of ten, costs 240 us of CPU; with the directo
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from fastapi import FastAPI, routing
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.routing import (
     APIRoute,
@@ -16,11 +17,15 @@ from fastapi.routing import (
     iter_route_contexts,
 )
 from fastapi.routing import _IncludedRouter as IncludedRouter
+from starlette._exception_handler import wrap_app_handling_exceptions
 from starlette._utils import get_route_path
+from starlette.middleware import Middleware, exceptions
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import Request
 from starlette.routing import BaseRoute, Host, Match, Mount, Route, WebSocketRoute
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.web.quick_route import App, quick_app
+from app.web.quick_route import App, is_defined_in, quick_app, raising
 
 #: The end of a path, as the last of its segments.
 END = None
@@ -54,13 +59,10 @@ class Directory:
 
     So mounts, WebSockets, 404, 405 and redirects are FastAPI's. A change of the routes is noticed
     at the next request.
-
-    It stands in for FastAPI's `AsyncExitStackMiddleware` too, which quick routes do not need.
     """
 
     def __init__(self, router: APIRouter) -> None:
         self.router = router
-        self.router_app: App = AsyncExitStackMiddleware(self._serve_by_router).__call__
         self.top = Level({}, [])
         #: The routes of each router, the outermost first, and a copy that shows a change.
         self.routes: list[list[BaseRoute]] = [[]]
@@ -68,13 +70,10 @@ class Directory:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         """Serve a request. Returns the coroutine unawaited, which saves one frame per request."""
-        app = self._select(scope) if scope["type"] == "http" else None
-        return (app or self.router_app)(scope, receive, send)
+        app = self.select(scope) if scope["type"] == "http" else None
+        return (app or self.router.app)(scope, receive, send)
 
-    async def _serve_by_router(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.router.app(scope, receive, send)
-
-    def _select(self, scope: Scope) -> App | None:
+    def select(self, scope: Scope) -> App | None:
         """Return what serves a request and add its route to the scope; None for the router."""
         # FastAPI's own telemetry records what its router does.
         if scope.get("fastapi.telemetry") is not None:
@@ -114,6 +113,50 @@ class Directory:
         self.routes = [router.routes for router in _routers(self.router)]
         self.known_routes = [routes.copy() for routes in self.routes]
         self.top = _level(list(_candidates(self.router)))
+
+
+class DirectoryMiddleware:
+    """Serves what the directory finds, as the innermost middleware; all else is the application's.
+
+    Inside of it are Starlette's `ExceptionMiddleware` and FastAPI's exit stack. Each route handles
+    its exceptions, and quick routes need no exit stack. So these layers have nothing to do, except
+    for the errors of an exception handler.
+    """
+
+    def __init__(self, app: ASGIApp, directory: Directory) -> None:
+        self.app = app
+        self.directory = directory
+        #: By which a route handles its exceptions; None if the layers inside serve all requests.
+        self.handlers: Any = None
+        # An agent such as Sentry's may have replaced its method, to see all requests.
+        is_usual = is_defined_in(exceptions, ExceptionMiddleware.__call__)
+        if type(app) is ExceptionMiddleware and is_usual:
+            self.handlers = (app._exception_handlers, app._status_handlers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request: ASGI."""
+        found = None
+        if self.handlers is not None and scope["type"] == "http":
+            scope["starlette.exception_handlers"] = self.handlers
+            try:
+                found = self.directory.select(scope)
+                if found is not None:
+                    await found(scope, receive, send)
+            except Exception as error:  # noqa: BLE001 - it is raised again
+                request = Request(scope, receive, send)
+                await wrap_app_handling_exceptions(raising(error), request)(scope, receive, send)
+                return
+        if found is None:
+            await self.app(scope, receive, send)
+
+
+def use_directory(app: FastAPI) -> None:
+    """Have the routes of an application served by a directory."""
+    directory = Directory(app.router)
+    # Innermost, since `add_middleware` adds to the front.
+    app.user_middleware.append(Middleware(DirectoryMiddleware, directory))
+    # The router calls this in place of its own search.
+    app.router.middleware_stack = directory
 
 
 def _routers(router: APIRouter) -> Iterator[APIRouter]:
@@ -158,8 +201,15 @@ def _served(found: RouteContext) -> Candidate:
     if context is not None and context.starlette_route is not None:
         route = context.starlette_route
     quick = quick_app(route, (context or route).app)
-    app = quick or AsyncExitStackMiddleware(route.handle).__call__
+    app = quick or AsyncExitStackMiddleware(_usual_app(route, context)).__call__
     return Candidate(found.matches, _segments(found), app, route, context)
+
+
+def _usual_app(route: Any, context: Any) -> Any:
+    """Return the application of a route; FastAPI's own `handle` compares the method once more."""
+    if is_defined_in(routing, type(route).handle):
+        return (context or route).app
+    return route.handle
 
 
 def _match_anything(_: Scope) -> tuple[Match, Scope]:

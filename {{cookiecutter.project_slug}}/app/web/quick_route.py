@@ -21,7 +21,7 @@ exit stacks for dependencies with `yield` and for files, and handles exceptions 
 import inspect
 import json
 from collections.abc import Callable, Coroutine
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from fastapi import Request, Response, routing
@@ -66,7 +66,7 @@ class QuickRoute(APIRoute):
         included: Any = routing._effective_route_context_var.get()
         is_included = included is not None and included.original_route is self
         route = included if is_included else self
-        if not _is_of_fastapi(usual) or not _is_known(route):
+        if not is_defined_in(routing, usual) or not _is_known(route):
             return usual
         plan = Plan()
         plan.add(route.dependant)
@@ -95,7 +95,7 @@ class _QuickHandler:
         try:
             response = await self._call(request)
         except Exception as error:  # noqa: BLE001 - it is raised again
-            await wrap_app_handling_exceptions(_raise(error), request)(scope, receive, send)
+            await wrap_app_handling_exceptions(raising(error), request)(scope, receive, send)
             return
         if response is None:
             await self._serve_as_usual(request)
@@ -189,14 +189,14 @@ def quick_app(route: Any, app: Any) -> App | None:
 
     There is none if an agent, a team or a subclass has put something around the handler.
     """
-    if not (_is_of_fastapi(type(route).handle) and _is_of_fastapi(app)):
+    if not (is_defined_in(routing, type(route).handle) and is_defined_in(routing, app)):
         return None
     handler = inspect.getclosurevars(app).nonlocals.get("f")
     owner = getattr(handler, "__self__", None)
     return owner.serve if isinstance(owner, _QuickHandler) else None
 
 
-def _raise(error: Exception) -> ASGIApp:
+def raising(error: Exception) -> ASGIApp:
     """Return an application that raises an error."""
 
     async def fail(_: Scope, __: Receive, ___: Send) -> None:
@@ -232,7 +232,7 @@ def _is_known(route: Any) -> bool:
     )
 
 
-def _is_of_fastapi(function: Any) -> bool:
-    """Return whether a function is FastAPI's own. Agents such as Sentry's wrap it, to see all."""
+def is_defined_in(module: ModuleType, function: Any) -> bool:
+    """Return whether a function is a library's own. Agents such as Sentry's wrap it, to see all."""
     # Some wrappers are objects that look like the function.
-    return type(function) is FunctionType and function.__code__.co_filename == routing.__file__
+    return type(function) is FunctionType and function.__code__.co_filename == module.__file__

@@ -40,6 +40,7 @@ from starlette._exception_handler import wrap_app_handling_exceptions
 from starlette._utils import get_route_path
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.routing import Mount, Route, Router
 from uvicorn.config import Config
 from uvicorn.lifespan.on import LifespanOn
@@ -185,11 +186,11 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     ),
     routing.request_response: ("quick_route.py does without it", "69a7733a6238"),
     AsyncExitStackMiddleware.__call__: (
-        "application.py replaces it by directory.py, which calls it for FastAPI's routes",
+        "directory.py calls it for FastAPI's routes, in front of the router's",
         "8868205fc630",
     ),
     wrap_app_handling_exceptions: (
-        "quick_route.py calls it once an exception is raised",
+        "quick_route.py and directory.py call it once an exception is raised",
         "d5e41f0fa794",
     ),
     APIRoute.get_route_handler: ("quick_route.py adds to it", "0823a6823e97"),
@@ -218,6 +219,10 @@ REVIEWED: dict[Function, tuple[str, str]] = {
     ),
     # Starlette
     Router.__call__: ("it calls `middleware_stack`, which is the directory", "e93fc286faea"),
+    ExceptionMiddleware.__call__: (
+        "directory.py serves routes in front of it, with its handlers",
+        "c0b5cb274777",
+    ),
     Route.matches: ("directory.py serves only routes that match by it", "4de50d376de0"),
     get_route_path: ("directory.py removes the root path with it", "243011d2a68c"),
     Mount.matches: ("routes.py recognizes a mount by `app_root_path`", "ac97bc77afea"),

@@ -28,7 +28,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.routing import BaseRoute, Match, Mount, Route
 from starlette.types import Scope
 
-from app.web.directory import Directory
+from app.web.directory import use_directory
 from app.web.quick_route import QuickRoute
 
 #: The functions that were called for a request, in their order.
@@ -69,6 +69,10 @@ class Filter(BaseModel):
 
 class OwnError(Exception):
     """An error with a handler of its own."""
+
+
+class TranslatedError(Exception):
+    """An error whose handler raises another one."""
 
 
 # Dependencies
@@ -210,7 +214,7 @@ def create(*, is_quick: bool, dependencies: list[Any] | None = None) -> FastAPI:
     app = FastAPI(dependencies=dependencies)
     app.router.route_class = route_class
     if is_quick:
-        app.router.middleware_stack = Directory(app.router)
+        use_directory(app)
     _add_responses(app)
     _add_parameters(app)
     _add_bodies(app)
@@ -221,6 +225,10 @@ def create(*, is_quick: bool, dependencies: list[Any] | None = None) -> FastAPI:
     @app.exception_handler(OwnError)
     async def respond(_: Request, error: OwnError) -> Response:
         return PlainTextResponse(repr(error), 420)
+
+    @app.exception_handler(TranslatedError)
+    async def translate(_: Request, error: TranslatedError) -> Response:
+        raise HTTPException(409, str(error)) from error
 
     return app
 
@@ -305,6 +313,14 @@ def _add_responses(app: FastAPI) -> None:
     @app.get("/own-error")
     async def own_error() -> None:
         raise OwnError("a")
+
+    @app.get("/translated-error")
+    async def translated_error() -> None:
+        raise TranslatedError("a")
+
+    @app.get("/translated-error/{number}", dependencies=[Depends(opened)])
+    async def translated_error_of_usual_route(number: int) -> None:
+        raise TranslatedError(number)
 
     @app.get("/bug")
     async def bug() -> None:
@@ -600,7 +616,8 @@ PATHS = [
     *("/model/5%0A", "/filtered/3", "/invalid-result", "/untyped", "/nothing", "/infinite"),
     *("/response", "/response-of-model", "/stream", "/lines", "/status", "/empty"),
     *("/not-modified", "/text", "/without-none", "/included", "/by-name", "/http-error"),
-    *("/own-error", "/bug", "/background", "/set-header", "/query", "/query?size=4"),
+    *("/own-error", "/translated-error", "/translated-error/1", "/translated-error/x"),
+    *("/bug", "/background", "/set-header", "/query", "/query?size=4"),
     *("/query?size=0&tag=a&tag=b", "/query?size=x", "/query-model?size=9&tags=a"),
     *("/query-model?size=x", "/header", "/cookie"),
     *("/uuid/00000000-0000-0000-0000-000000000001/deep/2", "/uuid/x/deep/y", "/file/a/b/c"),

@@ -7,11 +7,12 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI, Request, WebSocket
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.web.directory import Directory
+from app.web.directory import Directory, use_directory
 
 #: Requests in a block of the measurement, and how many blocks.
 BLOCK = 40
@@ -197,12 +198,63 @@ async def test_telemetry_of_fastapi_is_left_to_the_router() -> None:
 
     async def with_telemetry(scope: Scope, receive: Receive, send: Send) -> None:
         scope["fastapi.telemetry"] = object()
-        await app.router.middleware_stack(scope, receive, send)
+        await app(scope, receive, send)
 
     transport = httpx.ASGITransport(with_telemetry)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         assert (await client.get("/a")).text == "/a"
     assert routed.by_router == 1
+
+
+# In front of Starlette's layers
+
+
+class AnyMiddleware:
+    """A middleware of an application, which notes what it has around it."""
+
+    def __init__(self, app: ASGIApp, seen: list[str]) -> None:
+        self.app = app
+        self.seen = seen
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.seen.append(scope["path"])
+        await self.app(scope, receive, send)
+
+
+async def get_response(app: FastAPI, path: str) -> httpx.Response:
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return await client.get(path)
+
+
+async def test_middleware_of_the_application_is_around_the_directory() -> None:
+    app = FastAPI()
+    use_directory(app)
+    seen: list[str] = []
+    app.add_middleware(AnyMiddleware, seen=seen)
+    add(app, "/a")
+    assert (await get_response(app, "/a")).text == "/a"
+    assert (await get_response(app, "/nope")).status_code == 404
+    assert seen == ["/a", "/nope"]
+
+
+async def test_exception_middleware_of_an_agent_sees_every_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sentry's integration of Starlette replaces its `__call__`."""
+    original = ExceptionMiddleware.__call__
+    seen: list[str] = []
+
+    async def note(self: ExceptionMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["path"])
+        await original(self, scope, receive, send)
+
+    monkeypatch.setattr(ExceptionMiddleware, "__call__", note)
+    app = FastAPI()
+    use_directory(app)
+    add(app, "/a")
+    assert (await get_response(app, "/a")).text == "/a"
+    assert seen == ["/a"]
 
 
 # The price

@@ -13,7 +13,6 @@ from starlette.types import Receive, Scope, Send
 
 from app.main import create_app
 from app.settings import Settings
-from app.web.application import remove_exit_stack
 from app.web.directory import Directory
 from app.web.quick_route import QuickRoute, quick_app
 from tests.web import every_route
@@ -24,7 +23,7 @@ from tests.web.every_route import OwnError
 QUICK = {
     *("/", "/model/{number}", "/filtered/{number}", "/invalid-result", "/untyped", "/nothing"),
     *("/infinite", "/response", "/response-of-model", "/stream", "/status", "/http-error"),
-    *("/own-error", "/bug", "/query", "/query-model", "/header", "/cookie", "/object"),
+    *("/own-error", "/translated-error", "/bug", "/query", "/query-model", "/header", "/cookie", "/object"),
     *("/bearer", "/key"),
     *("/uuid/{id}/deep/{number}", "/file/{path:path}", "/converted/{number:int}", "/raw", "/many"),
     *("/many/{name}", "/many/fixed", "/by-request/{number}", "/nested/{number}"),
@@ -232,7 +231,6 @@ async def test_plan_opens_no_exit_stacks(settings: Settings) -> None:
     app.router.add_api_route("/quick", note, route_class_override=QuickRoute)
     app.router.add_api_route("/plain", note)
     stack = app.build_middleware_stack()
-    remove_exit_stack(stack, app.directory)
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(stack), base_url="http://test"
     ) as client:
