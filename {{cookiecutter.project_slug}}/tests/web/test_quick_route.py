@@ -23,8 +23,8 @@ from tests.web.every_route import OwnError
 QUICK = {
     *("/", "/model/{number}", "/filtered/{number}", "/invalid-result", "/untyped", "/nothing"),
     *("/infinite", "/response", "/response-of-model", "/stream", "/status", "/http-error"),
-    *("/own-error", "/translated-error", "/bug", "/query", "/query-model", "/header", "/cookie", "/object"),
-    *("/bearer", "/key"),
+    *("/own-error", "/translated-error", "/bug", "/query", "/query-model", "/header", "/cookie"),
+    *("/object", "/bearer", "/key"),
     *("/uuid/{id}/deep/{number}", "/file/{path:path}", "/converted/{number:int}", "/raw", "/many"),
     *("/many/{name}", "/many/fixed", "/by-request/{number}", "/nested/{number}"),
     *("/authenticated/{number}", "/nested-authenticated", "/twice", "/decorated/{number}"),
