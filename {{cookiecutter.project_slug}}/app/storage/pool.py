@@ -150,8 +150,14 @@ class Pool:
             raise asyncpg.InterfaceError("the pool is closing")
         loop = asyncio.get_running_loop()
         deadline = None if seconds is None else loop.time() + seconds
-        place = self.free.pop() if self.free else await self._wait_for_place(deadline)
-        if not place.is_usable():
+        if self.free:
+            place = self.free.pop()
+            is_usable = place.is_usable()
+        else:
+            place = await self._wait_for_place(deadline)
+            # It was in use until this turn of the event loop, not idle.
+            is_usable = place.is_connected()
+        if not is_usable:
             async with asyncio.timeout_at(deadline):
                 await self._open(place)
         return place.lend()

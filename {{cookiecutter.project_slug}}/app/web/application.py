@@ -1,13 +1,16 @@
 """The application class: FastAPI inside of the request middleware."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from functools import cached_property
 from typing import Any
 
+import fastapi.applications
+import starlette.applications
 from fastapi import APIRouter, FastAPI
 from fastapi.params import Depends
 from fastapi.telemetry import TelemetryConfig
 from fastapi.telemetry._asgi import ExceptionTelemetryMiddleware
+from starlette.applications import Starlette
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -15,6 +18,7 @@ from app.web import cors, problems
 from app.web.directory import use_directory
 from app.web.document import describe_authentication
 from app.web.middleware import RequestMiddleware
+from app.web.quick_route import is_defined_in
 
 #: FastAPI's own telemetry. What is enabled is looked up per request.
 TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
@@ -58,9 +62,27 @@ class Service(FastAPI):
         settings = self.state.settings
         process = self.state.lifecycle
         middleware_for_cors = cors.find_middleware(self)
-        return RequestMiddleware(
-            super().__call__, settings, process, self.router, middleware_for_cors
-        )
+        serve = self._serve_request if _is_call_idle() else super().__call__
+        return RequestMiddleware(serve, settings, process, self.router, middleware_for_cors)
+
+    def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Do what is left of FastAPI's `__call__` while its telemetry is off."""
+        if scope["type"] == "lifespan" or self.middleware_stack is None:
+            return super().__call__(scope, receive, send)
+        if self.root_path:
+            scope["root_path"] = self.root_path
+        scope["app"] = self
+        return self.middleware_stack(scope, receive, send)
+
+
+def _is_call_idle() -> bool:
+    """Return whether FastAPI's and Starlette's `__call__` add nothing to the middleware's.
+
+    Agents such as Sentry's replace them, to see all requests.
+    """
+    is_fastapis = is_defined_in(fastapi.applications, FastAPI.__call__)
+    is_starlettes = is_defined_in(starlette.applications, Starlette.__call__)
+    return is_fastapis and is_starlettes and not any(TELEMETRY.values())
 
 
 def _without_idle_layers(stack: ASGIApp) -> ASGIApp:

@@ -38,6 +38,7 @@ from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection
 from starlette._exception_handler import wrap_app_handling_exceptions
 from starlette._utils import get_route_path
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -152,7 +153,7 @@ REVIEWED: dict[Function, tuple[str, str]] = {
         "application.py removes its outermost middleware",
         "11dddac6c1b6",
     ),
-    FastAPI.__call__: ("application.py runs it inside of the request middleware", "0795712e5427"),
+    FastAPI.__call__: ("application.py does what it does without telemetry", "0795712e5427"),
     ServerErrorMiddleware.__call__: (
         "application.py removes it if it would do nothing",
         "a7d082263a5c",
@@ -218,6 +219,7 @@ REVIEWED: dict[Function, tuple[str, str]] = {
         "50586c1ef5a6",
     ),
     # Starlette
+    Starlette.__call__: ("application.py does the same in its place", "5bf3135c4e85"),
     Router.__call__: ("it calls `middleware_stack`, which is the directory", "e93fc286faea"),
     ExceptionMiddleware.__call__: (
         "directory.py serves routes in front of it, with its handlers",

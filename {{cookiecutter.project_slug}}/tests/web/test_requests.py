@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from fastapi import APIRouter
+from fastapi import APIRouter, FastAPI
 from prometheus_client import REGISTRY
+from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from app.main import create_app
 from app.settings import Settings
@@ -207,3 +209,25 @@ async def test_cors_is_off_by_default(
     async with InProcess(create_app(changed)) as client:
         response = await client.get("/", headers={"Origin": "https://a.example"})
         assert response.headers.get("access-control-allow-origin") == allowed
+
+
+# Agents
+
+
+@pytest.mark.parametrize("owner", [FastAPI, Starlette])
+async def test_call_of_an_agent_sees_every_request(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, owner: type[Starlette]
+) -> None:
+    """Sentry's integration of Starlette replaces its `__call__`."""
+    original = owner.__call__
+    seen: list[str] = []
+
+    async def note(self: Starlette, scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["path"])
+        await original(self, scope, receive, send)
+
+    monkeypatch.setattr(owner, "__call__", note)
+    async with InProcess(create_app(settings)) as client:
+        assert (await client.get("/")).status_code == 200
+        assert (await client.get("/nope")).status_code == 404
+    assert seen == ["/", "/nope"]
