@@ -1,7 +1,6 @@
 """Authenticates requests: finds the token, and remembers the tokens that were verified."""
 
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -54,7 +53,7 @@ class Authenticator:
         self.log_principal = settings.log_principal
         self.verify = verify
         #: By the hash of the header, the latest last: no signature stays in memory.
-        self.remembered: OrderedDict[int, Remembered] = OrderedDict()
+        self.remembered: dict[int, Remembered] = {}
         errors.start_counting()
 
     def recall(self, scope: Scope) -> Principal | None:
@@ -66,13 +65,11 @@ class Authenticator:
         Raises an error of `app.auth.errors`.
         """
         credentials = self._find_credentials(scope)
-        key = hash(credentials)
-        known = self.remembered.get(key)
+        known = self.remembered.get(hash(credentials))
         if known is None or not credentials.startswith(known.signed):
             return None
         if known.expires_at <= time.time():
             return None
-        self.remembered.move_to_end(key)
         return _note(known, scope)
 
     async def authenticate(self, scope: Scope) -> Principal:
@@ -88,7 +85,7 @@ class Authenticator:
         known = Remembered(signed, expires_at, principal, self._logged(principal))
         self.remembered[key] = known
         if len(self.remembered) > MAX_REMEMBERED:
-            self.remembered.popitem(last=False)
+            del self.remembered[next(iter(self.remembered))]
         return _note(known, scope)
 
     def forget(self) -> None:
