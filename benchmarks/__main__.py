@@ -156,17 +156,23 @@ def measure_small(testbed: Testbed, peer: Peer | None, size: Size) -> Figures:
 
 
 def measure_traces(testbed: Testbed, size: Size) -> Figures:
-    """Measure the small JSON response without traces, with a tenth of them, and with all."""
+    """Measure the small JSON response without traces, with a tenth of them, and with all.
+
+    `without` is the service without the code of tracing in its middleware.
+    """
     with contextlib.ExitStack() as stack:
         collector = stack.enter_context(run_collector())
-        servers = {"off": stack.enter_context(testbed.service())}
+        servers = {
+            "without": stack.enter_context(testbed.service(app="untraced")),
+            "off": stack.enter_context(testbed.service()),
+        }
         for name, ratio in TRACE_RATIOS.items():
             settings = {
                 "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint(name),
                 "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
                 "OTEL_TRACES_SAMPLER_ARG": ratio,
             }
-            servers[name] = stack.enter_context(testbed.service("/", 1, **settings))
+            servers[name] = stack.enter_context(testbed.service("/", 1, "stored", **settings))
         figures = alternate("traces", servers, size)
     # The servers have sent their last spans.
     for name in TRACE_RATIOS:

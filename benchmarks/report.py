@@ -169,9 +169,16 @@ def megabytes(memory: Figures, key: str) -> str:
 def traces(figures: Figures) -> str:
     """Return the table of the parts of the requests that are traced."""
     off = middle(figures["traces"]["off"], "cpu_us") or 1.0
-    names = {"off": "off", "10": "traced, 10 %", "100": "traced, 100 %"}
+    names = {
+        "without": "without the code of tracing",
+        "off": "off",
+        "10": "traced, 10 %",
+        "100": "traced, 100 %",
+    }
     rows = []
     for key, name in names.items():
+        if key not in figures["traces"]:
+            continue
         runs = figures["traces"][key]
         cpu = middle(runs, "cpu_us") or 0.0
         rate = shown(middle(runs, "requests_per_second"))

@@ -138,8 +138,13 @@ class Testbed:
         name = "bare FastAPI" + (" + asyncpg" if app != "bare" else "")
         return Server(name, command, self.directory / "apps", port, path, settings)
 
-    def service(self, path: str = "/", workers: int = 1, **settings: str) -> Server:
-        """Return the generated service as in production: JSON lines, metrics and all limits."""
+    def service(
+        self, path: str = "/", workers: int = 1, app: str = "stored", **settings: str
+    ) -> Server:
+        """Return the generated service as in production: JSON lines, metrics and all limits.
+
+        `app` is one of `apps/` that adds to the service.
+        """
         port = free_port()
         defaults = {
             "DATABASE_URL": self.database.geturl(),
@@ -150,7 +155,7 @@ class Testbed:
             "LOG_FORMAT": "json",
             "PYTHONPATH": str(self.directory / "apps"),
         }
-        command = [str(self.python), "-m", "gunicorn", "stored:app"]
+        command = [str(self.python), "-m", "gunicorn", f"{app}:app"]
         return Server(
             "the service", command, self.project, port, path, defaults | settings, signal.SIGINT
         )

@@ -172,7 +172,7 @@ def test_a_quick_run_measures_everything_and_overwrites_nothing() -> None:
         for part in ("small", "post", "instructions", "ramp"):
             assert set(figures[part]) == {"bare", "service"}
         assert set(figures["query"]) == {"bare", "service", "plain"}
-        assert set(figures["traces"]) == {"off", "10", "100"}
+        assert set(figures["traces"]) == {"without", "off", "10", "100"}
         assert 0 < consumer.share(figures["consumer"]) <= 1
         assert consumer.per_cpu_second(figures["consumer"]) > 0
         assert set(figures["idle"]["service"]) >= {"cpu_ms", "memory_1", "memory_2"}
