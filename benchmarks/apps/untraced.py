@@ -30,7 +30,7 @@ class RemoveTracing(ast.NodeTransformer):
 
 
 def remove_tracing() -> None:
-    """Replace the code of the methods. Exits if they are not as expected."""
+    """Replace the methods. Exits if they are not as expected."""
     (exchange,) = (
         node
         for node in ast.parse(inspect.getsource(middleware)).body
@@ -45,7 +45,7 @@ def remove_tracing() -> None:
     names: dict[str, Any] = dict(vars(middleware))
     exec(compile(ast.Module([exchange], []), middleware.__file__, "exec"), names)
     for name in TRACED_METHODS:
-        getattr(middleware.Exchange, name).__code__ = getattr(names["Exchange"], name).__code__
+        setattr(middleware.Exchange, name, getattr(names["Exchange"], name))
 
 
 remove_tracing()
