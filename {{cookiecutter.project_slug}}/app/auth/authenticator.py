@@ -1,5 +1,6 @@
 """Authenticates requests: finds the token, and remembers the tokens that were verified."""
 
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Authenticator:
         self.realm = settings.service_name
         self.log_principal = settings.log_principal
         self.verify = verify
+        #: In front of what is hashed: with `PYTHONHASHSEED` set, others know Python's own key.
+        self.salt = secrets.token_bytes(16)
         #: By the hash of the header, the latest last: no signature stays in memory.
         self.remembered: dict[int, Remembered] = {}
         errors.start_counting()
@@ -65,7 +68,7 @@ class Authenticator:
         Raises an error of `app.auth.errors`.
         """
         credentials = self._find_credentials(scope)
-        known = self.remembered.get(hash(credentials))
+        known = self.remembered.get(hash(self.salt + credentials))
         if known is None or not credentials.startswith(known.signed):
             return None
         if known.expires_at <= time.time():
@@ -78,7 +81,7 @@ class Authenticator:
         Raises an error of `app.auth.errors`.
         """
         credentials = self._find_credentials(scope)
-        key = hash(credentials)
+        key = hash(self.salt + credentials)
         self.remembered.pop(key, None)
         principal, expires_at = await self._verify(credentials)
         signed, _, _ = credentials.rpartition(b".")

@@ -171,11 +171,11 @@ async def test_remembered_tokens_are_bounded(
     for token in (*minted, minted[0]):
         await eventually_ok(client, token)
     remembered = client_authenticator(client).remembered
-    assert list(remembered) == [key_of(minted[number]) for number in (3, 4, 0)]
+    assert list(remembered) == [key_of(client, minted[number]) for number in (3, 4, 0)]
 
 
-def key_of(token: str) -> int:
-    return hash(f"Bearer {token}".encode())
+def key_of(client: Client, token: str) -> int:
+    return hash(client_authenticator(client).salt + f"Bearer {token}".encode())
 
 
 async def test_signature_of_a_remembered_token_is_not_valid_for_other_claims(
@@ -205,13 +205,23 @@ async def test_header_with_the_hash_of_a_remembered_token_is_not_valid_for_other
     signature = token.rpartition(".")[2]
     other = provider.mint(scope="orders:read", sub="admin").rpartition(".")[0]
     forged = f"{other}.{signature}"
-    remembered[key_of(forged)] = remembered[key_of(token)]
+    remembered[key_of(client, forged)] = remembered[key_of(client, token)]
     response = await client.get("/orders", headers=authorization(forged))
     assert response.status_code == 401
 
 
-def test_hash_of_a_header_cannot_be_guessed() -> None:
-    """Remembered tokens rely on 64 bits, which depend on each byte of the header."""
+async def never(_: bytes) -> authenticator.Verified:
+    raise NotImplementedError
+
+
+def test_hash_of_a_header_cannot_be_guessed(settings: Settings) -> None:
+    """Remembered tokens rely on 64 bits, which depend on each byte of the header, and on the salt.
+
+    With `PYTHONHASHSEED` set, Python's own key is the same in all processes.
+    """
+    salts = {authenticator.Authenticator(settings, never).salt for _ in range(2)}
+    assert {len(salt) for salt in salts} == {16}
+    assert len(salts) == 2
     assert sys.hash_info.width == 64
     assert sys.hash_info.algorithm.startswith("siphash")
     assert sys.hash_info.cutoff == 0
@@ -221,9 +231,9 @@ async def test_remembered_token_expires(client: Client, provider: Provider) -> N
     token = provider.mint(scope="orders:read")
     await eventually_ok(client, token)
     remembered = client_authenticator(client).remembered
-    remembered[key_of(token)].expires_at = 0.0
+    remembered[key_of(client, token)].expires_at = 0.0
     assert (await client.get("/orders", headers=authorization(token))).status_code == 200
-    assert remembered[key_of(token)].expires_at > 0
+    assert remembered[key_of(client, token)].expires_at > 0
 
 
 @pytest.mark.parametrize(
