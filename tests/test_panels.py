@@ -17,7 +17,8 @@ def test_every_panel_shows_what_happens_without_the_example(bake: Bake) -> None:
     # The rules have the name of the project, and the suite expects this one.
     project = bake(project_name="service", include_example=False, include_jobs=False)
     python = str(SERVICE_BIN / "python")
-    options = ["-p", "no:cacheprovider", "-o", f"pythonpath=. {project}"]
+    cache = project.parent / "cache"
+    options = ["-o", f"cache_dir={cache}", "-o", f"pythonpath=. {project}"]
     done = subprocess.run(
         [python, "-m", "pytest", *options, "attack/test_panels.py"],
         cwd=ROOT,

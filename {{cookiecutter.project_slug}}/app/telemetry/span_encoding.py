@@ -20,6 +20,8 @@ _HAS_FLAG = SpanFlags.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK
 _REMOTE_PARENT = _HAS_FLAG | SpanFlags.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
 #: The attributes that are kept encoded.
 CACHED_ATTRIBUTES = 256
+#: The longest text that is kept: a long path is rarely that of the next request.
+MAX_CACHED_CHARACTERS = 256
 
 
 def encode(spans: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
@@ -50,12 +52,17 @@ def _add(span: ReadableSpan, group: ScopeSpans) -> None:
 def _encode_attributes(span: ReadableSpan) -> bytes | None:
     """Return the attributes as a part of the span's message; None if this is not possible."""
     try:
-        return b"".join([_encode_attribute(*each) for each in (span.attributes or {}).items()])
+        return b"".join([_encode(*each) for each in (span.attributes or {}).items()])
     except (KeyError, TypeError, ValueError):
         return None
 
 
-@lru_cache(CACHED_ATTRIBUTES, typed=True)
+def _encode(key: str, value: AttributeValue) -> bytes:
+    """Encode an attribute, once if many spans may share it. Long values would fill the memory."""
+    is_long = isinstance(value, str) and len(value) > MAX_CACHED_CHARACTERS
+    return _encode_attribute(key, value) if is_long else _encode_once(key, value)
+
+
 def _encode_attribute(key: str, value: AttributeValue) -> bytes:
     """Return a span's message that has only this attribute.
 
@@ -66,6 +73,9 @@ def _encode_attribute(key: str, value: AttributeValue) -> bytes:
     attribute = message.attributes.add(key=key)
     setattr(attribute.value, _VALUES[type(value)], value)
     return bytes(message.SerializeToString())
+
+
+_encode_once = lru_cache(CACHED_ATTRIBUTES, typed=True)(_encode_attribute)
 
 
 def _set_fields(span: ReadableSpan, message: Any, attributes: bytes) -> None:

@@ -4,10 +4,11 @@ FastAPI's router tries one route after the other, those of included routers twic
 the last of 100 routes, in routers of ten, costs 240 us of CPU; with the directory 47.
 """
 
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from fastapi import FastAPI, routing
+from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.routing import (
     APIRoute,
@@ -23,9 +24,9 @@ from starlette.middleware import Middleware, exceptions
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Host, Match, Mount, Route, WebSocketRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.web.quick_route import App, is_defined_in, quick_app, raising
+from app.web.quick_route import App, is_defined_in, is_handled_as_usual, quick_app, raising
 
 #: The end of a path, as the last of its segments.
 END = None
@@ -138,16 +139,39 @@ class DirectoryMiddleware:
         found = None
         if self.handlers is not None and scope["type"] == "http":
             scope["starlette.exception_handlers"] = self.handlers
-            try:
-                found = self.directory.select(scope)
-                if found is not None:
-                    await found(scope, receive, send)
-            except Exception as error:  # noqa: BLE001 - it is raised again
-                request = Request(scope, receive, send)
-                await wrap_app_handling_exceptions(raising(error), request)(scope, receive, send)
-                return
+            found = self._select(scope)
         if found is None:
             await self.app(scope, receive, send)
+            return
+        is_started = False
+
+        def note(message: Message) -> Awaitable[None]:
+            nonlocal is_started
+            is_started = True
+            return send(message)
+
+        try:
+            await found(scope, receive, note)
+        except Exception as error:
+            # The end of a stream that fails: a response by a handler would complete it.
+            if is_started:
+                raise
+            # An application that is served here may have set its own.
+            scope["starlette.exception_handlers"] = self.handlers
+            await _handle(error, scope, receive, send)
+
+    def _select(self, scope: Scope) -> App | None:
+        """Return what serves a request; the error of a route that cannot be matched is handled."""
+        try:
+            return self.directory.select(scope)
+        except Exception as error:  # noqa: BLE001 - it is raised again
+            return partial(_handle, error)
+
+
+async def _handle(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    """Respond to an error by its handler. Without one it is raised again."""
+    request = Request(scope, receive, send)
+    await wrap_app_handling_exceptions(raising(error), request)(scope, receive, send)
 
 
 def use_directory(app: FastAPI) -> None:
@@ -207,7 +231,7 @@ def _served(found: RouteContext) -> Candidate:
 
 def _usual_app(route: Any, context: Any) -> Any:
     """Return the application of a route; FastAPI's own `handle` compares the method once more."""
-    if is_defined_in(routing, type(route).handle):
+    if is_handled_as_usual(route):
         return (context or route).app
     return route.handle
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Coroutine
 from types import FunctionType, ModuleType
 from typing import Any
 
+import starlette.routing
 from fastapi import Request, Response, routing
 from fastapi.datastructures import DefaultPlaceholder
 from fastapi.encoders import jsonable_encoder
@@ -189,7 +190,7 @@ def quick_app(route: Any, app: Any) -> App | None:
 
     There is none if an agent, a team or a subclass has put something around the handler.
     """
-    if not (is_defined_in(routing, type(route).handle) and is_defined_in(routing, app)):
+    if not (is_handled_as_usual(route) and is_defined_in(routing, app)):
         return None
     handler = inspect.getclosurevars(app).nonlocals.get("f")
     owner = getattr(handler, "__self__", None)
@@ -230,6 +231,12 @@ def _is_known(route: Any) -> bool:
         and is_body_allowed_for_status_code(route.status_code)
         and not any(getattr(route, name) for name in _UNKNOWN_OF_ROUTE)
     )
+
+
+def is_handled_as_usual(route: Any) -> bool:
+    """Return whether FastAPI's own methods are what serves a route. Agents wrap both of them."""
+    is_starlettes = is_defined_in(starlette.routing, starlette.routing.Route.handle)
+    return is_starlettes and is_defined_in(routing, type(route).handle)
 
 
 def is_defined_in(module: ModuleType, function: Any) -> bool:

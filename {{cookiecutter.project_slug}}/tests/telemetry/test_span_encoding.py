@@ -47,6 +47,7 @@ SPANS = {
     "every kind": [span(kind=kind) for kind in SpanKind],
     "values": [span(attributes={"a": "é", "b": True, "c": -1, "d": 0.5, "e": "", "f": 0})] * 2,
     "equal values of other types": [span(attributes={"a": each}) for each in (1, True, 1.0, 1)],
+    "long values": [span(attributes={"a": 300 * "x", "b": 1})] * 2,
     "rare values": [
         span(attributes={"a": value, "b": 1}) for value in ([1, 2], ("a",), None, {"x": 1}, b"a")
     ],
@@ -98,6 +99,12 @@ def test_spans_are_grouped_by_process_and_library() -> None:
     ours = span_encoding.encode(spans)
     assert sorted(groups(ours)) == sorted(groups(encode_spans(spans)))
     assert len(ours.resource_spans) == 6
+
+
+def test_long_values_are_not_kept() -> None:
+    before = span_encoding._encode_once.cache_info().currsize
+    span_encoding.encode([span(attributes={"path": f"/{number:01000}"}) for number in range(10)])
+    assert span_encoding._encode_once.cache_info().currsize == before
 
 
 def test_no_spans_are_an_empty_request() -> None:

@@ -1,18 +1,22 @@
 """`Directory` finds the route that FastAPI's router would choose, without trying the others."""
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI, Request, WebSocket
+from starlette.applications import Starlette
+from starlette.endpoints import HTTPEndpoint
 from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.responses import PlainTextResponse
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.web.directory import Directory, use_directory
+from app.web.quick_route import QuickRoute
 
 #: Requests in a block of the measurement, and how many blocks.
 BLOCK = 40
@@ -255,6 +259,63 @@ async def test_exception_middleware_of_an_agent_sees_every_request(
     add(app, "/a")
     assert (await get_response(app, "/a")).text == "/a"
     assert seen == ["/a"]
+
+
+@pytest.mark.parametrize("compress", ["identity", "gzip"])
+@pytest.mark.parametrize("path", ["/quick", "/class"])
+async def test_stream_that_fails_is_not_completed_by_a_handler(path: str, compress: str) -> None:
+    """A middleware that buffers the start of a response would take the handler's as its end."""
+    app = FastAPI()
+    use_directory(app)
+    app.add_middleware(GZipMiddleware)
+
+    @app.exception_handler(LookupError)
+    async def handle(_: Request, __: Exception) -> PlainTextResponse:
+        return PlainTextResponse("lost", 503)
+
+    async def stream() -> StreamingResponse:
+        return StreamingResponse(fail_after_a_chunk())
+
+    class Streaming(HTTPEndpoint):
+        async def get(self, _: Request) -> StreamingResponse:
+            return await stream()
+
+    quick = APIRouter(route_class=QuickRoute)
+    quick.add_api_route("/quick", stream)
+    app.include_router(quick)
+    app.add_route("/class", Streaming)
+    transport = httpx.ASGITransport(app)
+    headers = {"Accept-Encoding": compress}
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        with pytest.raises(LookupError):
+            await client.get(path, headers=headers)
+
+
+async def fail_after_a_chunk() -> AsyncIterator[str]:
+    yield "row"
+    raise LookupError
+
+
+async def test_error_of_a_served_application_has_the_handlers_of_the_one_around_it() -> None:
+    async def fail(*_: Any) -> None:
+        raise LookupError
+
+    class Failing(Starlette):
+        """An application that fails outside of its own handlers."""
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            scope["starlette.exception_handlers"] = ({}, {})
+            await fail()
+
+    app = FastAPI()
+    use_directory(app)
+
+    @app.exception_handler(LookupError)
+    async def handle(_: Request, __: Exception) -> PlainTextResponse:
+        return PlainTextResponse("lost", 503)
+
+    app.add_route("/inner", Failing())
+    assert (await get_response(app, "/inner")).status_code == 503
 
 
 # The price

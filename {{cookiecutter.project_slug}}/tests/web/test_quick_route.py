@@ -9,6 +9,7 @@ import httpx
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, routing
 from fastapi.routing import APIRoute, iter_route_contexts
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.main import create_app
@@ -189,14 +190,17 @@ def test_application_that_is_wrapped_is_used() -> None:
     assert quick_app(route, wrapped) is None
 
 
-def test_method_that_an_agent_wraps_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ddtrace's integration wraps `APIRoute.handle`, to name its spans."""
-    original = APIRoute.handle
+@pytest.mark.parametrize("owner", [APIRoute, Route])
+def test_method_that_an_agent_wraps_is_used(
+    monkeypatch: pytest.MonkeyPatch, owner: type[Route]
+) -> None:
+    """ddtrace's integrations wrap `handle`, to name their spans."""
+    original = owner.handle
 
-    async def wrapped(self: APIRoute, scope: Scope, receive: Receive, send: Send) -> None:
+    async def wrapped(self: Route, scope: Scope, receive: Receive, send: Send) -> None:
         await original(self, scope, receive, send)
 
-    monkeypatch.setattr(APIRoute, "handle", wrapped)
+    monkeypatch.setattr(owner, "handle", wrapped)
     route = add_route(APIRouter())
     assert quick_app(route, route.app) is None
 
