@@ -283,7 +283,8 @@ async def test_stream_that_fails_is_not_completed_by_a_handler(path: str, compre
     quick = APIRouter(route_class=QuickRoute)
     quick.add_api_route("/quick", stream)
     app.include_router(quick)
-    app.add_route("/class", Streaming)
+    endpoint: Any = Streaming
+    app.add_route("/class", endpoint)
     transport = httpx.ASGITransport(app)
     headers = {"Accept-Encoding": compress}
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -314,7 +315,8 @@ async def test_error_of_a_served_application_has_the_handlers_of_the_one_around_
     async def handle(_: Request, __: Exception) -> PlainTextResponse:
         return PlainTextResponse("lost", 503)
 
-    app.add_route("/inner", Failing())
+    inner: Any = Failing()
+    app.add_route("/inner", inner)
     assert (await get_response(app, "/inner")).status_code == 503
 
 
