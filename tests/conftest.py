@@ -87,7 +87,7 @@ def bake_to(template: Path, output: Path, accept_hooks: bool = True, **answers: 
 
 
 @pytest.fixture(scope="session")
-def original(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Bake:
+def generate_once(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Bake:
     """Return a function that generates a project once per set of answers. Tests copy it."""
 
     @functools.cache
@@ -99,14 +99,14 @@ def original(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Bake:
 
 
 @pytest.fixture
-def bake(original: Bake, tmp_path: Path) -> Bake:
+def bake(generate_once: Bake, tmp_path: Path) -> Bake:
     """Return a function that gives a test a project of its own, and returns its directory.
 
     Generation needs 0.5 s of CPU, a copy 0.03 s. `bake_to` always generates.
     """
 
     def bake(output: str = "out", accept_hooks: bool = True, **answers: object) -> Path:
-        project = original(accept_hooks, *sorted(answers.items()))
+        project = generate_once(accept_hooks, *sorted(answers.items()))
         return Path(shutil.copytree(project, tmp_path / output / project.name, symlinks=True))
 
     return bake

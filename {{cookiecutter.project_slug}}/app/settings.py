@@ -189,6 +189,8 @@ class Settings(BaseSettings):
     job_processes: PositiveInt | None = None
     job_calls_per_process: PositiveInt = 1000
     job_timezone: TimeZone = "UTC"
+    #: Whether computations wait while other processes of the control group or session want the CPU.
+    job_yields_cpu: bool = True
 
     # jobs: end
     # Workers and shutdown

@@ -89,7 +89,8 @@ def _create_dispatcher(settings: Settings, database: Database) -> Dispatcher:
 def _create_processes(settings: Settings) -> ProcessPool:
     """Create the pool for computations, which wait for a free process as long as their job may.
 
-    They delay neither the event loop of this worker nor other services in its control group.
+    They delay neither the event loop of this worker nor other services in its control group, unless
+    `JOB_YIELDS_CPU` is false.
     """
     return ProcessPool(
         settings,
@@ -97,5 +98,5 @@ def _create_processes(settings: Settings) -> ProcessPool:
         max_waiting=None,
         timeout_seconds=None,
         calls_per_process=settings.job_calls_per_process,
-        is_background=True,
+        is_background=settings.job_yields_cpu,
     )

@@ -71,6 +71,8 @@ def settings(settings: Settings, dispatcher: Environment) -> Settings:
         "amqp_url": SecretStr(dispatcher.get("AMQP_URL", "")),
         "service_name": dispatcher.get("SERVICE_NAME", settings.service_name),
         "job_processes": 1,
+        # The suite shares its CPUs with others, which may want all of them for minutes.
+        "job_yields_cpu": False,
         "graceful_timeout_seconds": 10,
     }
     return settings.model_copy(update=own)
@@ -153,7 +155,12 @@ class Worker(Running):
     def __init__(self, module: str = "tests.jobs.worker", /, **settings: str) -> None:
         self.port = free_port()
         self.output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by running()
-        own = {"METRICS_BIND": f"127.0.0.1:{self.port}", "LOG_FORMAT": "json", "JOB_PROCESSES": "1"}
+        own = {
+            "METRICS_BIND": f"127.0.0.1:{self.port}",
+            "LOG_FORMAT": "json",
+            "JOB_PROCESSES": "1",
+            "JOB_YIELDS_CPU": "false",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", module],
             cwd=PROJECT,

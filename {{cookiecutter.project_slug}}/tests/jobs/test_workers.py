@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import psutil
 import pytest
 
 from app.storage.postgres import Database
@@ -14,7 +15,7 @@ from app.telemetry.context import request_context
 from tests.documented_metrics import assert_documented
 from tests.jobs.conftest import Start, Worker, all_ended, effects, ended, enqueue, ready, row, until
 from tests.jobs.work import ATTEMPTS, Seconds
-from tests.service_process import DEADLINE_SECONDS, PROJECT
+from tests.service_process import DEADLINE_SECONDS, PROJECT, eventually
 
 pytestmark = pytest.mark.process
 
@@ -119,6 +120,21 @@ async def test_job_that_kills_its_workers_fails_and_takes_no_other_along(
     assert {job["status"] for job in found} == {"succeeded"}
     assert max(job["starts"] for job in found) <= 2
     assert await effects(database) == len(neighbours)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has the policy")
+@pytest.mark.parametrize("yields", [True, False])
+async def test_setting_decides_whether_computations_yield_the_cpu(
+    start: Start, *, yields: bool
+) -> None:
+    worker = start(JOB_YIELDS_CPU=str(yields).lower())
+    expected = os.SCHED_IDLE if yields else os.SCHED_OTHER
+
+    def policies() -> list[int]:
+        children = psutil.Process(worker.process.pid).children()
+        return [os.sched_getscheduler(child.pid) for child in children]
+
+    await asyncio.to_thread(eventually, lambda: policies() == [expected])
 
 
 @pytest.mark.parametrize(
