@@ -29,7 +29,7 @@ RUN = TOOLS="$(call under,$(CURDIR),$(TOOLS))" "$(BIN)/python" -m
 PYTEST = $(RUN) pytest -o cache_dir="$(VENV)/cache/pytest"
 ATTACK = "$$SERVICE_BIN/python" -m pytest -o cache_dir="$(call under,$(CURDIR),$(VENV))/cache/attack" attack
 # A test of a limit of time may fail next to other suites on two CPUs. It runs once more, alone, and the first
-# failure stays in the output: what fails twice fails the run. Exit status 1 of pytest is a failed test.
+# failure stays in the output: a test that fails twice fails the run. Exit status 1 of pytest is a failed test.
 IF_TESTS_FAILED = { [ $$? -eq 1 ] && echo '== The tests that failed run once more, alone.'; }
 ONCE_MORE = --numprocesses 0 --verbose --last-failed --last-failed-no-failures none
 

@@ -341,17 +341,22 @@ async def test_messages_that_are_read_ahead_start_without_a_read(
     assert reads <= 1 + 32 / 3
 
 
+def waiting_for(event: asyncio.Event) -> Work:
+    """Return the work of messages that end when an event is set."""
+
+    async def wait(_: Message) -> None:
+        await event.wait()
+
+    return wait
+
+
 async def test_shutdown_gives_back_messages_that_have_not_started(
     client: RedisClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another consumer has them at once, and not after `RECLAIM_SECONDS`."""
     monkeypatch.setattr(stream_consumer, "AHEAD_SECONDS", 60.0)
     is_done = asyncio.Event()
-
-    async def wait(_: Message) -> None:
-        await is_done.wait()
-
-    first = Handler(client, wait)
+    first = Handler(client, waiting_for(is_done))
     other = Handler(client)
     await send(client, "1", "2", "3", "4")
     async with consuming(first, 2) as consumer:
@@ -370,11 +375,7 @@ async def test_slow_keep_alive_does_not_take_back_what_a_shutdown_gives(
 ) -> None:
     monkeypatch.setattr(stream_consumer, "AHEAD_SECONDS", 60.0)
     is_done = asyncio.Event()
-
-    async def wait(_: Message) -> None:
-        await is_done.wait()
-
-    first = Handler(client, wait)
+    first = Handler(client, waiting_for(is_done))
     other = Handler(client)
     keep_alive = first.group.keep_alive
     is_on_its_way = asyncio.Event()
