@@ -63,7 +63,7 @@ class Authenticator:
         """Return the caller of a request, and note it, if its token is remembered; None if not.
 
         The header up to the signature must be the same, and the hash of the whole, 64 bits. To find
-        a header with that hash takes 2**63 attempts on average, each of which is verified.
+        a header with that hash requires 2**63 attempts on average, each of which is verified.
 
         Raises an error of `app.auth.errors`.
         """
