@@ -258,14 +258,21 @@ class Axes:
         width = self.x(end) - self.x(start)
         self.picture.box(self.x(start), top, width, self.y(low) - top, color)
 
-    def mark(self, value: float, label: str, row: int = 0) -> None:
-        """Draw a dashed vertical line with a label at its upper end; `row` moves the label down."""
+    def mark(self, value: float, label: str, row: int = 0, *, is_left: bool = False) -> None:
+        """Draw a dashed vertical line with a label at its upper end, or left of that.
+
+        `row` moves the label down.
+        """
         place = self.x(value)
         ends = [(place, self.top), (place, self.top + self.height)]
         self.picture.line(ends, TEXT, 1.5, is_dashed=True)
         y = self.top + 12 + 16 * row
-        self.picture.box(place + 3, y - 11, 7 * len(label), 14, WHITE)
-        self.picture.text(place + 5, y, label, size=12)
+        width = 8 * len(label)
+        self.picture.box(place - 3 - width if is_left else place + 3, y - 11, width, 14, WHITE)
+        if is_left:
+            self.picture.text(place - 5, y, label, size=12, anchor="end")
+        else:
+            self.picture.text(place + 5, y, label, size=12)
 
 
 def grid_step(highest: float) -> float:

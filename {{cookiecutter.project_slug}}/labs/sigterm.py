@@ -133,7 +133,7 @@ def draw(runs: list[Replaced]) -> Picture:
     if any(each.is_rejected for replaced in runs for each in replaced.outcomes):
         entries.append((ORANGE, "503, machine busy"))
     picture.legend(16, 56, entries)
-    end = max(each.end for each in runs)
+    end = max(each.last_column for each in runs)
     for number, replaced in enumerate(runs):
         title = f"{replaced.name}: {len(replaced.lost)} of {len(replaced.outcomes)} requests lost"
         top = 110 + number * 270
@@ -149,7 +149,7 @@ def draw(runs: list[Replaced]) -> Picture:
         draw_rotation(axes, replaced, top + 174)
         axes.mark(replaced.ready_again, "ready again")
         axes.mark(replaced.exited, "exit", row=1)
-        axes.mark(replaced.signaled, "SIGTERM")
+        axes.mark(replaced.signaled, "SIGTERM", is_left=True)
     return picture
 
 
@@ -173,8 +173,8 @@ def draw_columns(axes: Axes, replaced: Replaced) -> None:
 
 def draw_rotation(axes: Axes, replaced: Replaced, top: float) -> None:
     """Draw below the plot when the balancer used the first instance."""
-    for (at, is_ready), (until, _) in itertools.pairwise(
-        [*replaced.changes, (replaced.end, False)]
-    ):
+    end = replaced.last_column
+    changes = [change for change in replaced.changes if change[0] < end]
+    for (at, is_ready), (until, _) in itertools.pairwise([*changes, (end, False)]):
         width = axes.x(until) - axes.x(at)
         axes.picture.box(axes.x(at), top, width, 5, GREEN if is_ready else GRAY)
