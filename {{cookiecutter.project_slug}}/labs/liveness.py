@@ -160,7 +160,8 @@ def report(stage: Stage, pods: list[Pod]) -> None:
 def draw(pods: list[Pod], hung: tuple[float, float], end: float) -> Picture:
     """Draw a strip in time for each pod: its requests and its restarts."""
     picture = Picture(900, 320, "Requests that need no database, while the database hangs")
-    entries = [(GOOD, "served"), (BAD, "failed"), (ORANGE, "the database hangs")]
+    entries = [(GOOD, "served"), (BAD, "failed")]
+    entries += [(GREEN, "the database responds"), (ORANGE, "it hangs")]
     picture.legend(16, 58, entries)
     left = 30
     scale = 840 / end

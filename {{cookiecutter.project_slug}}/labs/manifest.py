@@ -30,6 +30,7 @@ RULES = (
     shutdown.container_has_no_lifecycle_hooks,
     shutdown.grace_period_is_the_declared_one,
     probes.every_probe_exists,
+    probes.probes_request_routes_of_the_application,
     probes.probes_request_their_own_path_on_the_http_port,
     probes.liveness_probe_lets_gunicorn_replace_a_stuck_worker,
 )

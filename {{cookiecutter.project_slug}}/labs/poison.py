@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import redis
 
 from labs.events import payment_id, store_payments
-from labs.picture import BAD, GOOD, GRAY, Axes, Picture
+from labs.picture import BAD, GOOD, GRAY, WHITE, Axes, Picture
 from labs.stage import Process, Stage, wait_until
 from scripts.fake_gateway import FakeGateway, run_gateway
 
@@ -153,6 +153,7 @@ def draw(consumers: list[Consumer]) -> Picture:
     for number, label in ((CUT_OFF, "cut off"), (DECLINED, "declined")):
         y = axes.y(number)
         picture.line([(60, y), (870, y)], GRAY, 1, is_dashed=True)
+        picture.box(720, y - 17, 150, 15, WHITE)  # no grid line through the text
         picture.text(866, y - 5, f"payment {number}: {label}", size=12, anchor="end")
     for color, consumer in zip(colors, consumers, strict=True):
         axes.line(consumer.samples, color, 3)

@@ -145,7 +145,7 @@ def report(stage: Stage, service: Service) -> None:
 def draw(services: list[Service]) -> Picture:
     """Draw each request: when it was sent, and how long it waited."""
     picture = Picture(900, 640, "A table is locked, and the pool of connections is empty")
-    entries = [(GOOD, "200, quickly"), (BAD, "200, after more than 1 s"), (ORANGE, "503")]
+    entries = [(GOOD, "200, within 1 s"), (BAD, "200, after more than 1 s"), (ORANGE, "503")]
     picture.legend(16, 56, entries)
     for number, service in enumerate(services):
         axes = Axes(

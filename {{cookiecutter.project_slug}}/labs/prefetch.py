@@ -151,6 +151,8 @@ async def measure_all(stage: Stage, amqp_url: str) -> tuple[Point, list[Point]]:
     """Return the figures of the consumer, and those of the worker's points."""
     steps = str(steps_for(COMPUTE_SECONDS))
     own = {"AMQP_URL": amqp_url, "STEPS": steps, "WAIT_SECONDS": str(WAIT_SECONDS)}
+    # Another lab may run: computations that yield would wait for it.
+    own["JOB_YIELDS_CPU"] = "false"
     own["METRICS_BIND"] = f"127.0.0.1:{stage.watch(is_worker=True).metrics}"
     points = []
     database = await asyncpg.connect(stage.postgres.url)
