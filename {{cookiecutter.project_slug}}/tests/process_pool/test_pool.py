@@ -38,6 +38,10 @@ async def opened(**options: Any) -> AsyncIterator[ProcessPool]:
     async with ProcessPool(SETTINGS, **options) as pool:
         await pool.wait_until_warm()
         yield pool
+    if options.get("is_background"):
+        # Even a killed one ends only when it gets CPU time.
+        for each in pool.processes:
+            await asyncio.to_thread(each.popen.wait, 60)
     assert not [each for each in pool.processes if psutil.pid_exists(each.pid)]
 
 

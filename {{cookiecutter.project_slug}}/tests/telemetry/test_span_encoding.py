@@ -1,6 +1,9 @@
 """Our encoder against OpenTelemetry's, which is the reference."""
 
 import logging
+import sys
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -99,6 +102,22 @@ def test_spans_are_grouped_by_process_and_library() -> None:
     ours = span_encoding.encode(spans)
     assert sorted(groups(ours)) == sorted(groups(encode_spans(spans)))
     assert len(ours.resource_spans) == 6
+
+
+def test_other_threads_run_in_between() -> None:
+    """At an interval at which none would get a turn before the end."""
+    thread = threading.Thread(target=span_encoding.encode, args=[[span()] * 2000])
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    try:
+        thread.start()
+        turns = 0
+        while thread.is_alive():
+            turns += 1
+            time.sleep(0)
+        assert turns > 100
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_long_values_are_not_kept() -> None:

@@ -19,6 +19,7 @@ from app.telemetry.trace_export import sampler_of
 from app.telemetry.tracing import within
 from scripts import dev_services
 from tests.otlp_receiver import Receiver, Span, receiving
+from tests.patience import slowness
 from tests.service_process import PROJECT, Service, eventually, serving
 from tests.trace_routes import SECRET
 
@@ -338,7 +339,7 @@ def test_last_spans_are_sent_at_sigterm(
     settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url}
     seconds, lines = run(urls, LAST, **settings)
     assert len(receiver.named("GET /")) == LAST
-    assert seconds - seconds_without_traces < 2
+    assert seconds - seconds_without_traces < 2 * slowness()
     assert tracing_lines(lines) == []
 
 
@@ -361,7 +362,7 @@ def test_collector_that_fails_costs_one_line_and_a_second(
     # Longer than the run, or than the first failure
     settings["OTEL_EXPORTER_OTLP_TIMEOUT"] = "60" if response == 0 else "0.2"
     seconds, lines = run(urls, LAST, **settings)
-    assert seconds - seconds_without_traces < 2
+    assert seconds - seconds_without_traces < 2 * slowness()
     assert tracing_lines(lines) == [f"app.tracing: traces are lost: {reason}"]
 
 
