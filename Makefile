@@ -65,7 +65,7 @@ lab labs: export LABS_DIRECTORY := $(call under,$(CURDIR),.labs)
 lab: ## run a lab of the workshop: L=sigterm; without L, list them
 	@$(IN_SERVICE) lab L='$(L)'
 
-labs: ## run all labs of the workshop; five minutes
+labs: ## run all labs of the workshop; three minutes
 	@$(IN_SERVICE) labs
 
 lint: setup ## check style and types of the tools and of the template
