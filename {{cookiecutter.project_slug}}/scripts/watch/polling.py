@@ -1,7 +1,7 @@
 """Ask the probes and the metrics, at a rate that the service does not feel.
 
 A probe costs a worker 0.3 ms of CPU. A scrape costs the metrics process 6 ms with two workers, and
-more with each: up to 0.5 ms for a worker and a kilobyte are assumed. So a service with many workers
+more with each: 0.25 ms for a worker and a kilobyte, measured with two. So a service with many workers
 is scraped less often, and the view costs less than 1 % of its CPUs.
 """
 
@@ -26,7 +26,7 @@ SCRAPE_SECONDS = 0.9
 #: For scrapes that cost more than `CPU_SHARE` at that rate.
 MAX_SCRAPE_SECONDS = 10.0
 CPU_SHARE = 0.007
-SCRAPE_CPU_SECONDS = 0.0005
+SCRAPE_CPU_SECONDS = 0.00025
 #: A probe without a response for this time is shown as waiting.
 WAITING_SECONDS = 0.3
 TIMEOUT_SECONDS = 5.0
