@@ -1,8 +1,8 @@
 """Ask the probes and the metrics, at a rate that the service does not feel.
 
 A probe costs a worker 0.3 ms of CPU. A scrape costs the metrics process 6 ms with two workers, and
-more with each: 0.25 ms for a worker and a kilobyte, measured with two. So a service with many workers
-is scraped less often, and the view costs less than 1 % of its CPUs.
+more with each: 0.25 ms for a worker and a kilobyte are assumed, as measured with two. So a service
+with many workers is scraped less often, and the view costs less than 1 % of its CPUs.
 """
 
 import contextlib
