@@ -259,7 +259,7 @@ class Axes:
         self.picture.box(self.x(start), top, width, self.y(low) - top, color)
 
     def mark(self, value: float, label: str, row: int = 0, *, is_left: bool = False) -> None:
-        """Draw a dashed vertical line with a label at its upper end, or left of that.
+        """Draw a dashed vertical line with a label at its upper end, on its right or left.
 
         `row` moves the label down.
         """
@@ -268,11 +268,10 @@ class Axes:
         self.picture.line(ends, TEXT, 1.5, is_dashed=True)
         y = self.top + 12 + 16 * row
         width = 8 * len(label)
-        self.picture.box(place - 3 - width if is_left else place + 3, y - 11, width, 14, WHITE)
-        if is_left:
-            self.picture.text(place - 5, y, label, size=12, anchor="end")
-        else:
-            self.picture.text(place + 5, y, label, size=12)
+        left = place - 3 - width if is_left else place + 3
+        self.picture.box(left, y - 11, width, 14, WHITE)
+        x, anchor = (place - 5, "end") if is_left else (place + 5, "start")
+        self.picture.text(x, y, label, size=12, anchor=anchor)
 
 
 def grid_step(highest: float) -> float:
